@@ -1,0 +1,149 @@
+"""The command: how far do the simplest honest classifiers get on a labelled image dataset, and where do they fail?
+
+Runs on this machine as `python jobs/evaluate.py`, and on a cluster as `ray submit cluster.yaml jobs/evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+import click
+
+from pipeline import driver, report
+from pipeline.config import DEVICES, MODES, Config
+from pipeline.errors import EvaluationError, OptionError
+
+# What a shell says of a command ended by Ctrl-C, and by a request to end.
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_LINE_SECONDS = 10.0
+_DEFAULTS = Config()
+
+
+class _Interrupted(BaseException):
+    """The user, or the system, asked the job to end; no `except Exception` may hold it up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class _Screen:
+    """Progress on standard error: one line that changes on a terminal, else a plain line now and then."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._next_time = time.monotonic() + (0.0 if self._is_terminal else _LINE_SECONDS)
+        self._width = 0
+        self.last: report.Progress | None = None
+
+    def show(self, progress: report.Progress) -> None:
+        """Show where the work is, if it is time to."""
+        self.last = progress
+        self._write(report.progress_line(progress))
+
+    def show_download(self, num_bytes: int, total_bytes: int) -> None:
+        """Show how far a download is."""
+        filled = 30 * num_bytes // total_bytes
+        bar = "#" * filled + "-" * (30 - filled)
+        self._write(f"fetching mnist_sample [{bar}] {num_bytes / 2**20:.1f} of {total_bytes / 2**20:.1f} MiB")
+
+    def clear(self) -> None:
+        """Make room for a line that stays."""
+        if self._width:
+            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
+            self._width = 0
+
+    def _write(self, line: str) -> None:
+        now = time.monotonic()
+        if now < self._next_time:
+            return
+        self._next_time = now + (0.1 if self._is_terminal else _LINE_SECONDS)
+        if self._is_terminal:
+            click.echo("\r" + line.ljust(self._width), err=True, nl=False)
+            self._width = len(line)
+        else:
+            click.echo(line, err=True)
+
+
+def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError as exc:
+        raise click.BadParameter(f"expected auto or a whole number, got {value}; leave it at auto") from exc
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--data", default=_DEFAULTS.data, help="digits, mnist_sample, or a folder or URI of class folders.")
+@click.option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
+@click.option("--classes", callback=_names, help="Only these classes, as 3,7.  [default: all]")
+@click.option("--train-split", default=_DEFAULTS.train_split, help="Folder of the images to train on.")
+@click.option("--valid-split", default=_DEFAULTS.valid_split, help="Folder to validate on; also val, validation, test.")
+@click.option("--valid-fraction", type=float, help="Share to hold out of a dataset without splits, as 0.2.")
+@click.option("--size", default=_DEFAULTS.size, help="HxW in pixels, or auto.")
+@click.option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
+@click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves it out.")
+@click.option("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="Length of a step of SGD.")
+@click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
+@click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of the first weights and the images' order.")
+@click.option("--target-accuracy", type=float, help="Stop when the validation accuracy reaches this, as 0.98.")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better validation accuracy.")
+@click.option("--max-seconds", type=float, help="Stop training at the end of the epoch that passes this time.")
+@click.option("--actors", default="auto", callback=_number_or_auto, help="Computing processes.")
+@click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS.device, help="What they compute on.")
+@click.option("--gpus-per-actor", type=float, default=_DEFAULTS.gpus_per_actor, help="Share of a GPU for each.")
+@click.option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
+@click.option("--shard-images", type=int, default=_DEFAULTS.shard_images, help="Images of a shard, at most.")
+@click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@click.option("--overwrite", is_flag=True, help="Replace the results in --out.")
+@click.option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
+@click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
+def main(is_json: bool, **options: Any) -> None:
+    """Evaluate nearest class means and a linear model on a labelled image dataset.
+
+    Writes accuracies and one row per image as Parquet. Exit status: 0 done, 1 failed, 2 bad usage.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for signum in _EXIT_CODES:
+        signal.signal(signum, _interrupt)
+    screen = _Screen()
+    try:
+        config = Config(**{name: value for name, value in options.items() if (name, value) != ("out", None)})
+        run = driver.evaluate(config, screen.show, screen.show_download)
+    except OptionError as exc:
+        raise click.UsageError(str(exc)) from exc
+    except EvaluationError as exc:
+        screen.clear()
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(1)
+    except _Interrupted as exc:
+        screen.clear()
+        click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
+        sys.exit(_EXIT_CODES[signal.Signals(exc.signum)])
+    screen.clear()
+    click.echo(json.dumps(run, ensure_ascii=False) if is_json else report.summary(run))
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise _Interrupted(signum)
+
+
+def _left_undone(last: report.Progress | None, config: Config) -> str:
+    if last is None or last.phase == "start":
+        return "nothing was evaluated"
+    again = f"go on with --resume --out {config.out}" if last.phase in ("train", "score") else "run again"
+    return f"{report.progress_line(last)}; {config.out} is unfinished, {again}"
+
+
+if __name__ == "__main__":
+    main()

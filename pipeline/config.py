@@ -1,0 +1,161 @@
+"""The options of a job, checked.
+
+What enters: the options as the command line parsed them. What leaves: a frozen `Config` in which every value
+can be used. Checks that need the data or the cluster stand where these are known.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipeline.errors import OptionError
+
+DEVICES = ("auto", "cpu", "cuda")
+MODES = ("auto", "L", "RGB")
+# One image of more pixels than this would weigh as much as a whole shard of small ones.
+MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of one job; `jobs/evaluate.py --help` and the README say what each means.
+
+    Raises:
+        OptionError: At construction, if a value cannot be used.
+    """
+
+    data: str = "digits"
+    out: str = field(default_factory=lambda: f"results/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}")
+    classes: tuple[str, ...] = ()
+    train_split: str = "train"
+    valid_split: str = "valid"
+    valid_fraction: float | None = None
+    size: str = "auto"
+    mode: str = "auto"
+    epochs: int = 30
+    learning_rate: float = 0.2
+    batch_size: int = 128
+    seed: int = 0
+    target_accuracy: float | None = None
+    patience: int | None = None
+    max_seconds: float | None = None
+    actors: int | None = None
+    device: str = "auto"
+    gpus_per_actor: float = 1.0
+    lanes: int = 8
+    shard_images: int = 2048
+    address: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_data()
+        self._check_training()
+        self._check_shape_of_work()
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """The target's height and width in pixels, or None for `auto`."""
+        if self.size == "auto":
+            return None
+        height, _, width = self.size.partition("x")
+        return int(height), int(width)
+
+    def _check_data(self) -> None:
+        names = ",".join(self.classes)
+        _expect(bool(self.data), "--data: expected a name, folder or URI, got nothing; say what to evaluate")
+        _expect(bool(self.out), "--out: expected a folder or URI, got nothing; say where the results go")
+        _expect(
+            len(set(self.classes)) == len(self.classes) and all(self.classes),
+            f"--classes: expected each class once, got {names}; name each one time, as 3,7",
+        )
+        _expect(
+            len(self.classes) != 1,
+            f"--classes: expected at least two classes, got {names}; add another or leave the option out",
+        )
+        for option, split in (("--train-split", self.train_split), ("--valid-split", self.valid_split)):
+            _expect(
+                bool(split) and "/" not in split and split not in (".", ".."),
+                f"{option}: expected the name of a folder in the dataset, got {split!r}; as train or valid",
+            )
+        _expect(
+            self.train_split != self.valid_split,
+            f"--valid-split: expected another folder than --train-split, got {self.valid_split} for both; "
+            "images that were trained on say nothing about new ones",
+        )
+        _expect(
+            self.valid_fraction is None or 0 < self.valid_fraction < 1,
+            f"--valid-fraction: expected a number between 0 and 1, got {self.valid_fraction}; 0.2 holds out a fifth",
+        )
+        _expect(self.mode in MODES, f"--mode: expected one of {', '.join(MODES)}, got {self.mode}; choose one")
+        _expect(
+            _is_size(self.size),
+            f"--size: expected auto, or HxW with sides of 1 to {MAX_SIDE}, got {self.size}; as 28x28",
+        )
+
+    def _check_training(self) -> None:
+        _expect(self.epochs >= 0, f"--epochs: expected 0 or more, got {self.epochs}; 0 leaves SGD out")
+        _expect(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"--learning-rate: expected a positive number, got {self.learning_rate}; the default is 0.2",
+        )
+        _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
+        _expect(
+            self.target_accuracy is None or 0 < self.target_accuracy <= 1,
+            f"--target-accuracy: expected a number above 0, up to 1, got {self.target_accuracy}; 0.98 stops at 98 %",
+        )
+        _expect(
+            self.patience is None or self.patience >= 1,
+            f"--patience: expected 1 epoch or more, got {self.patience}; leave it out to train for all epochs",
+        )
+        _expect(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"--max-seconds: expected a positive number, got {self.max_seconds}; leave it out for no limit",
+        )
+
+    def _check_shape_of_work(self) -> None:
+        _expect(1 <= self.lanes <= 1024, f"--lanes: expected 1 to 1024, got {self.lanes}; the default is 8")
+        nearest = max(1, round(self.batch_size / self.lanes)) * self.lanes
+        _expect(
+            self.batch_size >= 1 and self.batch_size % self.lanes == 0,
+            f"--batch-size: expected a multiple of --lanes {self.lanes}, got {self.batch_size}; "
+            f"the nearest is {nearest}",
+        )
+        _expect(
+            self.shard_images >= 1,
+            f"--shard-images: expected 1 or more, got {self.shard_images}; the default is 2048",
+        )
+        _expect(
+            self.actors is None or self.actors >= 1,
+            f"--actors: expected auto, or 1 or more, got {self.actors}; auto fits the cluster",
+        )
+        _expect(
+            self.actors is None or self.actors <= self.lanes,
+            f"--actors: expected at most one for each of {self.lanes} lanes, got {self.actors}; raise --lanes",
+        )
+        _expect(
+            self.device in DEVICES,
+            f"--device: expected one of {', '.join(DEVICES)}, got {self.device}; choose one",
+        )
+        _expect(
+            0 < self.gpus_per_actor <= 1,
+            f"--gpus-per-actor: expected a number above 0, up to 1, got {self.gpus_per_actor}; "
+            "an actor computes on one GPU, and 0.5 lets two actors share it",
+        )
+        _expect(
+            not (self.overwrite and self.resume),
+            "--resume: expected no --overwrite beside it, got both; --resume keeps what --overwrite removes",
+        )
+
+
+def _is_size(text: str) -> bool:
+    sides = text.split("x")
+    is_pair = len(sides) == 2 and all(side.isascii() and side.isdigit() for side in sides)
+    return text == "auto" or (is_pair and all(1 <= int(side) <= MAX_SIDE for side in sides))
+
+
+def _expect(is_met: bool, message: str) -> None:
+    if not is_met:
+        raise OptionError(message)

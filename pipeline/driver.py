@@ -1,0 +1,250 @@
+"""The job from its options to its results: listing, feeding, training, scoring, writing.
+
+What enters: a `Config`. What leaves: the result files and what `run.json` says. Always: the driver holds references,
+counts, means and parameters, never images or their rows, and the work in flight is bounded by bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import __version__, decode, driver_ray, metrics, report, results, sources
+from pipeline.config import Config
+from pipeline.decode import Target
+from pipeline.driver_feed import Job, Tally, feed, write_part
+from pipeline.driver_ray import Actor
+from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
+from pipeline.metrics import EpochMetric
+from pipeline.report import Clock, Progress
+from pipeline.results import Checkpoint, Output
+from pipeline.shards import fit_cluster, make_plan
+from pipeline.sources import Listing, Location
+
+logger = logging.getLogger(__name__)
+
+_MAX_DEATHS = 3
+_CHECKPOINT_SECONDS = 5.0
+
+
+@dataclass
+class _Training:
+    """Training as it stands, which outlives the actors; `params` is float32 [P], a reference to it, or None."""
+
+    history: list[EpochMetric]
+    params: Any
+
+
+def evaluate(
+    config: Config,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_download: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run the whole job and write its results.
+
+    Ray is started, or a running cluster joined, and left again; where the caller is connected already, that
+    connection is used and kept.
+
+    Args:
+        config: The options.
+        on_progress: Called often with how far the work is.
+        on_download: Called with the bytes done and in all while a dataset known by name is fetched.
+
+    Returns:
+        What `run.json` holds.
+
+    Raises:
+        EvaluationError: One of the tree in `errors`, for everything that a user can mend.
+    """
+    clock = Clock()
+    location = sources.locate(config.data, on_download)
+    output = Output.at(config.out)
+    if location.kind == "folder" and Path(output.root).is_relative_to(location.root):
+        raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
+    on_progress(Progress("start", 0, 1, 0.0))
+    # The listing is read while Ray starts.
+    with ThreadPoolExecutor(1) as pool:
+        look = pool.submit(_look, location, config)
+        with driver_ray.connected(config.address):
+            listing, target = look.result()
+            plan, shards = make_plan(config, listing, target)
+            resources, num_nodes = driver_ray.cluster_resources()
+            fit = fit_cluster(config, plan, shards, resources, num_nodes)
+            results.prepare(output, overwrite=config.overwrite, resume=config.resume)
+            return _run(Job(config, listing, target, plan, shards, fit, num_nodes, output, clock, on_progress))
+
+
+def _look(location: Location, config: Config) -> tuple[Listing, Target]:
+    """List the dataset and settle the images' size and mode from a sample."""
+    listing = sources.list_dataset(location, config)
+    keys = listing.train["key"].combine_chunks().take(pa.array(decode.sample_rows(len(listing.train))))
+    return listing, decode.choose_target(config, sources.read_images(location, keys))
+
+
+def _run(job: Job) -> dict[str, Any]:
+    """Run with actors started anew, going on from the last finished epoch, as often as they die."""
+    fingerprint = _fingerprint(job)
+    checkpoint = results.read_checkpoint(job.output, fingerprint) if job.config.resume else None
+    training = _Training(checkpoint.history, checkpoint.params_P) if checkpoint else _Training([], None)
+    num_deaths = 0
+    while True:
+        num_epochs = len(training.history)
+        actors, started = driver_ray.start_actors(job.plan, job.fit)
+        try:
+            tally = feed(job, actors, started)
+            if job.plan.has_training:
+                _train(job, actors, training, fingerprint)
+                _score(job, actors, tally)
+            return _write(job, tally, training)
+        except ActorLostError as exc:
+            num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
+            if num_deaths > _MAX_DEATHS:
+                raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
+            logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
+        finally:
+            driver_ray.end_actors(actors)
+
+
+def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict[str, Any]) -> None:
+    """Train epoch by epoch until one of the four rules says stop; `training` is kept up to date."""
+    job.clock.enter("train")
+    last_saved = time.monotonic()
+    begun = [actor.call.remote("begin_training", training.params) for actor in actors]
+    driver_ray.wait_all(begun, "the actors to begin training")
+    while metrics.stop_reason(job.config, training.history) is None:
+        epoch = len(training.history) + 1
+        refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
+        watch = _watch_epoch(job, actors[0], epoch, training.history)
+        records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        row = metrics.epoch_metric(records)
+        if not math.isfinite(row.train_loss) or not math.isfinite(row.valid_loss):
+            raise TrainingError(
+                f"epoch {epoch}: expected a loss, got {row.train_loss}; give a smaller --learning-rate than "
+                f"{job.config.learning_rate:g}"
+            )
+        training.history.append(row)
+        training.params = refs[0][1]
+        job.show("train", row.num_steps, row.num_steps, epoch=epoch, loss=row.train_loss)
+        if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
+            params_P = driver_ray.get(training.params)
+            results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, params_P))
+            last_saved = time.monotonic()
+
+
+def _watch_epoch(job: Job, actor: Actor, epoch: int, history: list[EpochMetric]) -> Callable[[], bool]:
+    """Return a function that shows how far an epoch is and says whether its steps go on."""
+    asked, last_count = driver_ray.count_steps(actor), -1
+    lane_rows = job.plan.batch_size // job.plan.num_lanes
+    num_steps = -(-max(job.plan.lane_sizes) // lane_rows)
+    loss = history[-1].train_loss if history else None
+
+    def look() -> bool:
+        nonlocal asked, last_count
+        if not driver_ray.is_finished(asked):
+            return False
+        count = driver_ray.get(asked)
+        asked = driver_ray.count_steps(actor)
+        job.show("train", count, num_steps, epoch=epoch, loss=loss)
+        has_moved, last_count = bool(count != last_count), count
+        return has_moved
+
+    return look
+
+
+def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
+    """Have every part scored by all classifiers and written."""
+    job.clock.enter("score")
+    waiting = {write_part(job, actors, part): part for part in range(len(job.plan.part_sizes))}
+    while waiting:
+        done = driver_ray.wait_one(list(waiting), f"{len(waiting)} prediction files")
+        tally.parts[waiting.pop(done)] = driver_ray.get(done)
+        job.show("score", len(tally.parts), len(job.plan.part_sizes))
+
+
+def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
+    """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
+    job.clock.enter("write")
+    listing, output = job.listing, job.output
+    num_train, num_valid = tally.num_decoded["train"], tally.num_decoded["valid"]
+    records = [tally.parts[part] for part in sorted(tally.parts)]
+    confusions = {
+        name: np.sum([record.confusions[name] for record in records], axis=0) for name in records[0].confusions
+    }
+    for name, confusion_KK in confusions.items():
+        num_scored = int(confusion_KK.sum())
+        if num_scored != num_valid or num_train + num_valid + tally.num_skipped != listing.num_images:
+            raise AccountError(
+                f"{name}: expected {listing.num_images} listed images, got {num_train} trained on, {num_scored} scored "
+                f"and {tally.num_skipped} skipped; this is a fault of the program, please report it"
+            )
+    rows = [
+        row for name, counts_KK in confusions.items() for row in metrics.accuracies(name, listing.classes, counts_KK)
+    ]
+    digests = {f"part-{part:05d}": record.digest for part, record in tally.parts.items()}
+    tables = {
+        "metrics": results.metrics_table(rows),
+        "confusion": results.confusion_table(listing.classes, confusions),
+        "means": results.means_table(listing.classes, job.target, tally.counts_K, tally.means_KD),
+    }
+    if job.plan.has_training:
+        params_P = driver_ray.get(training.params)
+        tables["weights"] = results.weights_table(listing.classes, job.target, params_P)
+        tables["history"] = results.history_table(training.history)
+    for name, table in tables.items():
+        digests[name] = results.write_table(output, name, table)
+    skipped = (driver_ray.get(tally.skipped[index]) for index in sorted(tally.skipped))
+    digests["skipped"] = results.write_tables(output, "skipped", decode.SKIPPED_SCHEMA, skipped)
+    results.delete_checkpoint(output)
+    seconds = job.clock.read()
+    run = {
+        "version": __version__,
+        "options": asdict(job.config),
+        "versions": report.library_versions(),
+        "dataset": {
+            "root": listing.location.root,
+            "classes": list(listing.classes),
+            "valid_split": listing.valid_split,
+            "num_ignored_files": listing.num_ignored,
+        },
+        "target": asdict(job.target),
+        "num_listed": listing.num_images,
+        "num_train": num_train,
+        "num_valid": num_valid,
+        "num_skipped": tally.num_skipped,
+        "num_resized": tally.num_resized,
+        "num_shards": len(job.shards),
+        "stopped_by": metrics.stop_reason(job.config, training.history),
+        "num_nodes": job.num_nodes,
+        "actors": {"number": job.fit.num_actors, "gpus_each": job.fit.gpus_per_actor, "devices": tally.devices},
+        "began": job.clock.began,
+        "seconds": seconds,
+        "images_per_s": listing.num_images / seconds["decode"],
+        "metrics": [asdict(row) for row in rows],
+        "results_sha256": results.combine_digests(digests),
+        "out": output.root,
+    }
+    results.write_run(output, run)
+    return run
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """Say what training depends on: with these equal, it can go on where it stopped."""
+    config = job.config
+    return {
+        "listing": job.listing.sha256,
+        "target": f"{job.target.height}x{job.target.width} {job.target.mode}",
+        "--learning-rate": config.learning_rate,
+        "--batch-size": config.batch_size,
+        "--seed": config.seed,
+        "--lanes": config.lanes,
+        "--shard-images": config.shard_images,
+    }

@@ -1,0 +1,190 @@
+"""From files to the actors: shards are decoded by tasks and handed to the actor that owns their lane or part.
+
+What enters: a `Job` and its actors. What leaves: a `Tally`; the images are with the actors then. Always: no more than
+`Fit.max_in_flight` shards are between their files and their actor, and whatever finishes first is handled first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import driver_ray
+from pipeline.config import Config
+from pipeline.decode import Target
+from pipeline.driver_ray import Actor, PartRecord, Ref
+from pipeline.errors import DataError
+from pipeline.report import Clock, Progress
+from pipeline.results import Output
+from pipeline.shards import Fit, Plan, Shard
+from pipeline.sources import Listing, Split
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all phases know."""
+
+    config: Config
+    listing: Listing
+    target: Target
+    plan: Plan
+    shards: list[Shard]
+    fit: Fit
+    num_nodes: int
+    output: Output
+    clock: Clock
+    on_progress: Callable[[Progress], None]
+
+    def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> None:
+        """Tell the caller how far the phase under way is."""
+        self.on_progress(Progress(phase, done, total, self.clock.since_entered(), epoch, loss))
+
+
+@dataclass
+class Tally:
+    """What one feeding of the actors came to.
+
+    Attributes:
+        num_decoded: Images, by split.
+        num_skipped: Images that could not be decoded.
+        num_resized: Images that had another size than the target.
+        skipped: References to the tables of skipped images, by shard, where there are any.
+        counts_K: Training images of each class, int64.
+        means_KD: float32, 0 to 1.
+        parts: The written prediction files.
+        devices: What the actors compute on.
+    """
+
+    num_decoded: Counter[Split] = field(default_factory=Counter)
+    num_skipped: int = 0
+    num_resized: int = 0
+    skipped: dict[int, Ref] = field(default_factory=dict)
+    counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    parts: dict[int, PartRecord] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
+
+
+def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
+    """Decode all shards, hand them to the actors, and have the class means computed.
+
+    Without training, parts are scored as well, each as soon as it is complete, so that the validation images are
+    never all held.
+
+    Args:
+        job: The job.
+        actors: As `driver_ray.start_actors` returns them, perhaps still starting.
+        started: Likewise.
+
+    Raises:
+        ActorLostError: If an actor dies.
+        DataError: If a class has no training image left, or there is no validation image left.
+    """
+    job.clock.enter("decode")
+    feeding = _Feeding(job, actors, driver_ray.put(job.listing.classes))
+    tally = feeding.tally
+    for ref in started:
+        feeding.waiting[ref] = _ignore
+    for ref in started[: len(actors)]:
+        feeding.waiting[ref] = tally.devices.append
+    shards = iter(job.shards)
+    while True:
+        while feeding.num_in_flight < job.fit.max_in_flight and (shard := next(shards, None)):
+            feeding.decode(shard)
+        if not feeding.waiting:
+            break
+        done = driver_ray.wait_one(
+            list(feeding.waiting), f"{feeding.num_in_flight} shards on their way from their files to the actors"
+        )
+        feeding.waiting.pop(done)(driver_ray.get(done))
+    tally.devices.sort()
+    _check_tally(job, tally)
+    return tally
+
+
+def write_part(job: Job, actors: list[Actor], part: int) -> Ref:
+    """Have a part scored and written by its actor."""
+    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output)
+
+
+@dataclass
+class _Feeding:
+    """The loop's state: every reference that is waited for, with what to do with its result."""
+
+    job: Job
+    actors: list[Actor]
+    classes: Ref
+    tally: Tally = field(default_factory=Tally)
+    waiting: dict[Ref, Callable[[Any], None]] = field(default_factory=dict)
+    num_in_flight: int = 0
+
+    def __post_init__(self) -> None:
+        self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
+        self._num_part_left = Counter(shard.group for shard in self.job.shards if shard.split == "valid")
+
+    def decode(self, shard: Shard) -> None:
+        """Start decoding a shard."""
+        listing = self.job.listing
+        rows = listing.split(shard.split).take(pa.array(shard.rows, pa.int64())).combine_chunks()
+        keys, labels = rows["key"].chunk(0), rows["label"].chunk(0)
+        table, skipped, counts = driver_ray.decode_shard(
+            listing.location, self.job.target, self.classes, shard.split, keys, labels
+        )
+        self.num_in_flight += 1
+        self.waiting[counts] = partial(self._hand_over, shard, table, skipped)
+
+    def _hand_over(self, shard: Shard, table: Ref, skipped: Ref, counts: tuple[int, int, int]) -> None:
+        num_decoded, num_skipped, num_resized = counts
+        tally = self.tally
+        tally.num_decoded[shard.split] += num_decoded
+        tally.num_skipped += num_skipped
+        tally.num_resized += num_resized
+        if num_skipped:
+            tally.skipped[shard.index] = skipped
+        owner = self.actors[shard.group % len(self.actors)]
+        taken = owner.call.remote(f"add_{shard.split}", shard.group, shard.offset, table)
+        self.waiting[taken] = partial(self._finish, shard)
+        self.job.show("decode", tally.num_decoded.total() + tally.num_skipped, self.job.listing.num_images)
+
+    def _finish(self, shard: Shard, _: None) -> None:
+        self.num_in_flight -= 1
+        if shard.split == "train":
+            self._num_train_left -= 1
+            if self._num_train_left == 0:
+                for actor in self.actors:
+                    self.waiting[actor.call.remote("finish_means")] = self._take_means
+        else:
+            self._num_part_left[shard.group] -= 1
+        # An actor does its calls in order, so the means are there when a part is scored.
+        if self._num_train_left == 0 and not self.job.plan.has_training:
+            for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:
+                del self._num_part_left[part]
+                self.waiting[write_part(self.job, self.actors, part)] = partial(self.tally.parts.__setitem__, part)
+
+    def _take_means(self, answer: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> None:
+        self.tally.counts_K, self.tally.means_KD = answer
+
+
+def _ignore(_: object) -> None:
+    """Do nothing with an answer that only says that a call is done."""
+
+
+def _check_tally(job: Job, tally: Tally) -> None:
+    missing = [
+        f"training images of class {job.listing.classes[label]}" for label in np.flatnonzero(tally.counts_K == 0)
+    ]
+    if tally.num_decoded["valid"] == 0:
+        missing.append("validation images")
+    if missing:
+        fault = driver_ray.get(tally.skipped[min(tally.skipped)]).to_pylist()[0]
+        raise DataError(
+            f"{job.listing.location.root}: expected {missing[0]}, got none that could be decoded; look at the files, "
+            f"{fault['key']} for one: {fault['error']}"
+        )

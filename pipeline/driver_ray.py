@@ -1,0 +1,245 @@
+"""What the driver needs of Ray: a connection, actors, a decoding task, and waiting that cannot hang.
+
+What enters: calls. What leaves: results, or an error of our own tree for every fault of Ray's. Always: with nothing
+finished for `STALL_SECONDS` there is an error that names what was waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.exceptions
+
+from pipeline import decode, results, sources
+from pipeline.decode import Target
+from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
+from pipeline.results import Output
+from pipeline.shards import Fit, Plan
+from pipeline.sources import Location, Split
+
+# A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
+STALL_SECONDS = 600.0
+_TICK_SECONDS = 0.5
+
+Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
+Actor = Any  # a handle of ActorProcess
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A written prediction file: its content's digest and, by classifier, its confusion counts, int64 [K, K]."""
+
+    digest: str
+    confusions: dict[str, npt.NDArray[np.int64]]
+
+
+class ActorProcess:
+    """A `LaneActor` in a process of Ray's.
+
+    It is imported only there, so that the driver and the decoding workers never load torch; and it is joined with
+    the writing of results here, because the modules below do not know of each other.
+    """
+
+    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool) -> None:
+        from pipeline.actors import LaneActor
+
+        self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu)
+
+    def call(self, method: str, *args: object) -> Any:
+        """Call a method of the actor."""
+        return getattr(self._actor, method)(*args)
+
+    def address(self) -> str:
+        """Return the address of this actor's node."""
+        return str(ray.util.get_node_ip_address())
+
+    def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
+        """Score a part and write its prediction file."""
+        scored = self._actor.score_part(part)
+        table = results.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
+        digest = results.write_table(output, f"{results.PREDICTIONS}/part-{part:05d}", table)
+        return PartRecord(digest, scored.confusions)
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to Ray, starting it here if there is none, and leave nothing of it behind.
+
+    Where the caller is connected already, that connection is used and kept.
+
+    Raises:
+        ClusterError: If there is no cluster at `address`, or Ray cannot be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    signals = {signal.SIGINT, signal.SIGTERM}
+    is_main = threading.current_thread() is threading.main_thread()
+    # Ray sets a handler of its own, which would end the job without a word.
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as exc:
+            where = f"--address {address}" if address else "Ray"
+            raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
+        finally:
+            if is_main:
+                signal.signal(signal.SIGTERM, on_terminate)
+        yield
+    finally:
+        # A second Ctrl-C at this point would leave Ray's processes behind.
+        if is_main:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        ray.shutdown()
+        if is_main:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def cluster_resources() -> tuple[dict[str, float], int]:
+    """Return what the whole cluster has, by Ray's names, and its number of living nodes."""
+    return ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+
+
+def start_actors(plan: Plan, fit: Fit) -> tuple[list[Actor], list[Ref]]:
+    """Start the actors and let them meet.
+
+    Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
+
+    Returns:
+        The actors; and references to the names of their devices, followed by those of their meeting.
+    """
+    # The group "watch" answers while an epoch runs.
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": fit.gpus_per_actor, "concurrency_groups": {"watch": 1}}
+    actor_class: Any = ray.remote(**options)(ActorProcess)
+    actors = [
+        actor_class.remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0)
+        for rank in range(fit.num_actors)
+    ]
+    started = [actor.call.remote("describe_device") for actor in actors]
+    if fit.num_actors > 1:
+        host = actors[0].address.remote()
+        port = actors[0].call.remote("open_store", host)
+        started += [actor.call.remote("join_group", host, port) for actor in actors]
+    return actors, started
+
+
+def decode_shard(
+    location: Location, target: Target, classes: Ref, split: Split, keys: pa.Array, labels: pa.Array
+) -> tuple[Ref, Ref, Ref]:
+    """Start decoding a shard.
+
+    Returns:
+        References to the table of images, to the table of skipped ones or None, and to the counts of images
+        decoded, skipped and resized.
+    """
+    refs: Any = _decode_shard.remote(location, target, classes, split, keys, labels)
+    table, skipped, counts = refs
+    return table, skipped, counts
+
+
+@ray.remote(num_returns=3)
+def _decode_shard(
+    location: Location, target: Target, classes: tuple[str, ...], split: Split, keys: pa.Array, labels: pa.Array
+) -> tuple[pa.Table, pa.Table | None, tuple[int, int, int]]:
+    images = sources.read_images(location, keys)
+    table, faults, num_resized = decode.decode_shard(keys, labels, images, target)
+    skipped = decode.skipped_table(keys, labels, faults, split, classes) if faults else None
+    return table, skipped, (len(table), len(faults), num_resized)
+
+
+def put(value: object) -> Ref:
+    """Place a value in the object store once, for many tasks."""
+    return ray.put(value)
+
+
+def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None = None) -> Ref:
+    """Wait until one of `refs` is finished.
+
+    Args:
+        refs: Not empty.
+        what: What is waited for, for the error.
+        on_tick: Called twice a second; returns whether there was a sign of life.
+
+    Raises:
+        StalledError: If there is none, nor a result, for `STALL_SECONDS`.
+    """
+    last_sign = time.monotonic()
+    while True:
+        # Results stay where they are: only those that are asked for come to the driver.
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=_TICK_SECONDS, fetch_local=False)
+        if ready:
+            return ready[0]
+        if on_tick is not None and on_tick():
+            last_sign = time.monotonic()
+        if time.monotonic() - last_sign > STALL_SECONDS:
+            raise StalledError(
+                f"{what}: expected a result, got none for {STALL_SECONDS:.0f} s; look for a node without memory, "
+                "storage that does not answer, or others' work on the cluster's CPUs and GPUs"
+            )
+
+
+def wait_all(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None = None) -> list[Any]:
+    """Wait for all of `refs` and return their results; the first fault, in time, is raised."""
+    pending = list(refs)
+    while pending:
+        done = wait_one(pending, what, on_tick)
+        get(done)
+        pending.remove(done)
+    return [get(ref) for ref in refs]
+
+
+def get(ref: Ref) -> Any:
+    """Return a finished result; a value that is no reference is returned as it is.
+
+    Raises:
+        ActorLostError: If its actor died.
+        ClusterError: If a task was lost more often than it is repeated.
+        EvaluationError: As the task or actor raised it.
+    """
+    if not isinstance(ref, ray.ObjectRef):
+        return ref
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as exc:
+        if isinstance(exc.cause, EvaluationError):
+            raise exc.cause from exc
+        raise
+    except ray.exceptions.RayActorError as exc:
+        raise ActorLostError(f"an actor: expected it to live, got {_first_line(exc)}") from exc
+    except ray.exceptions.RayError as exc:
+        raise ClusterError(
+            f"a task: expected it to finish, got {type(exc).__name__} after all its repetitions ({_first_line(exc)}); "
+            "look for a node without memory"
+        ) from exc
+
+
+def is_finished(ref: Ref) -> bool:
+    """Say whether a result, or a fault, is there."""
+    return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+
+def count_steps(actor: Actor) -> Ref:
+    """Ask an actor, beside what it is doing, for the number of training steps done."""
+    return actor.call.options(concurrency_group="watch").remote("count_steps")
+
+
+def end_actors(actors: Sequence[Actor]) -> None:
+    """End actors at once."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0]

@@ -1,0 +1,59 @@
+"""The exceptions that a user meets, as one tree.
+
+    EvaluationError
+    ├── OptionError        an option's value cannot be used (exit status 2)
+    ├── DataError          the dataset is missing, empty or inconsistent
+    │   └── DownloadError  a dataset known by name could not be fetched
+    ├── TrainingError      the loss is no number any more
+    ├── AccountError       images listed, used and skipped do not add up
+    ├── OutputError        the results' folder cannot be used or written
+    └── ClusterError       Ray cannot give, or no longer gives, what the job needs
+        ├── StalledError   no work was finished for a set time
+        └── ActorLostError an actor or its process group died; the driver starts the actors anew
+
+Every message is one line, `<where>: expected <x>, got <y>; <what to do>`. Every class takes that one
+line alone, so that an error crosses Ray by pickle unchanged.
+"""
+
+
+class EvaluationError(Exception):
+    """Base of all errors that a user meets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class OptionError(EvaluationError):
+    """An option's value cannot be used."""
+
+
+class DataError(EvaluationError):
+    """The dataset is missing, empty or inconsistent."""
+
+
+class DownloadError(DataError):
+    """A dataset known by name could not be fetched, checked or unpacked."""
+
+
+class TrainingError(EvaluationError):
+    """The loss is no number any more."""
+
+
+class AccountError(EvaluationError):
+    """Images listed, used and skipped do not add up, so no figure can be trusted."""
+
+
+class OutputError(EvaluationError):
+    """The results' folder cannot be used or written."""
+
+
+class ClusterError(EvaluationError):
+    """Ray cannot give, or no longer gives, what the job needs."""
+
+
+class StalledError(ClusterError):
+    """No work was finished for a set time."""
+
+
+class ActorLostError(ClusterError):
+    """An actor or its process group died in the middle of its work."""

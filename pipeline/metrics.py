@@ -1,0 +1,178 @@
+"""Counts to accuracies.
+
+What enters: confusion counts and epoch sums, all of them whole numbers or sums by lane and part. What leaves: figures
+with their intervals. Always: the same counts give the same figures, in whatever order they were added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import Config
+
+CLASSIFIERS = ("nearest_mean_l1", "nearest_mean_rms", "sgd_linear")
+# The 0.975 quantile of the standard normal distribution, for an interval of 95 %.
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of `metrics.parquet`.
+
+    Attributes:
+        classifier: One of `CLASSIFIERS`.
+        scope: `class`, `all`, or `mean_of_classes`, the plain mean of the class accuracies.
+        class_name: For scope `class`.
+        num_images: Validation images; None for `mean_of_classes`, as the other counts and the interval.
+        num_correct: Of these, predicted right.
+        accuracy: 0 to 1; None where there is no image.
+        accuracy_low: Lower end of the 95 % interval.
+        accuracy_high: Upper end.
+    """
+
+    classifier: str
+    scope: str
+    class_name: str | None
+    num_images: int | None
+    num_correct: int | None
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of one actor: its own share of the counts, and what all actors hold alike.
+
+    Attributes:
+        epoch: From 1.
+        num_steps: Steps taken.
+        lane_losses: By lane, the sum of its images' losses while training, in nats.
+        num_train_correct: Images predicted right while training.
+        num_train: Images trained on.
+        part_losses: By part, the sum of its validation images' losses after the epoch.
+        valid_confusion: int64 [K, K] of the parts held here, after the epoch.
+        gradient_norm: Mean over the steps of the norm of the mean gradient.
+        seconds: Time taken.
+    """
+
+    epoch: int
+    num_steps: int
+    lane_losses: dict[int, float]
+    num_train_correct: int
+    num_train: int
+    part_losses: dict[int, float]
+    valid_confusion: npt.NDArray[np.int64]
+    gradient_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EpochMetric:
+    """One row of `history.parquet`: training figures as met on the way, validation figures after the epoch.
+
+    Losses are means over images, in nats; accuracies 0 to 1.
+    """
+
+    epoch: int
+    num_steps: int
+    train_loss: float
+    train_accuracy: float
+    valid_loss: float
+    valid_accuracy: float
+    valid_mean_class_accuracy: float
+    gradient_norm: float
+    seconds: float
+
+
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Compute the 95 % score interval of a proportion.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", J. Am. Stat. Assoc. 22
+    (1927), 209-212. Unlike the normal approximation it stays inside 0 to 1 and holds for accuracies near 1.
+    """
+    share = num_correct / num_images
+    widening = _Z**2 / num_images
+    centre = (share + widening / 2) / (1 + widening)
+    half = _Z / (1 + widening) * math.sqrt(share * (1 - share) / num_images + widening / (4 * num_images))
+    # With no image wrong, or none right, the end is exact; rounding must not push it past.
+    low = 0.0 if num_correct == 0 else centre - half
+    high = 1.0 if num_correct == num_images else centre + half
+    return low, high
+
+
+def accuracies(classifier: str, classes: Sequence[str], confusion_KK: npt.NDArray[np.int64]) -> list[Metric]:
+    """Turn one classifier's confusion counts into its rows of figures.
+
+    Args:
+        classifier: Its name.
+        classes: Names of the K classes.
+        confusion_KK: Images by true class (rows) and predicted class (columns).
+    """
+    rows = [
+        _metric(classifier, "class", name, int(confusion_KK[label].sum()), int(confusion_KK[label, label]))
+        for label, name in enumerate(classes)
+    ]
+    total = _metric(classifier, "all", None, int(confusion_KK.sum()), int(np.trace(confusion_KK)))
+    mean = mean_class_accuracy(confusion_KK)
+    return [*rows, total, Metric(classifier, "mean_of_classes", None, None, None, mean, None, None)]
+
+
+def mean_class_accuracy(confusion_KK: npt.NDArray[np.int64]) -> float:
+    """Average the accuracies of the classes that have images."""
+    counts_K = confusion_KK.sum(1)
+    has_images_K = counts_K > 0
+    shares = (np.diag(confusion_KK)[has_images_K] / counts_K[has_images_K]).tolist()
+    return math.fsum(shares) / len(shares)
+
+
+def epoch_metric(records: Sequence[EpochRecord]) -> EpochMetric:
+    """Put the records that all actors made of one epoch together.
+
+    Losses are added exactly, so that it does not matter which actor held which lane or part.
+    """
+    num_train = sum(record.num_train for record in records)
+    valid_confusion_KK = sum((record.valid_confusion for record in records[1:]), records[0].valid_confusion)
+    num_valid = int(valid_confusion_KK.sum())
+    train_losses = [loss for record in records for loss in record.lane_losses.values()]
+    valid_losses = [loss for record in records for loss in record.part_losses.values()]
+    return EpochMetric(
+        epoch=records[0].epoch,
+        num_steps=records[0].num_steps,
+        train_loss=math.fsum(train_losses) / num_train,
+        train_accuracy=sum(record.num_train_correct for record in records) / num_train,
+        valid_loss=math.fsum(valid_losses) / num_valid,
+        valid_accuracy=int(np.trace(valid_confusion_KK)) / num_valid,
+        valid_mean_class_accuracy=mean_class_accuracy(valid_confusion_KK),
+        gradient_norm=records[0].gradient_norm,
+        seconds=max(record.seconds for record in records),
+    )
+
+
+def stop_reason(config: Config, history: Sequence[EpochMetric]) -> str | None:
+    """Say which of the four rules ends the training after the epochs in `history`, if one does."""
+    if not history:
+        return None
+    accuracies = [row.valid_accuracy for row in history]
+    best_epoch = accuracies.index(max(accuracies)) + 1
+    if len(history) >= config.epochs:
+        return "epochs"
+    if config.target_accuracy is not None and accuracies[-1] >= config.target_accuracy:
+        return "target_accuracy"
+    if config.patience is not None and len(history) - best_epoch >= config.patience:
+        return "patience"
+    if config.max_seconds is not None and sum(row.seconds for row in history) >= config.max_seconds:
+        return "max_seconds"
+    return None
+
+
+def _metric(classifier: str, scope: str, class_name: str | None, num_images: int, num_correct: int) -> Metric:
+    if num_images == 0:
+        return Metric(classifier, scope, class_name, 0, 0, None, None, None)
+    low, high = wilson_interval(num_correct, num_images)
+    return Metric(classifier, scope, class_name, num_images, num_correct, num_correct / num_images, low, high)

@@ -1,0 +1,148 @@
+"""What people are shown: progress, and the summary of a finished run.
+
+What enters: `Progress` records and what `run.json` holds. What leaves: lines of text. Always: a figure is shown as it
+was computed, rounded only here.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+_MOST_CLASSES = 10
+_ENDS = 5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a phase is.
+
+    Attributes:
+        phase: `start`, `decode`, `train` or `score`.
+        done: Images decoded or skipped, steps of the epoch, or parts written.
+        total: Of how many.
+        seconds: Since the phase began.
+        epoch: While training, the epoch under way, from 1.
+        loss: While training, the mean training loss of the last finished epoch, in nats.
+    """
+
+    phase: str
+    done: int
+    total: int
+    seconds: float
+    epoch: int | None = None
+    loss: float | None = None
+
+
+class Clock:
+    """Seconds by phase; a phase that is entered again goes on."""
+
+    def __init__(self) -> None:
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+        self._started = time.perf_counter()
+        self._entered = self._started
+        self._phase = "start"
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """End the phase that is under way and begin another."""
+        self._seconds = self.read()
+        del self._seconds["total"]
+        self._phase, self._entered = phase, time.perf_counter()
+
+    def since_entered(self) -> float:
+        """Seconds since the phase under way began."""
+        return time.perf_counter() - self._entered
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every phase so far, and of all in `total`."""
+        now = time.perf_counter()
+        spent = self._seconds.get(self._phase, 0.0) + now - self._entered
+        return {**self._seconds, self._phase: spent, "total": now - self._started}
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "ray", "pillow", "pyarrow")},
+    }
+
+
+def progress_line(progress: Progress) -> str:
+    """Say in one line how far the work is, how fast, and how long it still takes."""
+    match progress.phase:
+        case "start":
+            return "starting Ray and listing the images"
+        case "decode":
+            rate = progress.done / max(progress.seconds, 1e-9)
+            left = f", {_duration((progress.total - progress.done) / rate)} left" if progress.done else ""
+            return f"decoded {progress.done:,} of {progress.total:,} images, {rate:,.0f} a second{left}"
+        case "train":
+            loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
+            return f"epoch {progress.epoch}, step {progress.done:,} of {progress.total:,}{loss}"
+        case _:
+            return f"scored {progress.done:,} of {progress.total:,} prediction files"
+
+
+def summary(run: Mapping[str, Any]) -> str:
+    """Lay a finished run out for a terminal: accuracies by classifier and class, counts, times."""
+    target, seconds = run["target"], run["seconds"]
+    lines = []
+    for classifier in dict.fromkeys(row["classifier"] for row in run["metrics"]):
+        rows = [row for row in run["metrics"] if row["classifier"] == classifier]
+        lines += [*_classifier_lines(classifier, rows), ""]
+    phases = ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if phase != "total")
+    ignored = sum(run["dataset"]["num_ignored_files"].values())
+    lines += [
+        f"images     {run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate "
+        f"on, {run['num_skipped']:,} skipped; {run['num_resized']:,} resized; {ignored:,} other files ignored",
+        f"as         {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} images a second",
+        f"seconds    {seconds['total']:.1f} ({phases})",
+        f"computed   on {_devices(run['actors']['devices'])}",
+        f"results    {run['out']}",
+        f"sha256     {run['results_sha256']}",
+    ]
+    return "\n".join(lines)
+
+
+def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    classes = [row for row in rows if row["scope"] == "class"]
+    shown = classes
+    if len(classes) > _MOST_CLASSES:
+        ranked = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
+        shown = [*ranked[:_ENDS], *ranked[-_ENDS:]]
+    others = [row for row in rows if row["scope"] != "class"]
+    names = [row["class_name"] if row["scope"] == "class" else row["scope"].replace("_", " ") for row in rows]
+    width = max(len(name) for name in names)
+    lines = [f"{classifier}"]
+    for row in (*shown, *others):
+        name = row["class_name"] if row["scope"] == "class" else row["scope"].replace("_", " ")
+        lines.append(f"  {name:<{width}}  {_figures(row)}".rstrip())
+        if len(shown) < len(classes) and row is shown[_ENDS - 1]:
+            lines.append(f"  ... {len(classes) - len(shown)} classes between")
+    return lines
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if row["accuracy"] is None:
+        return "no images"
+    if row["num_images"] is None:
+        return f"{row['accuracy']:.4f}"
+    interval = f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}"
+    return f"{row['accuracy']:.4f}  ({interval})  {row['num_correct']:,} of {row['num_images']:,}"
+
+
+def _devices(devices: Sequence[str]) -> str:
+    return ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,143 @@
+"""A linear model and its stochastic gradient descent, with the gradient cut into lanes.
+
+What enters: uint8 images, one row an image, and labels. What leaves: parameters, losses, probabilities. Always: a
+lane's gradient is computed from its own rows by products of its own, and lanes are added in their order, so that
+the result does not depend on which process holds which lane.
+
+Axes: N images, B rows of a step, K classes, D values of one image, L lanes, Z lanes that one process holds, P
+parameters (K·D weights, class by class, then K biases). Parameters and gradients are float32, labels int64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.functional import log_softmax
+
+# Rows scored at once, a fixed number: products of another shape may differ in the last bit.
+_SCORE_ROWS = 1024
+
+
+def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
+    """Draw small normal weights from the seed, on the CPU so that every device starts alike; biases are 0. [P]."""
+    generator = torch.Generator().manual_seed(_mix(seed, "weights"))
+    params_P = torch.zeros(num_classes * num_values + num_classes)
+    params_P[: num_classes * num_values].normal_(std=0.01, generator=generator)
+    return params_P
+
+
+def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """View parameters, or a gradient, as weights [K, D] and bias [K]."""
+    weights_KD = params_P[:-num_classes].view(num_classes, -1)
+    return weights_KD, params_P[-num_classes:]
+
+
+def lane_order(seed: int, epoch: int, lane: int, num_images: int) -> torch.Tensor:
+    """Shuffle a lane's images for one epoch: a permutation of 0 to `num_images` - 1, int64, on the CPU."""
+    generator = torch.Generator().manual_seed(_mix(seed, "order", epoch, lane))
+    return torch.randperm(num_images, generator=generator)
+
+
+def batches(orders: Sequence[torch.Tensor], lane_rows: int, num_steps: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Cut the lanes' orders into steps of `lane_rows` rows from each lane.
+
+    Args:
+        orders: For each of Z lanes, the rows in the order of this epoch, int64.
+        lane_rows: Rows that a lane gives to a step.
+        num_steps: Steps of the epoch; a lane that has run out gives fewer rows, or none.
+
+    Yields:
+        The rows of a step, lane after lane, and how many of them belong to each lane.
+    """
+    num_full = min(num_steps, *(len(order) // lane_rows for order in orders))
+    cut = num_full * lane_rows
+    # [Z, steps·rows] -> [steps, Z·rows], once an epoch instead of a concatenation every step.
+    full = torch.stack([order[:cut] for order in orders]).view(len(orders), num_full, lane_rows)
+    for rows_B in full.transpose(0, 1).reshape(num_full, len(orders) * lane_rows).unbind():
+        yield rows_B, [lane_rows] * len(orders)
+    for start in range(cut, num_steps * lane_rows, lane_rows):
+        pieces = [order[start : start + lane_rows] for order in orders]
+        yield torch.cat(pieces), [len(piece) for piece in pieces]
+
+
+def lane_gradients(
+    params_P: torch.Tensor,
+    images_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    lane_counts: Sequence[int],
+    gradients_ZP: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict a step's rows and write each lane's gradient of the summed cross-entropy.
+
+    For softmax cross-entropy the gradient by the logits is the probabilities minus the one-hot label (Bishop, "Pattern
+    Recognition and Machine Learning", 2006, eq. 4.109), so no graph is recorded.
+
+    Args:
+        params_P: The model.
+        images_BD: uint8, lane after lane.
+        labels_B: int64.
+        lane_counts: Rows of each lane, adding up to B.
+        gradients_ZP: Overwritten, for each lane, with the sum over its rows.
+
+    Returns:
+        The losses [B], float32 in nats, and whether each row was predicted right [B], bool.
+    """
+    num_classes = params_P.shape[0] // (images_BD.shape[1] + 1)
+    weights_KD, bias_K = split_params(params_P, num_classes)
+    inputs_BD = images_BD.float().div_(255)
+    logits_BK = torch.empty(len(inputs_BD), num_classes, device=inputs_BD.device)
+    weights_DK = weights_KD.T
+    inputs, logits = inputs_BD.split(lane_counts), logits_BK.split(lane_counts)
+    # Products lane by lane: their last bits depend on the number of rows. All else works row by row.
+    for lane_inputs_BD, lane_logits_BK in zip(inputs, logits, strict=True):
+        torch.addmm(bias_K, lane_inputs_BD, weights_DK, out=lane_logits_BK)
+    is_correct_B = logits_BK.argmax(1) == labels_B
+    log_probabilities_BK = log_softmax(logits_BK, 1)
+    losses_B = -log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1)
+    errors_BK = log_probabilities_BK.exp_()
+    errors_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
+    for lane_errors_BK, lane_inputs_BD, gradient_P in zip(
+        errors_BK.split(lane_counts), inputs, gradients_ZP.unbind(), strict=True
+    ):
+        gradient_KD, gradient_K = split_params(gradient_P, num_classes)
+        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=gradient_KD)
+        torch.sum(lane_errors_BK, 0, out=gradient_K)
+    return losses_B, is_correct_B
+
+
+def step(params_P: torch.Tensor, gradients_LP: torch.Tensor, num_images: int, learning_rate: float) -> torch.Tensor:
+    """Add the lanes' gradients in order and move the parameters, in place, against their mean.
+
+    Args:
+        params_P: The model.
+        gradients_LP: Sums over the rows of each lane.
+        num_images: Rows of all lanes in this step.
+        learning_rate: The step's length in units of the mean gradient.
+
+    Returns:
+        The norm of the mean gradient, a scalar.
+    """
+    total_P = gradients_LP[0].clone()
+    for gradient_P in gradients_LP[1:]:
+        total_P += gradient_P
+    total_P /= num_images
+    params_P.sub_(total_P, alpha=learning_rate)
+    norm: torch.Tensor = torch.linalg.vector_norm(total_P)
+    return norm
+
+
+def log_probabilities(params_P: torch.Tensor, images_ND: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Score images: the logarithm of the probability of every class, float32 [N, K]."""
+    weights_KD, bias_K = split_params(params_P, num_classes)
+    blocks = [
+        log_softmax(torch.addmm(bias_K, block_ND.float().div_(255), weights_KD.T), 1)
+        for block_ND in images_ND.split(_SCORE_ROWS)
+    ]
+    return torch.cat(blocks)
+
+
+def _mix(*parts: object) -> int:
+    """Turn what a random stream is for into a seed; streams of neighbouring seeds or lanes have nothing in common."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
