@@ -10,16 +10,16 @@ import logging
 import signal
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from pipeline import driver, report
 from pipeline.config import DEVICES, MODES, Config
 from pipeline.errors import EvaluationError, OptionError
+from pipeline.report import Progress, progress_line, summary
 
 # What a shell says of a command ended by Ctrl-C, and by a request to end.
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _LINE_SECONDS = 10.0
 _DEFAULTS = Config()
 
@@ -27,24 +27,41 @@ _DEFAULTS = Config()
 class _Interrupted(BaseException):
     """The user, or the system, asked the job to end; no `except Exception` may hold it up."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+
+class _Signals:
+    """What was asked by Ctrl-C or SIGTERM, to be answered where it is safe.
+
+    An exception raised in the middle of Ray's compiled code would crash the process instead of ending it.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        for signum in _EXIT_CODES:
+            signal.signal(signum, self._receive)
+
+    def check(self) -> None:
+        """Raise `_Interrupted` if the job was asked to end."""
+        if self.received:
+            raise _Interrupted
+
+    def _receive(self, signum: int, frame: object) -> None:
+        self.received = signum
 
 
 class _Screen:
     """Progress on standard error: one line that changes on a terminal, else a plain line now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: _Signals) -> None:
+        self._signals = signals
         self._is_terminal = sys.stderr.isatty()
         self._next_time = time.monotonic() + (0.0 if self._is_terminal else _LINE_SECONDS)
         self._width = 0
-        self.last: report.Progress | None = None
+        self.last: Progress | None = None
 
-    def show(self, progress: report.Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Show where the work is, if it is time to."""
         self.last = progress
-        self._write(report.progress_line(progress))
+        self._write(progress_line(progress))
 
     def show_download(self, num_bytes: int, total_bytes: int) -> None:
         """Show how far a download is."""
@@ -59,6 +76,7 @@ class _Screen:
             self._width = 0
 
     def _write(self, line: str) -> None:
+        self._signals.check()
         now = time.monotonic()
         if now < self._next_time:
             return
@@ -114,11 +132,13 @@ def main(is_json: bool, **options: Any) -> None:
     Writes accuracies and one row per image as Parquet. Exit status: 0 done, 1 failed, 2 bad usage.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    for signum in _EXIT_CODES:
-        signal.signal(signum, _interrupt)
-    screen = _Screen()
+    signals = _Signals()
+    screen = _Screen(signals)
     try:
         config = Config(**{name: value for name, value in options.items() if (name, value) != ("out", None)})
+        # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
+        from pipeline import driver
+
         run = driver.evaluate(config, screen.show, screen.show_download)
     except OptionError as exc:
         raise click.UsageError(str(exc)) from exc
@@ -126,23 +146,19 @@ def main(is_json: bool, **options: Any) -> None:
         screen.clear()
         click.echo(f"error: {exc}", err=True)
         sys.exit(1)
-    except _Interrupted as exc:
+    except _Interrupted:
         screen.clear()
         click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
-        sys.exit(_EXIT_CODES[signal.Signals(exc.signum)])
+        sys.exit(_EXIT_CODES[signals.received])
     screen.clear()
-    click.echo(json.dumps(run, ensure_ascii=False) if is_json else report.summary(run))
+    click.echo(json.dumps(run, ensure_ascii=False) if is_json else summary(run))
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise _Interrupted(signum)
-
-
-def _left_undone(last: report.Progress | None, config: Config) -> str:
+def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
     again = f"go on with --resume --out {config.out}" if last.phase in ("train", "score") else "run again"
-    return f"{report.progress_line(last)}; {config.out} is unfinished, {again}"
+    return f"{progress_line(last)}; {config.out} is unfinished, {again}"
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class LaneActor:
             ActorLostError: If another actor is gone.
         """
         started = time.perf_counter()
+        self._num_steps_done = 0
         plan = self._plan
         lane_rows = plan.batch_size // plan.num_lanes
         lane_counts = self._lane_counts_L.tolist()
@@ -221,7 +222,7 @@ class LaneActor:
         return record, self._params_P.cpu().numpy().copy() if self._rank == 0 else None
 
     def count_steps(self) -> int:
-        """Say how many training steps were done so far; called while an epoch runs."""
+        """Say how many steps of the epoch under way, or of the last one, are done."""
         return self._num_steps_done
 
     def score_part(self, part: int) -> ScoredPart:

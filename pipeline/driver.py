@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         config: The options.
-        on_progress: Called often with how far the work is.
+        on_progress: Called several times a second with how far the work is; what it raises ends the job.
         on_download: Called with the bytes done and in all while a dataset known by name is fetched.
 
     Returns:
@@ -75,6 +75,9 @@ def evaluate(
     with ThreadPoolExecutor(1) as pool:
         look = pool.submit(_look, location, config)
         with driver_ray.connected(config.address):
+            while not look.done():
+                on_progress(Progress("start", 0, 1, 0.0))
+                wait([look], timeout=0.2)
             listing, target = look.result()
             plan, shards = make_plan(config, listing, target)
             resources, num_nodes = driver_ray.cluster_resources()
@@ -119,11 +122,12 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
     job.clock.enter("train")
     last_saved = time.monotonic()
     begun = [actor.call.remote("begin_training", training.params) for actor in actors]
-    driver_ray.wait_all(begun, "the actors to begin training")
+    num_steps = -(-max(job.plan.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
+    driver_ray.wait_all(begun, "the actors to begin training", lambda: job.show("train", 0, num_steps, epoch=1))
     while metrics.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
-        watch = _watch_epoch(job, actors[0], epoch, training.history)
+        watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
         records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
         row = metrics.epoch_metric(records)
         if not math.isfinite(row.train_loss) or not math.isfinite(row.valid_loss):
@@ -133,28 +137,25 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
             )
         training.history.append(row)
         training.params = refs[0][1]
-        job.show("train", row.num_steps, row.num_steps, epoch=epoch, loss=row.train_loss)
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
             params_P = driver_ray.get(training.params)
             results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, params_P))
             last_saved = time.monotonic()
 
 
-def _watch_epoch(job: Job, actor: Actor, epoch: int, history: list[EpochMetric]) -> Callable[[], bool]:
+def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
     """Return a function that shows how far an epoch is and says whether its steps go on."""
-    asked, last_count = driver_ray.count_steps(actor), -1
-    lane_rows = job.plan.batch_size // job.plan.num_lanes
-    num_steps = -(-max(job.plan.lane_sizes) // lane_rows)
+    asked, last_count = driver_ray.count_steps(actor), 0
     loss = history[-1].train_loss if history else None
 
     def look() -> bool:
         nonlocal asked, last_count
-        if not driver_ray.is_finished(asked):
-            return False
-        count = driver_ray.get(asked)
-        asked = driver_ray.count_steps(actor)
+        count = last_count
+        if driver_ray.is_finished(asked):
+            count = driver_ray.get(asked)
+            asked = driver_ray.count_steps(actor)
         job.show("train", count, num_steps, epoch=epoch, loss=loss)
-        has_moved, last_count = bool(count != last_count), count
+        has_moved, last_count = count != last_count, count
         return has_moved
 
     return look
@@ -165,9 +166,12 @@ def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
     job.clock.enter("score")
     waiting = {write_part(job, actors, part): part for part in range(len(job.plan.part_sizes))}
     while waiting:
-        done = driver_ray.wait_one(list(waiting), f"{len(waiting)} prediction files")
+        done = driver_ray.wait_one(
+            list(waiting),
+            f"{len(waiting)} prediction files",
+            lambda: job.show("score", len(tally.parts), len(job.plan.part_sizes)),
+        )
         tally.parts[waiting.pop(done)] = driver_ray.get(done)
-        job.show("score", len(tally.parts), len(job.plan.part_sizes))
 
 
 def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:

@@ -42,9 +42,10 @@ class Job:
     clock: Clock
     on_progress: Callable[[Progress], None]
 
-    def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> None:
-        """Tell the caller how far the phase under way is."""
+    def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> bool:
+        """Tell the caller how far the phase under way is; returns False, as this is no sign of life."""
         self.on_progress(Progress(phase, done, total, self.clock.since_entered(), epoch, loss))
+        return False
 
 
 @dataclass
@@ -100,9 +101,8 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
             feeding.decode(shard)
         if not feeding.waiting:
             break
-        done = driver_ray.wait_one(
-            list(feeding.waiting), f"{feeding.num_in_flight} shards on their way from their files to the actors"
-        )
+        what = f"{feeding.num_in_flight} shards on their way from their files to the actors"
+        done = driver_ray.wait_one(list(feeding.waiting), what, feeding.show)
         feeding.waiting.pop(done)(driver_ray.get(done))
     tally.devices.sort()
     _check_tally(job, tally)
@@ -140,6 +140,11 @@ class _Feeding:
         self.num_in_flight += 1
         self.waiting[counts] = partial(self._hand_over, shard, table, skipped)
 
+    def show(self) -> bool:
+        """Show how far decoding is; only a finished shard is a sign of life."""
+        num_done = self.tally.num_decoded.total() + self.tally.num_skipped
+        return self.job.show("decode", num_done, self.job.listing.num_images)
+
     def _hand_over(self, shard: Shard, table: Ref, skipped: Ref, counts: tuple[int, int, int]) -> None:
         num_decoded, num_skipped, num_resized = counts
         tally = self.tally
@@ -151,7 +156,6 @@ class _Feeding:
         owner = self.actors[shard.group % len(self.actors)]
         taken = owner.call.remote(f"add_{shard.split}", shard.group, shard.offset, table)
         self.waiting[taken] = partial(self._finish, shard)
-        self.job.show("decode", tally.num_decoded.total() + tally.num_skipped, self.job.listing.num_images)
 
     def _finish(self, shard: Shard, _: None) -> None:
         self.num_in_flight -= 1

@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pyarrow as pa
 import ray
 import ray.exceptions
@@ -30,7 +31,7 @@ from pipeline.sources import Location, Split
 
 # A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
 STALL_SECONDS = 600.0
-_TICK_SECONDS = 0.5
+_TICK_SECONDS = 0.2
 
 Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
 Actor = Any  # a handle of ActorProcess
@@ -88,6 +89,7 @@ def connected(address: str | None) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     # Ray sets a handler of its own, which would end the job without a word.
     on_terminate = signal.getsignal(signal.SIGTERM)
+    others = set(psutil.Process().children())
     try:
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -102,9 +104,37 @@ def connected(address: str | None) -> Iterator[None]:
         # A second Ctrl-C at this point would leave Ray's processes behind.
         if is_main:
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        ray.shutdown()
+        _leave_ray(others)
         if is_main:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _leave_ray(others: set[psutil.Process]) -> None:
+    """Disconnect, and end whatever this process started except `others`."""
+    started = [child for child in psutil.Process().children() if child not in others]
+    started += [grandchild for child in started for grandchild in _descendants(child)]
+    for process in started:
+        # It ignores the request to end, and Ray would wait a second before it killed it.
+        if "autoscaler/_private/monitor.py" in " ".join(_command(process)):
+            process.kill()
+    ray.shutdown()
+    # The agents of Ray's node manager outlive it by a moment, or for good if Ray's start was interrupted.
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=10)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return list(process.cmdline())
+    return []
 
 
 def cluster_resources() -> tuple[dict[str, float], int]:
@@ -164,13 +194,13 @@ def put(value: object) -> Ref:
     return ray.put(value)
 
 
-def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None = None) -> Ref:
+def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> Ref:
     """Wait until one of `refs` is finished.
 
     Args:
         refs: Not empty.
         what: What is waited for, for the error.
-        on_tick: Called twice a second; returns whether there was a sign of life.
+        on_tick: Called several times a second; returns whether there was a sign of life, and may raise.
 
     Raises:
         StalledError: If there is none, nor a result, for `STALL_SECONDS`.
@@ -179,9 +209,10 @@ def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None 
     while True:
         # Results stay where they are: only those that are asked for come to the driver.
         ready, _ = ray.wait(list(refs), num_returns=1, timeout=_TICK_SECONDS, fetch_local=False)
+        is_alive = on_tick()
         if ready:
             return ready[0]
-        if on_tick is not None and on_tick():
+        if is_alive:
             last_sign = time.monotonic()
         if time.monotonic() - last_sign > STALL_SECONDS:
             raise StalledError(
@@ -190,7 +221,7 @@ def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None 
             )
 
 
-def wait_all(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool] | None = None) -> list[Any]:
+def wait_all(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> list[Any]:
     """Wait for all of `refs` and return their results; the first fault, in time, is raised."""
     pending = list(refs)
     while pending:
