@@ -40,7 +40,7 @@ _LAST_LINES = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: images of `valid` whose nearest class mean by L1 is that of their own class, of how many."""
+    """How many images of `valid` lie nearest, by L1, to the mean of their own class, and of how many."""
 
     num_correct: int
     num_valid: int
@@ -134,14 +134,14 @@ def ray_data_read_images(data: Path) -> Answer:
 
     def score(batch: dict[str, Any]) -> dict[str, Any]:
         images_ND = batch["image"].reshape(len(batch["image"]), -1)
-        is_correct = []
+        num_correct = 0
         for start in range(0, len(images_ND), _BLOCK_IMAGES):
-            rows = slice(start, start + _BLOCK_IMAGES)
-            block_ND = images_ND[rows].astype(np.float32) / 255
-            # One class at a time, [N, D] - [D] -> [N, D]: NumPy has no use for a larger array.
-            distances_NK = np.stack([np.abs(block_ND - mean_D).mean(1) for mean_D in means_KD], axis=1)
-            is_correct.append(distances_NK.argmin(1) == labels_of(batch["path"][rows]))
-        return {"num_correct": [int(np.concatenate(is_correct).sum())], "num_valid": [len(images_ND)]}
+            part = slice(start, start + _BLOCK_IMAGES)
+            block_ND = images_ND[part].astype(np.float32) / 255
+            # [N, 1, D] - [K, D] -> [N, K, D]
+            distances_NK = np.abs(block_ND[:, None] - means_KD).mean(2)
+            num_correct += int((distances_NK.argmin(1) == labels_of(batch["path"][part])).sum())
+        return {"num_correct": [num_correct], "num_valid": [len(images_ND)]}
 
     rows = read("valid").map_batches(score).take_all()
     return Answer(sum(row["num_correct"] for row in rows), sum(row["num_valid"] for row in rows))
@@ -176,11 +176,12 @@ def measure(name: str, index: int, data: Path, num_images: int) -> tuple[Run, An
         click.ClickException: If it fails; the message ends with the last lines of its standard error.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--data", str(data), "--peer", name]
+        out, err = Path(folder, "out"), Path(folder, "err")
+        job, options = __file__, ["--peer", name]
         if name == EVALUATE:
             job = str(Path(__file__).with_name("evaluate.py"))
-            command = [sys.executable, job, "--data", str(data), "--epochs", "0", "--json", "--out", f"{folder}/results"]
-        out, err = Path(folder, "out"), Path(folder, "err")
+            options = ["--epochs", "0", "--json", "--out", f"{folder}/results"]
+        command = [sys.executable, job, "--data", str(data), *options]
         exit_code, wall_s, cpu_s, peak_bytes = _watch(command, out, err)
         if exit_code:
             last = "\n".join(err.read_text(errors="replace").splitlines()[-_LAST_LINES:])
@@ -188,7 +189,7 @@ def measure(name: str, index: int, data: Path, num_images: int) -> tuple[Run, An
                 f"{name}: expected exit status 0, got {exit_code}; peers need the extra bench, else see the last "
                 f"lines of its standard error:\n{last}"
             )
-        found = json.loads(out.read_text())
+        found = json.loads(out.read_text().splitlines()[-1])
     if name == EVALUATE:
         row = next(r for r in found["metrics"] if (r["classifier"], r["scope"]) == ("nearest_mean_l1", "all"))
         found = {"num_correct": row["num_correct"], "num_valid": row["num_images"]}
@@ -210,21 +211,21 @@ def _watch(command: Sequence[str], out: Path, err: Path) -> tuple[int, float, fl
     with out.open("wb") as stdout, err.open("wb") as stderr:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, start_new_session=True)
-    looker = threading.Thread(target=look, daemon=True)
     try:
+        looker = threading.Thread(target=look, daemon=True)
         looker.start()
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGINT)
+        process.terminate()  # lets it end its Ray; what is slower than that is killed
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
         raise
     finally:
         has_ended.set()
-        looker.join()
         _end_session(process.pid)
+    looker.join()
     unit = 1 if sys.platform == "darwin" else 1024
     cpu_s = max(usage.ru_utime + usage.ru_stime, sum(seconds for seconds, _ in seen.values()))
     peak_bytes = max([usage.ru_maxrss * unit, *(size for _, size in seen.values())])
@@ -323,7 +324,7 @@ def _data(context: click.Context, parameter: click.Parameter, value: Path) -> Pa
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--data", required=True, callback=_data, type=click.Path(path_type=Path), help="Folder of train, valid.")
 @click.option("--runs", "num_runs", type=click.IntRange(min=1), default=5, help="Rounds after one that warms up.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark.parquet", help="For all runs.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark.parquet", help="All runs.")
 @click.option("--only", "names", callback=_names, help=f"Some of {','.join((EVALUATE, *PEERS))}.  [default: all]")
 @click.option("--peer", type=click.Choice(tuple(PEERS)), hidden=True)
 def main(data: Path, num_runs: int, out: Path, names: tuple[str, ...], peer: str | None) -> None:

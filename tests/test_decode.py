@@ -351,6 +351,12 @@ def test_an_orientation_that_means_nothing_turns_nothing(orientation):
     np.testing.assert_array_equal(decode(data, Target(2, 3, "L")), STORED)
 
 
+def test_a_png_is_turned_by_a_tag_behind_its_pixels_too():
+    turned = chunk(b"eXIf", orientation_tag(6))
+    data = save_rows(STORED, "PNG").replace(chunk(b"IEND", b""), turned + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(decode(data, Target(3, 2, "L")), show(STORED, 6))
+
+
 def test_a_jpeg_that_cameras_write_is_turned_beside_a_colour_profile():
     data = save_turned("JPEG", 8, icc_profile=b"any", dpi=(72, 72), comment=b"words")
     assert np.abs(decode(data, Target(3, 2, "L")) - show(STORED, 8)).max() <= 3

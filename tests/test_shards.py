@@ -28,6 +28,7 @@ CUTS = [
     (12_396, 784, 2048, 8),
     (60_000, 784, 2048, 8),
     (60_000, 12_288, 2048, 7),
+    (20_000, 784, 2048, 64),
 ]
 
 
@@ -95,6 +96,12 @@ def test_lanes_hold_the_same_number_of_images_to_within_one_a_shard(cut):
 @pytest.mark.parametrize("cut", [cut for cut in CUTS if cut[0] >= cut[3]])
 def test_no_lane_is_left_empty_when_there_are_images_for_all(cut):
     assert min(group_sizes(cut_train(*cut), cut[3])) > 0
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_training_shards_are_dealt_to_the_lanes_in_turn(lanes):
+    shards = cut_train(9_999, 784, 512, lanes)
+    assert [shard.group for shard in shards] == list(range(lanes)) * (len(shards) // lanes)
 
 
 def test_fewer_images_than_lanes_fill_the_first_lanes_with_one_each():
