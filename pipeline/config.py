@@ -152,7 +152,7 @@ class Config:
 
 def _is_size(text: str) -> bool:
     sides = text.split("x")
-    is_pair = len(sides) == 2 and all(side.isascii() and side.isdigit() for side in sides)
+    is_pair = len(sides) == 2 and all(side.isascii() and side.isdigit() and len(side) <= 4 for side in sides)
     return text == "auto" or (is_pair and all(1 <= int(side) <= MAX_SIDE for side in sides))
 
 

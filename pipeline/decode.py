@@ -13,18 +13,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import Config
 from pipeline.errors import DataError
-from pipeline.sources import ReadFault, display
+from pipeline.files import ReadFault, display
 
-# What `sources.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
+# What `files.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 REASONS = ("unreadable", "not_a_file", "empty", "unidentified", "damaged", "too_large", "unsupported")
 SKIPPED_SCHEMA = pa.schema(
@@ -35,7 +35,19 @@ SKIPPED_SCHEMA = pa.schema(
 _EXTRAS = frozenset(("transparency", "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
 _ALPHA_MODES = frozenset(("RGBA", "LA", "PA", "La", "RGBa"))
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _NUM_SAMPLED = 64
+# `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
+_MOST_AUTO_SIDE = 512
 _FALLBACK_SIDE = 64
 
 
@@ -80,7 +92,8 @@ def sample_rows(num_images: int) -> list[int]:
 def choose_target(config: Config, images: Iterable[bytes | ReadFault]) -> Target:
     """Settle what `auto` leaves open from the headers of some images.
 
-    The size is that of at least half of them, else 64x64; the mode is L if all are grey, else RGB.
+    The size is that of at least half of them, if no side is longer than 512, else 64x64; the mode is L if all are
+    grey, else RGB.
 
     Raises:
         DataError: If something is `auto` and no header could be read.
@@ -99,7 +112,8 @@ def choose_target(config: Config, images: Iterable[bytes | ReadFault]) -> Target
         )
     sizes = Counter((height, width) for height, width, _ in headers)
     common_size, num_common = sizes.most_common(1)[0]
-    agreed_size = common_size if 2 * num_common >= len(headers) else (_FALLBACK_SIDE, _FALLBACK_SIDE)
+    is_agreed = 2 * num_common >= len(headers) and max(common_size) <= _MOST_AUTO_SIDE
+    agreed_size = common_size if is_agreed else (_FALLBACK_SIDE, _FALLBACK_SIDE)
     mode = "L" if all(is_grey for _, _, is_grey in headers) else "RGB"
     return Target(*(config.height_width or agreed_size), _as_mode(mode if config.mode == "auto" else config.mode))
 
@@ -160,8 +174,8 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         image = Image.open(stream, formats=FORMATS)
         image.load()
         is_resized = image.size != (target.width, target.height)
-        if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info) or hasattr(image, "tag_v2"):
-            plain = _to_mode(ImageOps.exif_transpose(image), target.mode)
+        if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
+            plain = _to_mode(_upright(image), target.mode)
             is_resized = plain.size != (target.width, target.height)
             if is_resized:
                 plain = plain.resize((target.width, target.height), Image.Resampling.BILINEAR)
@@ -220,17 +234,43 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     Raises:
         _UnsupportedPixelsError: If values lie outside these ranges, since no rule says what white is then.
     """
-    values: npt.NDArray[np.generic] = np.asarray(image)
-    white, range_text = (1.0, "0 to 1") if image.mode == "F" else (65535.0, "0 to 65535")
-    scaled = values.astype(np.float64) / white
-    if not (np.all(scaled >= 0) and np.all(scaled <= 1)):  # so that NaN fails too
+    values: npt.NDArray[Any] = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    white = 1 if image.mode == "F" else 4095 if tags.get(_TIFF_BITS) == (12,) else 65535
+    if not (values.min() >= 0 and values.max() <= white):  # so that NaN fails too
         raise _UnsupportedPixelsError(
-            f"pixels of mode {image.mode} from {values.min()} to {values.max()}, outside {range_text}"
+            f"pixels of mode {image.mode} from {values.min()} to {values.max()}, outside 0 to {white}"
         )
-    grey = np.floor(scaled * 255 + 0.5).astype(np.uint8)
-    if image.mode != "F" and isinstance(transparent := image.info.get("transparency"), int):
+    if image.mode == "F":
+        return Image.fromarray(np.floor(values * np.float32(255) + np.float32(0.5)).astype(np.uint8))
+    # In place and in whole numbers: a scan of many megapixels should cost a few times its size, no more.
+    scaled = values.astype(np.uint32)
+    scaled *= 255
+    scaled += white // 2
+    scaled //= white
+    grey = scaled.astype(np.uint8)
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if isinstance(transparent := image.info.get("transparency"), int):
         grey[values == transparent] = 255
     return Image.fromarray(grey)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; broken metadata leaves good pixels as they are."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    if hasattr(image, "tag_v2"):
+        return 1  # Pillow turns TIFF files itself
+    try:
+        # Not the method of PNG files, which decodes the whole image first.
+        orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - metadata that cannot be read says nothing about the pixels
+        return 1
+    return orientation
 
 
 def _read_header(data: bytes | ReadFault) -> tuple[int, int, bool] | None:
@@ -241,8 +281,7 @@ def _read_header(data: bytes | ReadFault) -> tuple[int, int, bool] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            # A TIFF's size is that of the turned image already.
-            orientation = 1 if hasattr(image, "tag_v2") else image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _orientation(image)
     except Exception:  # noqa: BLE001 - a header that cannot be read is met again, and recorded, when it is decoded
         return None
     width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size

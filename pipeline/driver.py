@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import __version__, decode, driver_ray, metrics, report, results, sources
+from pipeline import __version__, decode, driver_ray, files, metrics, report, results, sources
 from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.driver_feed import Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
 from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
+from pipeline.files import Location
 from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
 from pipeline.results import Checkpoint, Output
 from pipeline.shards import fit_cluster, make_plan
-from pipeline.sources import Listing, Location
+from pipeline.sources import Listing
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def evaluate(
         EvaluationError: One of the tree in `errors`, for everything that a user can mend.
     """
     clock = Clock()
-    location = sources.locate(config.data, on_download)
+    location = files.locate(config.data, on_download)
     output = Output.at(config.out)
     if location.kind == "folder" and Path(output.root).is_relative_to(location.root):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
@@ -90,7 +91,7 @@ def _look(location: Location, config: Config) -> tuple[Listing, Target]:
     """List the dataset and settle the images' size and mode from a sample."""
     listing = sources.list_dataset(location, config)
     keys = listing.train["key"].combine_chunks().take(pa.array(decode.sample_rows(len(listing.train))))
-    return listing, decode.choose_target(config, sources.read_images(location, keys))
+    return listing, decode.choose_target(config, files.read_images(location, keys))
 
 
 def _run(job: Job) -> dict[str, Any]:

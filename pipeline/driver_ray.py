@@ -7,7 +7,9 @@ finished for `STALL_SECONDS` there is an error that names what was waited for.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +24,18 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipeline import decode, results, sources
+from pipeline import decode, files, results
 from pipeline.decode import Target
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
+from pipeline.files import Location
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan
-from pipeline.sources import Location, Split
+from pipeline.sources import Split
 
 # A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
 STALL_SECONDS = 600.0
 _TICK_SECONDS = 0.2
+_CONNECT_SECONDS = 5.0
 
 Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
 Actor = Any  # a handle of ActorProcess
@@ -90,6 +94,7 @@ def connected(address: str | None) -> Iterator[None]:
     # Ray sets a handler of its own, which would end the job without a word.
     on_terminate = signal.getsignal(signal.SIGTERM)
     others = set(psutil.Process().children())
+    _check_address(address)
     try:
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -107,6 +112,20 @@ def connected(address: str | None) -> Iterator[None]:
         _leave_ray(others)
         if is_main:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _check_address(address: str | None) -> None:
+    """Knock at a cluster's door: Ray itself would try for minutes, and could not be interrupted."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as exc:
+        raise ClusterError(
+            f"--address {address}: expected a cluster that answers, got {exc}; check that it runs"
+        ) from exc
 
 
 def _leave_ray(others: set[psutil.Process]) -> None:
@@ -183,7 +202,7 @@ def decode_shard(
 def _decode_shard(
     location: Location, target: Target, classes: tuple[str, ...], split: Split, keys: pa.Array, labels: pa.Array
 ) -> tuple[pa.Table, pa.Table | None, tuple[int, int, int]]:
-    images = sources.read_images(location, keys)
+    images = files.read_images(location, keys)
     table, faults, num_resized = decode.decode_shard(keys, labels, images, target)
     skipped = decode.skipped_table(keys, labels, faults, split, classes) if faults else None
     return table, skipped, (len(table), len(faults), num_resized)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline import sources
+from pipeline import files, sources
 from pipeline.config import Config
 
 ORIGIN = (
@@ -37,22 +37,22 @@ def decode_all(table):
 
 
 def test_the_bundled_file_is_what_its_origin_gives():
-    bundled, made = pq.read_table(sources.DIGITS), make_digits()
+    bundled, made = pq.read_table(files.DIGITS), make_digits()
     assert bundled["key"].equals(made["key"])
     # Pixels, since the bytes of a PNG file depend on the compressor's version.
     np.testing.assert_array_equal(decode_all(bundled), decode_all(made))
 
 
 def test_the_bundled_file_says_where_it_is_from():
-    metadata = pq.read_schema(sources.DIGITS).metadata
+    metadata = pq.read_schema(files.DIGITS).metadata
     assert metadata[b"origin"].decode() == ORIGIN
 
 
 def test_digits_lists_ten_classes_in_two_halves():
-    listing = sources.list_dataset(sources.locate("digits"), Config())
+    listing = sources.list_dataset(files.locate("digits"), Config())
     assert listing.classes == tuple("0123456789")
     assert (len(listing.train), len(listing.valid)) == (898, 899)
 
 
 if __name__ == "__main__":
-    pq.write_table(make_digits(), sources.DIGITS, compression="zstd", compression_level=19)
+    pq.write_table(make_digits(), files.DIGITS, compression="zstd", compression_level=19)

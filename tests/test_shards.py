@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.decode import Target
+from pipeline.files import Location
 from pipeline.shards import MAX_PART_IMAGES, MAX_SHARD_BYTES, Shard, cut_train, cut_valid, make_plan
-from pipeline.sources import Listing, Location
+from pipeline.sources import Listing
 
 HUGE = 100 * MAX_SHARD_BYTES
 # images, bytes of one, images of a shard at most, lanes
