@@ -5,6 +5,7 @@ Runs on this machine as `python jobs/evaluate.py`, and on a cluster as `ray subm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -139,17 +140,19 @@ def main(is_json: bool, **options: Any) -> None:
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
         from pipeline import driver
 
-        run = driver.evaluate(config, screen.show, screen.show_download)
+        # Ray prints what its node manager has to say where only the summary belongs.
+        with contextlib.redirect_stdout(sys.stderr):
+            run = driver.evaluate(config, screen.show, screen.show_download)
     except OptionError as exc:
         raise click.UsageError(str(exc)) from exc
     except EvaluationError as exc:
         screen.clear()
         click.echo(f"error: {exc}", err=True)
         sys.exit(1)
-    except _Interrupted:
+    except (_Interrupted, SystemExit):  # the latter is how Ray, while it starts, answers SIGTERM
         screen.clear()
         click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
-        sys.exit(_EXIT_CODES[signals.received])
+        sys.exit(_EXIT_CODES[signals.received or signal.SIGTERM])
     screen.clear()
     click.echo(json.dumps(run, ensure_ascii=False) if is_json else summary(run))
 

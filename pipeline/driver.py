@@ -105,6 +105,8 @@ def _run(job: Job) -> dict[str, Any]:
         actors, started = driver_ray.start_actors(job.plan, job.fit)
         try:
             tally = feed(job, actors, started)
+            if num_deaths == 0:
+                _say_where_gpus_are_missing(job, tally)
             if job.plan.has_training:
                 _train(job, actors, training, fingerprint)
                 _score(job, actors, tally)
@@ -116,6 +118,14 @@ def _run(job: Job) -> dict[str, Any]:
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
         finally:
             driver_ray.end_actors(actors)
+
+
+def _say_where_gpus_are_missing(job: Job, tally: Tally) -> None:
+    num_on_cpu = tally.devices.count("cpu")
+    if job.fit.gpus_per_actor > 0 and num_on_cpu:
+        logger.warning(
+            "%d actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU", num_on_cpu
+        )
 
 
 def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict[str, Any]) -> None:
@@ -131,9 +141,9 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
         watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
         records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
         row = metrics.epoch_metric(records)
-        if not math.isfinite(row.train_loss) or not math.isfinite(row.valid_loss):
+        if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
-                f"epoch {epoch}: expected a loss, got {row.train_loss}; give a smaller --learning-rate than "
+                f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
                 f"{job.config.learning_rate:g}"
             )
         training.history.append(row)

@@ -36,6 +36,7 @@ from pipeline.sources import Split
 STALL_SECONDS = 600.0
 _TICK_SECONDS = 0.2
 _CONNECT_SECONDS = 5.0
+_GRACE_SECONDS = 3.0
 
 Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
 Actor = Any  # a handle of ActorProcess
@@ -136,12 +137,20 @@ def _leave_ray(others: set[psutil.Process]) -> None:
         # It ignores the request to end, and Ray would wait a second before it killed it.
         if "autoscaler/_private/monitor.py" in " ".join(_command(process)):
             process.kill()
+    # What was itself asked to end, by a signal to the whole process group, can keep Ray waiting for a minute.
+    impatience = threading.Timer(_GRACE_SECONDS, _kill, [started])
+    impatience.start()
     ray.shutdown()
+    impatience.cancel()
     # The agents of Ray's node manager outlive it by a moment, or for good if Ray's start was interrupted.
-    for process in started:
+    _kill(started)
+    psutil.wait_procs(started, timeout=10)
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(started, timeout=10)
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -1,0 +1,101 @@
+"""What several test files need: one local Ray a session, small datasets, the command, and MNIST where it is."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One Ray for all tests that share it, with two pretended GPUs; this machine needs none."""
+    import ray
+
+    others = set(psutil.Process().children())
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    started = [child for child in psutil.Process().children() if child not in others]
+    started += [grandchild for child in started for grandchild in child.children(recursive=True)]
+    ray.shutdown()
+    end_processes(started)
+
+
+@pytest.fixture(scope="session")
+def mnist_sample(tmp_path_factory):
+    """MNIST's threes and sevens, unpacked."""
+    return unpack("mnist_sample", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def mnist_png(tmp_path_factory):
+    """All of MNIST, unpacked."""
+    return unpack("mnist_png", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory):
+    """Three classes of 8x8 grey images, 40 to train on and 12 to validate on each, with one file that is no image."""
+    root = tmp_path_factory.mktemp("small")
+    random = np.random.default_rng(7)
+    for split, num_images in (("train", 40), ("valid", 12)):
+        for label, name in enumerate(("2", "10", "ä")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(num_images):
+                pixels = random.integers(0, 120, (8, 8)) + 60 * (np.arange(8) % 3 == label)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    (root / "labels.csv").write_text("name,label\n")
+    return root
+
+
+def unpack(name, tmp_path_factory):
+    archive = DATA / f"{name}.tgz"
+    if not archive.exists():
+        pytest.skip(f"needs {archive.name} in ../shared/data")
+    folder = tmp_path_factory.mktemp(name)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / name
+
+
+def command(*args, stderr=subprocess.PIPE, **environment):
+    """Start the command as a user does, in a process group of its own, marked so that its processes can be found."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def processes_with(name, value):
+    """Find the living processes in whose environment a variable has a value."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+def end_processes(processes):
+    """End processes by their ids."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)

@@ -1,0 +1,372 @@
+"""The whole job inside one Ray: figures that others published, and the promises that hold whatever the cluster."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import driver, driver_ray
+from pipeline.config import Config
+from pipeline.errors import ActorLostError, ClusterError, DataError, OutputError, StalledError, TrainingError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+def evaluate(data, out, on_progress=lambda progress: None, **options):
+    return driver.evaluate(Config(data=str(data), out=str(out), **options), on_progress)
+
+
+def accuracy(run, classifier, scope="all", class_name=None):
+    [row] = [
+        row
+        for row in run["metrics"]
+        if (row["classifier"], row["scope"], row["class_name"]) == (classifier, scope, class_name)
+    ]
+    return row
+
+
+def read(out, table):
+    return pq.read_table(out / f"{table}.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def sample_run(local_ray, mnist_sample, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sample") / "out"
+    return evaluate(mnist_sample, out), out
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("classifier", "threes", "sevens", "mean"),
+    [("nearest_mean_l1", 0.9168, 0.9854, 0.9511), ("nearest_mean_rms", 0.9584, 0.9737, 0.9661)],
+)
+def test_mnist_sample_gives_the_published_accuracies(sample_run, classifier, threes, sevens, mean):
+    run, _ = sample_run
+    assert round(accuracy(run, classifier, "class", "3")["accuracy"], 4) == threes
+    assert round(accuracy(run, classifier, "class", "7")["accuracy"], 4) == sevens
+    assert round(accuracy(run, classifier, "mean_of_classes")["accuracy"], 4) == mean
+
+
+@pytest.mark.data
+def test_mnist_sample_gives_the_published_counts(sample_run):
+    run, _ = sample_run
+    assert accuracy(run, "nearest_mean_l1", "class", "3")["num_correct"] == 926
+    assert accuracy(run, "nearest_mean_l1", "class", "7")["num_correct"] == 1013
+
+
+@pytest.mark.data
+def test_the_linear_model_passes_the_book(sample_run):
+    run, _ = sample_run
+    assert accuracy(run, "sgd_linear")["accuracy"] >= 0.980
+
+
+@pytest.mark.data
+def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp_path, sample_run):
+    # Validated on its own training images, so that train/3/10000.png gets a row.
+    root = tmp_path / "both"
+    root.mkdir()
+    (root / "train").symlink_to(mnist_sample / "train")
+    (root / "valid").symlink_to(mnist_sample / "train")
+    evaluate(root, tmp_path / "out", epochs=0)
+    rows = pq.read_table(tmp_path / "out" / "predictions", filters=[("key", "==", "valid/3/10000.png")]).to_pylist()
+    [row] = rows
+    np.testing.assert_allclose(np.round(row["nearest_mean_l1_scores"], 4), [0.1114, 0.1586], atol=1e-7)
+    np.testing.assert_allclose(np.round(row["nearest_mean_rms_scores"], 4), [0.2021, 0.3021], atol=1e-7)
+    assert row["nearest_mean_l1_prediction"] == "3"
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
+    run = evaluate(mnist_png, tmp_path / "out")
+    assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
+    assert accuracy(run, "sgd_linear")["accuracy"] >= 0.922
+
+
+def test_the_bundled_digits_reach_what_is_said_of_them(tmp_path):
+    run = evaluate("digits", tmp_path / "out")
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == 787
+    assert accuracy(run, "sgd_linear")["accuracy"] > 0.88
+
+
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")  # corners that are always white
+def test_nearest_mean_of_digits_is_that_of_scikit_learn(tmp_path):
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import NearestCentroid
+
+    digits = load_digits()
+    pixels = np.rint(digits.data * 255 / 16)
+    model = NearestCentroid().fit(pixels[:898], digits.target[:898])
+    run = evaluate("digits", tmp_path / "out", epochs=0)
+    num_correct = int((model.predict(pixels[898:]) == digits.target[898:]).sum())
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == num_correct
+
+
+@pytest.fixture(scope="module")
+def reference(local_ray, small_dataset, tmp_path_factory):
+    return evaluate(small_dataset, tmp_path_factory.mktemp("reference") / "out", epochs=3, device="cpu")
+
+
+@pytest.mark.parametrize("num_actors", [2, 3, 4])
+def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_more_actors_than_parts_score_alike(small_dataset, tmp_path):
+    options = {"epochs": 2, "device": "cpu", "shard_images": 5}
+    runs = [evaluate(small_dataset, tmp_path / str(n), actors=n, **options) for n in (1, 4)]
+    assert runs[0]["results_sha256"] == runs[1]["results_sha256"]
+
+
+def test_pretended_gpus_give_the_same_results_on_the_cpu_and_say_so(reference, small_dataset, tmp_path, caplog):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3)
+    assert run["results_sha256"] == reference["results_sha256"]
+    assert run["actors"] == {"number": 2, "gpus_each": 1.0, "devices": ["cpu", "cpu"]}
+    assert [record.message for record in caplog.records if "GPU" in record.message] == [
+        "2 actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU"
+    ]
+
+
+def test_another_seed_is_another_result(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", seed=1)
+    assert run["results_sha256"] != reference["results_sha256"]
+
+
+def kill_once_in_epoch(epoch, pids):
+    """Return a progress function that kills one actor, by its id, while an epoch is trained."""
+    killed = []
+
+    def on_progress(progress):
+        if progress.phase == "train" and progress.epoch == epoch and not killed:
+            killed.append(pids()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    return on_progress, killed
+
+
+def actor_pids():
+    return [
+        process.info["pid"]
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if "ray::ActorProcess" in " ".join(process.info["cmdline"] or []) and is_ours(process)
+    ]
+
+
+def is_ours(process):
+    try:
+        return psutil.Process() in process.parents()
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors, caplog):
+    on_progress, killed = kill_once_in_epoch(2, actor_pids)
+    options = {"epochs": 3, "device": "cpu", "actors": num_actors}
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, **options)
+    assert killed
+    assert "starting all actors anew, to go on after epoch" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_an_actor_killed_while_decoding_does_not_change_a_bit(reference, small_dataset, tmp_path, caplog):
+    killed = []
+
+    def on_progress(progress):
+        if progress.phase == "decode" and not killed and (pids := actor_pids()):
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
+
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+    assert killed
+    assert "starting all actors anew" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
+    def on_progress(progress):
+        for pid in actor_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match=r"the actors: expected them to live, got 4 deaths"):
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+
+
+def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_CHECKPOINT_SECONDS", 0.0)
+
+    def stop_in_epoch_3(progress):
+        if progress.phase == "train" and progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_3, epochs=3, device="cpu")
+    assert not (tmp_path / "out" / "run.json").exists()
+    epochs = []
+    run = evaluate(
+        small_dataset,
+        tmp_path / "out",
+        lambda progress: epochs.append(progress.epoch),
+        epochs=3,
+        device="cpu",
+        resume=True,
+    )
+    assert {epoch for epoch in epochs if epoch} <= {1, 3}  # 1 is shown until the actors have begun
+    assert 2 not in epochs
+    assert run["results_sha256"] == reference["results_sha256"]
+    assert not (tmp_path / "out" / "checkpoint.parquet").exists()
+
+
+def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_CHECKPOINT_SECONDS", 0.0)
+
+    def stop_in_epoch_2(progress):
+        if progress.phase == "train" and progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_2, epochs=3)
+    with pytest.raises(OutputError, match=r"--resume: expected --seed 0, with which .* was begun, got 5"):
+        evaluate(small_dataset, tmp_path / "out", epochs=3, resume=True, seed=5)
+
+
+def test_every_image_is_in_one_table(small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=1)
+    keys = pq.read_table(tmp_path / "out" / "predictions")["key"].to_pylist()
+    assert sorted(keys) == sorted(
+        path.relative_to(small_dataset).as_posix() for path in small_dataset.glob("valid/*/*.png")
+    )
+    assert run["num_listed"] == run["num_train"] + len(keys) + run["num_skipped"] == 156
+
+
+def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=0)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "confusion.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json", "skipped.parquet"
+    ]  # fmt: skip
+    assert {row["classifier"] for row in run["metrics"]} == {"nearest_mean_l1", "nearest_mean_rms"}
+    assert run["stopped_by"] is None
+
+
+def test_nearest_mean_is_the_same_with_and_without_training(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=0)
+    for classifier in ("nearest_mean_l1", "nearest_mean_rms"):
+        assert accuracy(run, classifier) == accuracy(reference, classifier)
+
+
+def test_run_json_and_the_tables_say_the_same(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=2, classes=("2", "10"))
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(run))
+    assert [row["accuracy"] for row in read(out, "metrics")] == [row["accuracy"] for row in run["metrics"]]
+    assert [row["epoch"] for row in read(out, "history")] == [1, 2]
+    assert [row["class"] for row in read(out, "means")] == ["2", "10"]
+    assert run["num_listed"] == 104
+    assert sum(row["num_images"] for row in read(out, "confusion")) == 3 * 24
+
+
+def test_the_counts_of_the_tables_follow_from_the_predictions(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=2)
+    rows = pq.read_table(out / "predictions").to_pylist()
+    for classifier, choose in (
+        ("nearest_mean_l1", np.argmin),
+        ("nearest_mean_rms", np.argmin),
+        ("sgd_linear", np.argmax),
+    ):
+        predicted = [run["dataset"]["classes"][choose(row[f"{classifier}_scores"])] for row in rows]
+        assert predicted == [row[f"{classifier}_prediction"] for row in rows]
+        num_correct = sum(name == row["class"] for name, row in zip(predicted, rows, strict=True))
+        assert accuracy(run, classifier)["num_correct"] == num_correct
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "num_epochs"),
+    [
+        ({"epochs": 2}, "epochs", 2),
+        ({"epochs": 50, "target_accuracy": 0.01}, "target_accuracy", 1),
+        ({"epochs": 50, "max_seconds": 1e-9}, "max_seconds", 1),
+        ({"epochs": 500, "patience": 1}, "patience", None),
+    ],
+)
+def test_training_stops_by_its_four_rules(small_dataset, tmp_path, options, reason, num_epochs):
+    run = evaluate(small_dataset, tmp_path / "out", **options)
+    history = read(tmp_path / "out", "history")
+    assert run["stopped_by"] == reason
+    assert num_epochs in (None, len(history))
+    assert len(history) < 500
+
+
+def test_a_dataset_without_splits_is_cut_by_its_fraction(small_dataset, tmp_path):
+    run = evaluate(small_dataset / "train", tmp_path / "out", valid_fraction=0.3, epochs=1)
+    assert run["num_listed"] == 120
+    assert 15 < run["num_valid"] < 60
+
+
+def test_training_that_diverges_says_what_to_do(small_dataset, tmp_path):
+    with pytest.raises(TrainingError, match="give a smaller --learning-rate than 1e"):
+        evaluate(small_dataset, tmp_path / "out", learning_rate=1e38, epochs=5)
+
+
+def test_a_class_of_bad_images_only_is_an_error(tmp_path):
+    for key in ("train/a/1.png", "train/b/1.png", "valid/a/1.png", "valid/b/1.png"):
+        path = tmp_path / "data" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"training images of class a, got none .* train/a/1.png for one: cannot"):
+        evaluate(tmp_path / "data", tmp_path / "out", size="8x8", mode="L")
+
+
+def test_results_inside_the_dataset_are_refused(small_dataset):
+    with pytest.raises(OutputError, match="expected a folder outside the dataset"):
+        evaluate(small_dataset, small_dataset / "train" / "out")
+
+
+def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_path):
+    first = evaluate(small_dataset, tmp_path / "out", epochs=1)
+    with pytest.raises(OutputError, match="expected a new or empty folder"):
+        evaluate(small_dataset, tmp_path / "out", epochs=1)
+    second = evaluate(small_dataset, tmp_path / "out", epochs=0, overwrite=True)
+    assert second["results_sha256"] != first["results_sha256"]
+    assert not (tmp_path / "out" / "weights.parquet").exists()
+
+
+def test_more_gpus_than_the_cluster_has_are_refused(small_dataset, tmp_path):
+    with pytest.raises(ClusterError, match="--device cuda: expected 3 GPUs in the cluster, got 2"):
+        evaluate(small_dataset, tmp_path / "out", device="cuda", actors=3)
+
+
+def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(driver_ray, "STALL_SECONDS", 0.5)
+    never = ray.remote(num_cpus=2)(lambda: __import__("time").sleep(60)).remote()
+    with pytest.raises(StalledError, match="a sleeper: expected a result, got none"):
+        driver_ray.wait_one([never], "a sleeper", lambda: False)
+    ray.cancel(never, force=True)
+
+
+def test_decoding_workers_and_the_driver_never_load_torch(small_dataset, tmp_path):
+    import ray
+
+    evaluate(small_dataset, tmp_path / "out", epochs=1)
+    modules = ray.get([ray.remote(lambda: sorted(__import__("sys").modules)).remote() for _ in range(4)])
+    assert all("torch" not in names for names in modules)
+
+
+def test_a_dead_actor_is_told_from_other_faults():
+    import ray
+
+    class Dying:
+        def die(self):
+            os._exit(1)
+
+    with pytest.raises(ActorLostError, match="an actor: expected it to live"):
+        driver_ray.get(ray.remote(Dying).remote().die.remote())

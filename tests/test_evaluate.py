@@ -1,0 +1,200 @@
+"""The command as a user runs it, in processes of its own: what it prints, how it ends, and what it leaves behind."""
+
+import json
+import os
+import re
+import signal
+import time
+import uuid
+
+import click.testing
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, command, end_processes, processes_with
+from PIL import Image
+
+from jobs.evaluate import main
+
+MARK = "IMAGE_BASELINE_TEST"
+
+
+def run(*args, **environment):
+    process = command(*args, **environment)
+    stdout, stderr = process.communicate(timeout=180)
+    return process.returncode, stdout, stderr
+
+
+def run_json(*args, **environment):
+    code, stdout, stderr = run(*args, "--json", **environment)
+    assert code == 0, stderr
+    return json.loads(stdout)
+
+
+def last_line(text):
+    """Take the last line: before it, a slow machine shows progress."""
+    return text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "28"], "--size: expected auto, or HxW"),
+        (["--actors", "9"], "--actors: expected at most one for each of 8 lanes"),
+        (["--actors", "many"], "expected auto or a whole number"),
+        (["--epochs", "x"], "is not a valid integer"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_a_line(args, message):
+    result = click.testing.CliRunner().invoke(main, args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_missing_dataset_exits_with_1_and_one_line(tmp_path):
+    code, stdout, stderr = run("--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert (code, stdout) == (1, "")
+    assert (
+        stderr
+        == f"error: --data: expected a folder at {tmp_path / 'none'}, got nothing; give a folder of class folders\n"
+    )
+
+
+def test_a_cluster_that_is_not_there_exits_with_1_and_one_line(tmp_path):
+    code, stdout, stderr = run("--address", "127.0.0.1:1", "--out", tmp_path / "out")
+    assert (code, stdout) == (1, "")
+    assert re.fullmatch(r"error: --address 127.0.0.1:1: expected a cluster that answers, got .*\n", stderr)
+
+
+def test_the_readme_names_every_option():
+    readme = (ROOT / "README.md").read_text()
+    assert [option.opts[0] for option in main.params if f"`{option.opts[0]}`" not in readme] == []
+
+
+@pytest.mark.ray
+def test_the_summary_goes_to_standard_output_and_nothing_else(tmp_path):
+    code, stdout, stderr = run("--out", tmp_path / "out", "--epochs", 2)
+    assert code == 0, stderr
+    assert "787 of 899" in stdout
+    assert "1,797 listed: 898 to train on, 899 to validate on, 0 skipped" in stdout
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["results_sha256"] in stdout
+
+
+@pytest.mark.ray
+@pytest.mark.data
+def test_threads_and_a_killed_actor_do_not_change_a_bit(mnist_sample, tmp_path):
+    """One run as it is, and one with another OMP_NUM_THREADS of which an actor dies in the middle of training."""
+    options = ("--data", mnist_sample, "--epochs", 12, "--actors", 2, "--json")
+    first = run_json(*options, "--out", tmp_path / "first", OMP_NUM_THREADS="1")
+    mark = str(uuid.uuid4())
+    screen, terminal = os.openpty()
+    options += ("--out", tmp_path / "second")
+    process = command(*options, stderr=terminal, OMP_NUM_THREADS="3", **{MARK: mark})
+    os.close(terminal)
+    shown = read_until(screen, rb"epoch 3, step .*loss \d")
+    os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
+    shown += read_until(screen, rb"starting all actors anew, to go on after epoch (\d+)")
+    stdout, _ = process.communicate(timeout=180)
+    os.close(screen)
+    assert process.returncode == 0, shown
+    assert json.loads(stdout)["results_sha256"] == first["results_sha256"]
+
+
+def read_until(screen, pattern):
+    """Read what a terminal shows until a pattern is there; a job that ends before fails the test."""
+    shown = b""
+    while not re.search(pattern, shown):
+        shown += os.read(screen, 1024)
+    return shown
+
+
+def actors_of(mark):
+    return [process for process in processes_with(MARK, mark) if "ray::ActorProcess" in " ".join(process.cmdline())]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay_s", [0.5, 2.0, 5.0])
+def test_an_interrupt_says_what_was_left_and_leaves_no_process(small_dataset, tmp_path, signum, delay_s):
+    mark = str(uuid.uuid4())
+    options = ("--data", small_dataset, "--epochs", 1_000_000, "--out", tmp_path / "out")
+    process = command(*options, **{MARK: mark})
+    try:
+        time.sleep(delay_s)
+        os.killpg(process.pid, signum)
+        stdout, stderr = process.communicate(timeout=60)
+        left = processes_with(MARK, mark)
+    finally:
+        end_processes(processes_with(MARK, mark))
+    assert (process.returncode, stdout) == (128 + signum, "")
+    assert last_line(stderr).startswith("interrupted: ")
+    assert left == []
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert not list(tmp_path.glob("out/**/*.tmp"))
+
+
+@pytest.mark.ray
+def test_a_job_that_fails_leaves_no_process(small_dataset, tmp_path):
+    mark = str(uuid.uuid4())
+    options = ("--data", small_dataset, "--learning-rate", 1e38, "--out", tmp_path / "out")
+    code, stdout, stderr = run(*options, **{MARK: mark})
+    left = processes_with(MARK, mark)
+    end_processes(left)
+    assert (code, stdout) == (1, "")
+    assert re.fullmatch(
+        r"error: epoch \d+: expected a loss, got (nan|inf); give a smaller --learning-rate .*\n", stderr
+    )
+    assert left == []
+
+
+@pytest.fixture
+def odd_dataset(small_dataset, tmp_path):
+    """The small dataset with one of each odd file in class 2, and the keys of these."""
+    root = tmp_path / "odd"
+    for path in small_dataset.rglob("*.png"):
+        copy = root / path.relative_to(small_dataset)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    folder = root / "valid" / "2"
+    good = (folder / "0.png").read_bytes()
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    (folder / "truncated.png").write_bytes(good[:-30])
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").touch()
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "deep.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(folder / "inks.jpg")
+    Image.new("P", (8, 8), 1).save(folder / "palette.gif")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
+    (os.fsencode(folder) + b"/\xff.png").decode("utf-8", "surrogateescape")
+    with open(os.fsencode(folder) + b"/\xff.png", "wb") as file:  # noqa: PTH123 - a name of bytes
+        file.write(good)
+    (folder / "closed.png").write_bytes(good)
+    (folder / "closed.png").chmod(0)
+    return root
+
+
+@pytest.mark.ray
+def test_odd_files_are_decoded_right_or_named_with_their_reason(odd_dataset, tmp_path):
+    out = tmp_path / "out"
+    result = run_json("--data", odd_dataset, "--out", out, "--epochs", 1)
+    skipped = {row["key"]: row["reason"] for row in pq.read_table(out / "skipped.parquet").to_pylist()}
+    used = set(pq.read_table(out / "predictions")["key"].to_pylist())
+    expected = {
+        "truncated": "damaged", "text": "unidentified", "empty": "empty", "loop": "unreadable", "pipe": "not_a_file"
+    }  # fmt: skip
+    if os.geteuid() != 0:  # root may read what nobody may
+        expected["closed"] = "unreadable"
+    assert skipped == {f"valid/2/{name}.png": reason for name, reason in expected.items()}
+    assert {f"valid/2/{name}" for name in ("deep.png", "inks.jpg", "palette.gif", r"\xff.png")} <= used
+    assert result["num_listed"] == 166 == result["num_train"] + result["num_valid"] + result["num_skipped"]
+    assert result["num_skipped"] == len(expected)
+
+
+def test_the_driver_never_loads_torch():
+    code = "import sys, pipeline.driver; sys.exit('torch' in sys.modules)"
+    process = psutil.Popen([os.sys.executable, "-c", code])
+    assert process.wait(timeout=60) == 0
