@@ -133,7 +133,10 @@ def test_an_interrupt_ends_the_command_that_runs(data, tmp_path, signum):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "nothing"], "expected some of evaluate, plain_loop, ray_data_read_images, ray_data_tuned, got nothing"),
+        (
+            ["--only", "nothing"],
+            "expected some of evaluate, plain_loop, ray_data_read_images, ray_data_tuned, got nothing",
+        ),
         (["--runs", "0"], "0 is not in the range"),
         (["--data", "/"], "got no train"),
     ],

@@ -1,0 +1,51 @@
+"""What the README says can be done is done here."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from pipeline import driver
+from pipeline.config import Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+QUERIES = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def results_folder(local_ray, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    driver.evaluate(Config(out=str(folder / "out"), epochs=3))
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("query", QUERIES, ids=[re.search(r"out/(\w+)", query)[1] for query in QUERIES])
+def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
+    monkeypatch.chdir(results_folder)
+    rows = duckdb.sql(query).fetchall()
+    assert rows or "skipped" in query
+
+
+def test_there_is_a_query_for_every_table():
+    tables = {re.search(r"out/(\w+)", query)[1] for query in QUERIES}
+    assert tables == {"metrics", "predictions", "confusion", "means", "weights", "history", "skipped"}
+
+
+def test_every_module_has_its_line():
+    modules = [
+        path.relative_to(ROOT).as_posix() for folder in ("jobs", "pipeline") for path in (ROOT / folder).glob("*.py")
+    ]
+    assert [name for name in modules if f"| `{name}` |" not in README and not name.endswith("__init__.py")] == []
+
+
+def test_the_ci_runs_the_readme_s_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    extract = next(line for line in script.splitlines() if line.startswith("test_command="))
+    command = subprocess.run(
+        ["bash", "-c", f'{extract}; echo "$test_command"'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert command == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest\n"
