@@ -99,6 +99,11 @@ def _run(job: Job) -> dict[str, Any]:
     fingerprint = _fingerprint(job)
     checkpoint = results.read_checkpoint(job.output, fingerprint) if job.config.resume else None
     training = _Training(checkpoint.history, checkpoint.params_P) if checkpoint else _Training([], None)
+    if len(training.history) > job.config.epochs:
+        raise OutputError(
+            f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
+            f"{job.config.epochs}; give more, or --overwrite"
+        )
     num_deaths = 0
     while True:
         num_epochs = len(training.history)
@@ -243,7 +248,7 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "began": job.clock.began,
         "seconds": seconds,
         "images_per_s": listing.num_images / seconds["decode"],
-        "metrics": [asdict(row) for row in rows],
+        "metrics": tables["metrics"].to_pylist(),
         "results_sha256": results.combine_digests(digests),
         "out": output.root,
     }

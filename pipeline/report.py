@@ -118,11 +118,11 @@ def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> lis
         ranked = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
         shown = [*ranked[:_ENDS], *ranked[-_ENDS:]]
     others = [row for row in rows if row["scope"] != "class"]
-    names = [row["class_name"] if row["scope"] == "class" else row["scope"].replace("_", " ") for row in rows]
+    names = [row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ") for row in rows]
     width = max(len(name) for name in names)
     lines = [f"{classifier}"]
     for row in (*shown, *others):
-        name = row["class_name"] if row["scope"] == "class" else row["scope"].replace("_", " ")
+        name = row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ")
         lines.append(f"  {name:<{width}}  {_figures(row)}".rstrip())
         if len(shown) < len(classes) and row is shown[_ENDS - 1]:
             lines.append(f"  ... {len(classes) - len(shown)} classes between")

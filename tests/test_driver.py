@@ -24,7 +24,7 @@ def accuracy(run, classifier, scope="all", class_name=None):
     [row] = [
         row
         for row in run["metrics"]
-        if (row["classifier"], row["scope"], row["class_name"]) == (classifier, scope, class_name)
+        if (row["classifier"], row["scope"], row["class"]) == (classifier, scope, class_name)
     ]
     return row
 

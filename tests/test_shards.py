@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.decode import Target
+from pipeline.errors import ClusterError
 from pipeline.files import Location
-from pipeline.shards import MAX_PART_IMAGES, MAX_SHARD_BYTES, Shard, cut_train, cut_valid, make_plan
+from pipeline.shards import MAX_PART_IMAGES, MAX_SHARD_BYTES, Fit, Shard, cut_train, cut_valid, fit_cluster, make_plan
 from pipeline.sources import Listing
 
 HUGE = 100 * MAX_SHARD_BYTES
@@ -47,6 +48,12 @@ def make_listing(num_train, num_valid):
         return pa.table({"key": [b"key"] * num_images, "label": pa.array([0] * num_images, pa.int32())})
 
     return Listing(Location("folder", "/"), ("3", "7"), table(num_train), table(num_valid), "valid", {})
+
+
+def fit(resources, num_nodes=1, sizes=(10_000, 5_000), side=28, **options):
+    config = Config(**options)
+    plan, shards = make_plan(config, make_listing(*sizes), Target(side, side, "L"))
+    return fit_cluster(config, plan, shards, resources, num_nodes)
 
 
 def rows_of(shards):
@@ -196,3 +203,115 @@ def test_a_plan_and_its_shards_cross_a_pickle_unchanged():
     made = make_plan(Config(), make_listing(100, 50), Target(28, 28, "L"))
     assert isinstance(made[1][0], Shard)
     assert pickle.loads(pickle.dumps(made)) == made
+
+
+@pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
+    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 160)
+
+
+@pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
+    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, 16)
+
+
+def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
+    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0, 16)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "share", "num_actors"),
+    [(1, 0.1, 10), (3, 0.1, 30), (1, 0.5, 2), (2, 0.5, 4), (7, 0.5, 14), (1, 0.3, 3), (1, 0.01, 64), (2, 0.25, 8)],
+)
+def test_actors_share_gpus(num_gpus, share, num_actors):
+    got = fit({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64)
+    assert (got.num_actors, got.gpus_per_actor) == (num_actors, share)
+
+
+@pytest.mark.parametrize(("num_gpus", "share", "num_actors"), [(2, 0.4, 4), (2, 0.6, 2), (3, 0.7, 3), (10, 0.3, 30)])
+def test_no_actor_is_split_over_two_gpus(num_gpus, share, num_actors):
+    # What is left of one GPU and of another makes no place: Ray would wait for it without end.
+    assert fit({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64).num_actors == num_actors
+
+
+@pytest.mark.parametrize(("actors", "num_gpus", "share"), [(2, 1, 1), (3, 1, 0.5), (3, 2, 0.6), (1, 0, 1), (1, 0, 0.1)])
+def test_cuda_without_gpus_enough_is_refused(actors, num_gpus, share):
+    with pytest.raises(ClusterError, match=r"--device cuda: expected .* GPUs in the cluster, got .*; add GPUs"):
+        fit({"CPU": 4, "GPU": num_gpus}, device="cuda", actors=actors, gpus_per_actor=share)
+
+
+def test_the_message_about_gpus_says_how_many():
+    with pytest.raises(ClusterError, match=r"^--device cuda: expected 1\.5 GPUs in the cluster, got 0; add GPUs,"):
+        fit({"CPU": 4}, device="cuda", actors=3, gpus_per_actor=0.5)
+    with pytest.raises(ClusterError, match="expected 1 GPUs in the cluster, got 0;"):
+        fit({"CPU": 4}, device="cuda")
+
+
+@pytest.mark.parametrize("actors", [1, 3, 8])
+def test_actors_that_were_asked_for_are_started(actors):
+    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 8)
+    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 8)
+
+
+def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():
+    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0, 8)
+
+
+@pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": 0.5}, {"GPU": 8}])
+def test_a_cluster_without_a_cpu_is_refused(resources):
+    with pytest.raises(
+        ClusterError, match=r"^the cluster: expected a CPU for decoding, got none; add a node with CPUs"
+    ):
+        fit(resources)
+
+
+# 15,000 images of 28x28 are 11.2 MiB.
+@pytest.mark.parametrize("num_bytes", [15_000 * 784 - 1, 0])
+def test_images_that_no_memory_can_hold_are_refused(num_bytes):
+    with pytest.raises(ClusterError, match=r"^the cluster: expected 0\.0 GiB of memory to hold the images, got 0\.0; "):
+        fit({"CPU": 2, "memory": num_bytes})
+
+
+def test_images_that_just_fit_are_taken():
+    assert fit({"CPU": 2, "memory": 15_000 * 784}).num_actors == 1
+
+
+def test_memory_is_said_in_gib():
+    # 15,000 images of 4096x4096 are 234.4 GiB.
+    with pytest.raises(ClusterError, match=r"expected 234\.4 GiB of memory to hold the images, got 64\.0; give a "):
+        fit({"CPU": 2, "memory": 64 * 2**30}, side=4096)
+
+
+def test_images_on_gpus_are_not_counted_as_memory():
+    assert fit({"CPU": 2, "GPU": 1, "memory": 1}).num_actors == 1
+
+
+def test_without_training_no_training_image_is_held():
+    assert fit({"CPU": 2, "memory": 5_000 * 784}, epochs=0).num_actors == 1
+
+
+def test_without_training_not_all_validation_images_are_held():
+    # Each of the three parts is scored as soon as it is complete.
+    assert fit({"CPU": 2, "memory": 4_000 * 784}, epochs=0).num_actors == 1
+
+
+def test_who_gave_epochs_0_is_not_told_to_give_it():
+    with pytest.raises(ClusterError, match=r"^the cluster: expected .* of memory") as caught:
+        fit({"CPU": 2, "memory": 1}, epochs=0)
+    assert "--epochs" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "store_mib", "max_in_flight"),
+    [(1, 16_000, 4), (2, 16_000, 8), (64, 16_000, 256), (64, 600, 10), (64, 599, 9), (64, 1, 1), (64, 0, 1)],
+)
+def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(num_cpus, store_mib, max_in_flight):
+    # The largest shard has 15 images of 1 MiB.
+    resources = {"CPU": num_cpus, "object_store_memory": store_mib * 2**20}
+    assert fit(resources, sizes=(1000, 1000), side=1024, shard_images=15).max_in_flight == max_in_flight
+
+
+def test_without_a_known_object_store_only_the_cpus_bound():
+    assert fit({"CPU": 2.9}).max_in_flight == 8

@@ -1,0 +1,146 @@
+"""The arithmetic on a GPU against the same on the CPU; runs wherever torch and NumPy are, without Ray."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import distance, sgd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a torch that was built for it"),
+]
+DEVICE = torch.device("cuda")
+# images, values of one image, classes
+SHAPES = [(1, 1, 2), (500, 784, 10), (33, 75, 37), (2, 786_432, 3), (20_000, 784, 2)]
+
+
+def draw(num_images, num_values, num_classes, seed=0):
+    random = np.random.default_rng(seed)
+    images_ND = torch.from_numpy(random.integers(0, 256, (num_images, num_values), np.uint8))
+    labels_N = torch.from_numpy(random.integers(0, num_classes, num_images))
+    return images_ND, labels_N, torch.from_numpy(random.random((num_classes, num_values), np.float32))
+
+
+def to_device(*tensors):
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+def train(params_P, images_ND, labels_N, num_epochs):
+    """Train on four lanes, rows dealt in turn, where the tensors are; the moved parameters and the last losses."""
+    params_P, num_images = params_P.clone(), len(images_ND)
+    gradients_LP = torch.zeros(4, len(params_P), device=params_P.device)
+    for epoch in range(1, num_epochs + 1):
+        orders = [torch.arange(lane, num_images, 4) for lane in range(4)]
+        orders = [rows[sgd.lane_order(0, epoch, lane, len(rows))] for lane, rows in enumerate(orders)]
+        for rows_B, counts in sgd.batches(orders, 16, -(-len(orders[0]) // 16)):
+            rows_B = rows_B.to(params_P.device)
+            losses_B, _ = sgd.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
+            sgd.step(params_P, gradients_LP, len(rows_B), 0.2)
+    return params_P, losses_B
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_class_sums_are_exactly_those_of_the_cpu(shape):
+    images_ND, labels_N, _ = draw(*shape)
+    on_cpu = distance.class_sums(images_ND, labels_N, shape[2])
+    on_gpu = distance.class_sums(*to_device(images_ND, labels_N), shape[2])
+    for expected, got in zip(on_cpu, on_gpu, strict=True):
+        assert got.dtype == torch.int64
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_class_sums_are_exact_beyond_what_float32_counts():
+    images_ND = torch.full((70_000, 3), 255, dtype=torch.uint8)
+    sums_KD, counts_K = distance.class_sums(*to_device(images_ND, torch.zeros(70_000, dtype=torch.int64)), 2)
+    assert (sums_KD.tolist(), counts_K.tolist()) == ([[255 * 70_000] * 3, [0] * 3], [70_000, 0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distances_are_those_of_the_cpu(shape):
+    images_ND, _, means_KD = draw(*shape)
+    on_cpu = distance.distances(images_ND, means_KD)
+    on_gpu = distance.distances(*to_device(images_ND, means_KD))
+    for expected_NK, got_NK in zip(on_cpu, on_gpu, strict=True):
+        torch.testing.assert_close(got_NK.cpu(), expected_NK, atol=1e-6, rtol=0)
+
+
+def test_means_are_exactly_those_of_the_cpu():
+    sums_KD, counts_K = torch.tensor([[0, 255, 1000], [7, 3, 255]]), torch.tensor([13, 1])
+    expected_KD = distance.class_means(sums_KD, counts_K)
+    assert torch.equal(distance.class_means(*to_device(sums_KD, counts_K)).cpu(), expected_KD)
+
+
+def test_the_same_distances_come_out_again():
+    tensors = to_device(*draw(500, 784, 10)[::2])
+    first, second = distance.distances(*tensors), distance.distances(*tensors)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("num_bytes", [2**16, 2**24])
+def test_the_size_of_blocks_changes_no_more_than_rounding(monkeypatch, num_bytes):
+    tensors = to_device(*draw(500, 784, 10)[::2])
+    before = distance.distances(*tensors)
+    monkeypatch.setattr(distance, "_BLOCK_BYTES", {DEVICE.type: num_bytes})
+    for expected_NK, got_NK in zip(before, distance.distances(*tensors), strict=True):
+        torch.testing.assert_close(got_NK, expected_NK, atol=1e-6, rtol=0)
+
+
+def test_a_tie_goes_to_the_first_class():
+    distances_NK = torch.tensor([[1.0, 2, 1], [2, 1, 1], [1, 1, 1]] * 100, device=DEVICE)
+    assert distance.nearest(distances_NK).tolist() == [0, 1, 0] * 100
+
+
+def test_confusion_is_that_of_the_cpu():
+    labels_N, predictions_N = draw(5000, 1, 12)[1], draw(5000, 1, 12, seed=1)[1]
+    expected_KK = distance.confusion(labels_N, predictions_N, 12)
+    assert torch.equal(distance.confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
+
+
+@pytest.mark.parametrize(
+    ("num_values", "num_classes", "lane_counts"),
+    [(784, 10, [16] * 8), (75, 37, [5, 16, 0, 7]), (786_432, 2, [2, 2])],
+)
+def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
+    images_BD, labels_B, _ = draw(sum(lane_counts), num_values, num_classes)
+    params_P = sgd.initial_params(num_classes, num_values, 0)
+    expected_ZP, got_ZP = torch.zeros(2, len(lane_counts), len(params_P))
+    losses_B, is_correct_B = sgd.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
+    got_ZP = got_ZP.to(DEVICE)
+    on_gpu = sgd.lane_gradients(*to_device(params_P, images_BD, labels_B), lane_counts, got_ZP)
+    # A gradient near zero is a difference of larger terms, of up to 1 for each row.
+    torch.testing.assert_close(got_ZP.cpu(), expected_ZP, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(on_gpu[0].cpu(), losses_B, rtol=1e-4, atol=1e-4)
+    assert torch.equal(on_gpu[1].cpu(), is_correct_B)
+
+
+def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
+    images_BD, labels_B, _ = draw(16 * 8, 784, 10)
+    images, labels = (tensor.split(16) for tensor in to_device(images_BD, labels_B))
+    params_P = sgd.initial_params(10, 784, 0).to(DEVICE)
+    together_ZP = torch.zeros(8, len(params_P), device=DEVICE)
+    sgd.lane_gradients(params_P, torch.cat(images), torch.cat(labels), [16] * 8, together_ZP)
+    for chosen in ([0], [7], [1, 3, 5], [2, 6]):
+        alone_ZP = torch.zeros(len(chosen), len(params_P), device=DEVICE)
+        rows = (torch.cat([tensors[lane] for lane in chosen]) for tensors in (images, labels))
+        sgd.lane_gradients(params_P, *rows, [16] * len(chosen), alone_ZP)
+        assert torch.equal(alone_ZP, together_ZP[chosen])
+
+
+def test_training_goes_as_on_the_cpu_and_the_same_again():
+    images_ND, labels_N, _ = draw(300, 64, 3)
+    images_ND[torch.arange(300), labels_N] = 255
+    tensors = [sgd.initial_params(3, 64, 0), images_ND, labels_N]
+    expected_P, losses_B = train(*tensors, 3)
+    first, second = train(*to_device(*tensors), 3), train(*to_device(*tensors), 3)
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first[0].cpu(), expected_P, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(first[1].cpu(), losses_B, rtol=1e-3, atol=1e-5)
+
+
+def test_probabilities_are_those_of_the_cpu():
+    images_ND, _, _ = draw(3000, 784, 10)
+    params_P = sgd.initial_params(10, 784, 0) * 10
+    expected_NK = sgd.log_probabilities(params_P, images_ND, 10)
+    got_NK = sgd.log_probabilities(*to_device(params_P, images_ND), 10)
+    torch.testing.assert_close(got_NK.cpu(), expected_NK, rtol=1e-4, atol=1e-5)
