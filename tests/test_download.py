@@ -502,22 +502,25 @@ def test_a_file_in_the_folders_place_is_told_and_kept(server, cache):
     assert [(path.name, path.read_bytes()) for path in cache.iterdir()] == [("set", b"mine")]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def largest_file_of_4000_bytes():
+    # Not a fixture: that would still hold when the result is reported, perhaps to a file.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 NOISE = random.Random(1).randbytes(100_000)
 
 
-@pytest.mark.usefixtures("largest_file_of_4000_bytes")
 @pytest.mark.parametrize("data", [SMALL_TGZ, _tgz(_member("set/noise", NOISE))], ids=["unpacking", "downloading"])
 def test_a_failed_write_is_told_and_leaves_nothing(server, cache, data):
-    with pytest.raises(DownloadError, match=f"^{cache}: expected to keep small here, got File too large; see to"):
-        fetch(_serve(server, data), cache)
+    archive, message = _serve(server, data), f"^{cache}: expected to keep small here, got File too large; see to"
+    with pytest.raises(DownloadError, match=message), largest_file_of_4000_bytes():
+        fetch(archive, cache)
     assert list(cache.iterdir()) == []
 
 
