@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.driver_ray import Actor, PartRecord, Ref
 from pipeline.errors import DataError
+from pipeline.files import display
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard
@@ -91,19 +92,18 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
     job.clock.enter("decode")
     feeding = _Feeding(job, actors, driver_ray.put(job.listing.classes))
     tally = feeding.tally
-    for ref in started:
-        feeding.waiting[ref] = _ignore
-    for ref in started[: len(actors)]:
-        feeding.waiting[ref] = tally.devices.append
+    for place, ref in enumerate(started):
+        feeding.waiting[ref] = ("starting the actors", tally.devices.append if place < len(actors) else _ignore)
     shards = iter(job.shards)
     while True:
         while feeding.num_in_flight < job.fit.max_in_flight and (shard := next(shards, None)):
             feeding.decode(shard)
         if not feeding.waiting:
             break
-        what = f"{feeding.num_in_flight} shards on their way from their files to the actors"
-        done = driver_ray.wait_one(list(feeding.waiting), what, feeding.show)
-        feeding.waiting.pop(done)(driver_ray.get(done))
+        refs = list(feeding.waiting)
+        done = driver_ray.wait_one(refs, f"{feeding.waiting[refs[0]][0]} and {len(refs) - 1} more", feeding.show)
+        what, take = feeding.waiting.pop(done)
+        take(driver_ray.get(done, what))
     tally.devices.sort()
     _check_tally(job, tally)
     return tally
@@ -116,13 +116,13 @@ def write_part(job: Job, actors: list[Actor], part: int) -> Ref:
 
 @dataclass
 class _Feeding:
-    """The loop's state: every reference that is waited for, with what to do with its result."""
+    """The loop's state: every reference that is waited for, with what it is of and what to do with it."""
 
     job: Job
     actors: list[Actor]
     classes: Ref
     tally: Tally = field(default_factory=Tally)
-    waiting: dict[Ref, Callable[[Any], None]] = field(default_factory=dict)
+    waiting: dict[Ref, tuple[str, Callable[[Any], None]]] = field(default_factory=dict)
     num_in_flight: int = 0
 
     def __post_init__(self) -> None:
@@ -138,7 +138,8 @@ class _Feeding:
             listing.location, self.job.target, self.classes, shard.split, keys, labels
         )
         self.num_in_flight += 1
-        self.waiting[counts] = partial(self._hand_over, shard, table, skipped)
+        what = f"decoding {display(keys[0].as_py())} to {display(keys[-1].as_py())}"
+        self.waiting[counts] = (what, partial(self._hand_over, shard, table, skipped))
 
     def show(self) -> bool:
         """Show how far decoding is; only a finished shard is a sign of life."""
@@ -155,7 +156,7 @@ class _Feeding:
             tally.skipped[shard.index] = skipped
         owner = self.actors[shard.group % len(self.actors)]
         taken = owner.call.remote(f"add_{shard.split}", shard.group, shard.offset, table)
-        self.waiting[taken] = partial(self._finish, shard)
+        self.waiting[taken] = (f"handing shard {shard.index} to its actor", partial(self._finish, shard))
 
     def _finish(self, shard: Shard, _: None) -> None:
         self.num_in_flight -= 1
@@ -163,14 +164,15 @@ class _Feeding:
             self._num_train_left -= 1
             if self._num_train_left == 0:
                 for actor in self.actors:
-                    self.waiting[actor.call.remote("finish_means")] = self._take_means
+                    self.waiting[actor.call.remote("finish_means")] = ("the class means", self._take_means)
         else:
             self._num_part_left[shard.group] -= 1
         # An actor does its calls in order, so the means are there when a part is scored.
         if self._num_train_left == 0 and not self.job.plan.has_training:
             for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:
                 del self._num_part_left[part]
-                self.waiting[write_part(self.job, self.actors, part)] = partial(self.tally.parts.__setitem__, part)
+                ref = write_part(self.job, self.actors, part)
+                self.waiting[ref] = (f"prediction file {part}", partial(self.tally.parts.__setitem__, part))
 
     def _take_means(self, answer: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> None:
         self.tally.counts_K, self.tally.means_KD = answer

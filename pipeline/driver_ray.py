@@ -259,7 +259,7 @@ def wait_all(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> lis
     return [get(ref) for ref in refs]
 
 
-def get(ref: Ref) -> Any:
+def get(ref: Ref, what: str = "a task") -> Any:
     """Return a finished result; a value that is no reference is returned as it is.
 
     Raises:
@@ -279,8 +279,8 @@ def get(ref: Ref) -> Any:
         raise ActorLostError(f"an actor: expected it to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayError as exc:
         raise ClusterError(
-            f"a task: expected it to finish, got {type(exc).__name__} after all its repetitions ({_first_line(exc)}); "
-            "look for a node without memory"
+            f"{what}: expected it to end well, got {type(exc).__name__} after all its repetitions "
+            f"({_first_line(exc)}); look for a node without memory, or an image that crashes its decoder"
         ) from exc
 
 

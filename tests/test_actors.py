@@ -156,7 +156,7 @@ def make_job(holes=True, **options):
         keys = pa.array([b"%s/%d.png" % (split.encode(), row) for row in range(len(labels_N))])
         tables[split] = pa.table({"key": keys, "label": pa.array(labels_N, pa.int32())})
     listing = Listing(Location("folder", "/"), CLASSES, tables["train"], tables["valid"], "valid", {})
-    config = Config(**{"shard_images": 9, "batch_size": 32, "epochs": 2, **options})
+    config = Config(**{"shard_images": 3, "batch_size": 32, "epochs": 2, **options})
     plan, shards = make_plan(config, listing, TARGET)
     decoded = []
     for shard in shards:
@@ -250,6 +250,15 @@ def train_in_a_loop(plan, decoded, num_epochs):
     return params_P.numpy(), losses / num_images, num_correct / num_images, np.mean(norms), len(norms)
 
 
+def test_the_job_has_whole_shards_missing_and_parts_and_lanes_of_several_shards():
+    plan, decoded = make_job()
+    shards = {split: [shard for shard, _ in decoded if shard.split == split] for split in ("train", "valid")}
+    assert {shard.split for shard, table in decoded if len(table) == 0} == {"train", "valid"}
+    assert {len(shard.rows) - len(table) for shard, table in decoded} == {0, 1, 2, 3}
+    assert len(shards["train"]) > plan.num_lanes == 8
+    assert len(shards["valid"]) > len(plan.part_sizes) == 8
+
+
 def test_the_means_are_those_of_numpy_without_the_skipped_images():
     images_ND, labels_N = kept("train")
     [(counts_K, means_KD)] = reference()["means"]
@@ -315,7 +324,6 @@ def test_parts_are_scored_as_a_loop_does():
 @pytest.mark.parametrize("num_actors", [2, 3])
 def test_several_actors_give_the_bits_of_one(processes, num_actors):
     plan, decoded = make_job()
-    assert plan.num_lanes == 8
     got = run(together(processes(num_actors), plan), plan, decoded)
     assert_same(got, reference())
     assert [[params_P is None for params_P in params] for params in got["params"]] == [

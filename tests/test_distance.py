@@ -122,10 +122,16 @@ def test_distances_are_those_of_scikit_learn(shape):
     np.testing.assert_allclose(rms_NK, euclidean_NK / np.sqrt(shape[1]), rtol=2e-6)
 
 
-def test_black_and_white_are_at_distance_1_and_an_image_at_0_from_itself():
+def test_black_and_white_are_at_distance_1():
     images_ND = np.array([[0] * 784, [255] * 784], np.uint8)
     for got_NK in distances(images_ND, (images_ND / 255).astype(np.float32)):
         assert got_NK.tolist() == [[0, 1], [1, 0]]
+
+
+def test_an_image_of_all_greys_is_at_distance_0_from_itself():
+    image_D = np.arange(256, dtype=np.uint8)
+    for got_NK in distances(image_D[None], image_D[None] / np.float32(255)):
+        assert got_NK.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

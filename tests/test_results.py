@@ -261,6 +261,14 @@ def test_a_file_is_there_under_its_name_only_when_it_is_complete(output):
     assert names_in(output) == ["means.parquet"]
 
 
+def test_who_reads_the_older_file_reads_it_to_its_end(output):
+    write_table(output, "means", NUMBERS)
+    before = read_bytes(output, "means.parquet")
+    with Path(path_of(output, "means")).open("rb") as stream:
+        write_table(output, "means", NUMBERS[:1])
+        assert stream.read() == before
+
+
 @pytest.mark.parametrize(
     "write", [lambda out: write_table(out, "means", NUMBERS), lambda out: write_run(out, {"a": 1})]
 )

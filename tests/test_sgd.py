@@ -144,6 +144,17 @@ def test_a_step_is_the_plain_formula(num_lanes):
     np.testing.assert_allclose(norm, np.linalg.norm(mean_P), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_lanes", [8, 64, 1000])
+def test_a_step_adds_lanes_one_after_another(num_lanes):
+    gradients_LP = np.random.default_rng(1).normal(size=(num_lanes, 300)).astype(np.float32)
+    params_P = torch.zeros(300)
+    sgd.step(params_P, torch.tensor(gradients_LP), 1, 1.0)
+    total_P = np.zeros(300, np.float32)
+    for gradient_P in gradients_LP:
+        total_P += gradient_P
+    np.testing.assert_array_equal(params_P, -total_P)
+
+
 def test_a_step_adds_lanes_in_their_order_and_leaves_them():
     # In float32 1e8 + 1 is 1e8, so another order would give 1 or 2.
     gradients_LP = torch.tensor([[1.0], [1e8], [-1e8], [3.0]])
