@@ -274,7 +274,7 @@ class LaneActor:
         sent_ZP = gradients_ZP.to(self._exchange_device())
         num_sent, num_params = sent_ZP.shape
         all_P = torch.empty(self._num_actors * num_sent, num_params, device=sent_ZP.device)
-        self._exchange(lambda: dist.all_gather_into_tensor(all_P, sent_ZP))
+        self._exchange(lambda: dist.all_gather_single(all_P, sent_ZP))
         # Lane l is the (l // A)-th of actor l % A: [A, Z, P] -> [Z, A, P] -> [Z·A, P], its tail without lanes cut off.
         by_actor = all_P.view(self._num_actors, num_sent, num_params)
         return by_actor.transpose(0, 1).reshape(-1, num_params)[: self._plan.num_lanes].to(gradients_ZP.device)

@@ -444,6 +444,7 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
         answer()
     assert time.monotonic() - began < 10
     assert "\n" not in str(caught.value)
+    started[0].kill()  # as the driver does; a process of a broken group is good for no other
 
 
 @pytest.mark.parametrize("rank", [0, 1])
