@@ -113,10 +113,12 @@ def summary(run: Mapping[str, Any]) -> str:
 
 def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     classes = [row for row in rows if row["scope"] == "class"]
-    shown = classes
+    shown, num_between = classes, 0
     if len(classes) > _MOST_CLASSES:
-        ranked = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
-        shown = [*ranked[:_ENDS], *ranked[-_ENDS:]]
+        shown = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
+        num_between = max(0, len(shown) - 2 * _ENDS)
+        if num_between:
+            shown = [*shown[:_ENDS], *shown[-_ENDS:]]
     others = [row for row in rows if row["scope"] != "class"]
     names = [row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ") for row in rows]
     width = max(len(name) for name in names)
@@ -124,8 +126,8 @@ def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> lis
     for row in (*shown, *others):
         name = row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ")
         lines.append(f"  {name:<{width}}  {_figures(row)}".rstrip())
-        if len(shown) < len(classes) and row is shown[_ENDS - 1]:
-            lines.append(f"  ... {len(classes) - len(shown)} classes between")
+        if num_between and row is shown[_ENDS - 1]:
+            lines.append(f"  ... {num_between} class{'es' if num_between > 1 else ''} between")
     return lines
 
 

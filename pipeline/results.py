@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +43,15 @@ class Output:
     @classmethod
     def at(cls, out: str) -> Output:
         """Take `--out` as the user gave it."""
-        if out.startswith("file://") or "://" not in out:
-            return cls(os.path.abspath(Path(out.removeprefix("file://")).expanduser()))  # noqa: PTH100 - keeps links
-        return cls(out.rstrip("/"))
+        if out.startswith("file://"):
+            out = os.fsdecode(unquote_to_bytes(urlsplit(out).path))
+        if "://" not in out:
+            try:
+                return cls(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - keeps links
+            except RuntimeError as exc:
+                raise OutputError(f"--out {out}: expected a folder, got no such user; give a full path") from exc
+        scheme, _, path = out.partition("://")
+        return cls(f"{scheme}://{path.rstrip('/')}")
 
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
@@ -55,6 +62,8 @@ class Output:
             filesystem, path = pafs.FileSystem.from_uri(self.root)
         except (pa.ArrowInvalid, OSError) as exc:
             raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; {exc}") from exc
+        if not path:
+            raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; name a bucket or folder")
         return filesystem, path
 
 
@@ -82,8 +91,7 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
     """
     filesystem, root = output.filesystem
     try:
-        filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True)
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
         files = [info.path[len(root.rstrip("/")) + 1 :] for info in infos if info.type == pafs.FileType.File]
         foreign = [name for name in files if not _is_result(name)]
         if files and not (overwrite or resume):
@@ -104,6 +112,7 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):
                 filesystem.delete_file(f"{root}/{name}")
+        filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True)
     except OSError as exc:
         raise OutputError(f"--out {output.root}: expected to write there, got {_reason(exc)}; choose another") from exc
 
@@ -164,8 +173,13 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
     path = f"{root}/{CHECKPOINT_FILE}"
     if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
         return None
-    table = pq.read_table(path, filesystem=filesystem)
-    was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
+    try:
+        table = pq.read_table(path, filesystem=filesystem)
+        was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
+    except (pa.ArrowInvalid, TypeError, KeyError) as exc:
+        raise OutputError(
+            f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
+        ) from exc
     if different := [name for name in fingerprint if was.get(name) != fingerprint[name]]:
         name = different[0]
         raise OutputError(
@@ -272,9 +286,11 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
     path = f"{root}/{name}"
     try:
         if not isinstance(filesystem, pafs.LocalFileSystem):
-            # An object store shows an object when it is complete.
+            # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
+            content = pa.BufferOutputStream()
+            write(content)
             with filesystem.open_output_stream(path) as stream:
-                write(stream)
+                stream.write(content.getvalue())
             return
         temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
         try:

@@ -178,8 +178,8 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
     num_cpus, num_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
     if num_cpus < 1:
         raise ClusterError("the cluster: expected a CPU for decoding, got none; add a node with CPUs")
-    # The tolerance is for shares such as 0.1, ten of which are a little less than 1.
-    most_on_gpus = math.floor(num_gpus / config.gpus_per_actor + 1e-9)
+    # GPU by GPU: what is left of two of them makes no place for one more actor.
+    most_on_gpus = int(num_gpus) * int(1 / config.gpus_per_actor)
     has_gpus = most_on_gpus >= (config.actors or 1)
     if config.device == "cuda" and not has_gpus:
         raise ClusterError(
@@ -187,12 +187,17 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
             f"{num_gpus:g}; add GPUs, ask for fewer --actors, or give --device cpu"
         )
     is_on_gpu = has_gpus and config.device != "cpu"
-    held_bytes = (sum(plan.lane_sizes) * plan.has_training + sum(plan.part_sizes)) * plan.target.num_values
+    # Without training a part is scored and forgotten when it is complete; the next one fills meanwhile.
+    num_held = sum(plan.lane_sizes) + sum(plan.part_sizes) if plan.has_training else 2 * max(plan.part_sizes)
+    held_bytes = num_held * plan.target.num_values
     memory_bytes = resources.get("memory", math.inf)
     if not is_on_gpu and held_bytes > memory_bytes:
+        advice = (
+            "a smaller --size, --epochs 0, or more nodes" if plan.has_training else "a smaller --size, or more nodes"
+        )
         raise ClusterError(
             f"the cluster: expected {held_bytes / 2**30:.1f} GiB of memory to hold the images, got "
-            f"{memory_bytes / 2**30:.1f}; give a smaller --size, --epochs 0, or more nodes"
+            f"{memory_bytes / 2**30:.1f}; give {advice}"
         )
     shard_bytes = max(len(shard.rows) for shard in shards) * plan.target.num_values
     store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
