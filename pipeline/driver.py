@@ -121,7 +121,7 @@ def _run(job: Job) -> dict[str, Any]:
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
-        finally:
+            # Those of a job that ends, well or not, end with the last reference to them.
             driver_ray.end_actors(actors)
 
 
