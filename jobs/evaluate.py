@@ -11,7 +11,8 @@ import logging
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -22,6 +23,7 @@ from pipeline.report import Progress, progress_line, summary
 # What a shell says of a command ended by Ctrl-C, and by a request to end.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _LINE_SECONDS = 10.0
+Number = TypeVar("Number", int, float)
 _DEFAULTS = Config()
 
 
@@ -90,12 +92,18 @@ class _Screen:
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
-    if value == "auto":
-        return None
+    return None if value == "auto" else _parse(int, value, "auto or a whole number")
+
+
+def _real_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
+    return None if value == "auto" else _parse(float, value, "auto or a number")
+
+
+def _parse(kind: Callable[[str], Number], value: str, expected: str) -> Number:
     try:
-        return int(value)
+        return kind(value)
     except ValueError as exc:
-        raise click.BadParameter(f"expected auto or a whole number, got {value}; leave it at auto") from exc
+        raise click.BadParameter(f"expected {expected}, got {value}; leave it at auto") from exc
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -112,7 +120,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--size", default=_DEFAULTS.size, help="HxW in pixels, or auto.")
 @click.option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves it out.")
-@click.option("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="Length of a step of SGD.")
+@click.option("--learning-rate", default="auto", callback=_real_or_auto, help="Length of a step of SGD.")
 @click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
 @click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of the first weights and the images' order.")
 @click.option("--target-accuracy", type=float, help="Stop when the validation accuracy reaches this, as 0.98.")

@@ -68,6 +68,7 @@ class LaneActor:
         self._num_steps_done = 0
         num_classes, num_values = plan.num_classes, plan.target.num_values
         self._sums_KD = torch.zeros(num_classes, num_values, dtype=torch.int64, device=self._device)
+        self._num_squares = torch.zeros((), dtype=torch.int64)
         self._counts_K = torch.zeros(num_classes, dtype=torch.int64, device=self._device)
         self._lane_counts_L = torch.zeros(plan.num_lanes, dtype=torch.int64)
         self._means_KD = torch.empty(0)
@@ -78,6 +79,8 @@ class LaneActor:
         self._parts: dict[int, _Buffer] = {}
         self._part_keys: dict[int, dict[int, pa.StringArray]] = {}
         self._params_P = torch.empty(0)
+        self._centre_D = torch.empty(0)
+        self._learning_rate = 0.0
         self._is_in_group = False
         self._backend = ""
 
@@ -125,6 +128,7 @@ class LaneActor:
         sums_KD, counts_K = distance.class_sums(images_ND, labels_N, self._plan.num_classes)
         self._sums_KD += sums_KD
         self._counts_K += counts_K
+        self._num_squares += distance.sum_squares(images_ND)
         self._lane_counts_L[lane] += len(labels_N)
         if self._plan.has_training:
             self._train.put(self._lane_starts[lane] + offset, images_ND, labels_N)
@@ -153,16 +157,22 @@ class LaneActor:
         """
         self._sums_KD, self._counts_K = self._add_up(self._sums_KD), self._add_up(self._counts_K)
         self._lane_counts_L = self._add_up(self._lane_counts_L)
+        self._num_squares = self._add_up(self._num_squares)
         self._means_KD = distance.class_means(self._sums_KD, self._counts_K)
         return self._counts_K.cpu().numpy(), self._means_KD.cpu().numpy()
 
-    def begin_training(self, params_P: npt.NDArray[np.float32] | None) -> None:
-        """Take the parameters of the last finished epoch, or draw new ones from the seed."""
+    def begin_training(self, params_P: npt.NDArray[np.float32] | None) -> float:
+        """Take the parameters of the last finished epoch, or draw new ones from the seed; return the learning rate."""
+        num_train, num_squares = int(self._counts_K.sum()), int(self._num_squares)
+        centre_D, safe_rate = sgd.centre_and_rate(self._sums_KD, num_train, num_squares)
+        self._centre_D = centre_D.to(self._device)
+        self._learning_rate = self._plan.learning_rate or safe_rate
         if params_P is None:
             initial_P = sgd.initial_params(self._plan.num_classes, self._plan.target.num_values, self._plan.seed)
         else:
             initial_P = torch.from_numpy(params_P.copy())  # what Ray gives is read-only
         self._params_P = initial_P.to(self._device)
+        return self._learning_rate
 
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:
         """Train for one epoch together with all actors, and measure on the validation images.
@@ -200,12 +210,13 @@ class LaneActor:
                 self._train.labels_M[rows_B],
                 counts,
                 gradients_ZP[: len(self._lanes)],
+                self._centre_D,
             )
             num_correct += is_correct_B.sum()
             for lane, lane_losses_B in zip(self._lanes, losses_B.split(counts), strict=True):
                 losses[lane][place * lane_rows : place * lane_rows + len(lane_losses_B)] = lane_losses_B
             num_images = sum(min(max(count - place * lane_rows, 0), lane_rows) for count in lane_counts)
-            norm_sum += sgd.step(self._params_P, self._gather_lanes(gradients_ZP), num_images, plan.learning_rate)
+            norm_sum += sgd.step(self._params_P, self._gather_lanes(gradients_ZP), num_images, self._learning_rate)
             self._num_steps_done += 1
         part_losses, valid_confusion = self._validate()
         record = EpochRecord(
@@ -233,7 +244,9 @@ class LaneActor:
         scores_NK = {"nearest_mean_l1": l1_NK, "nearest_mean_rms": rms_NK}
         predictions_N = {name: distance.nearest(distances_NK) for name, distances_NK in scores_NK.items()}
         if self._plan.has_training:
-            log_probabilities_NK = sgd.log_probabilities(self._params_P, images_ND, self._plan.num_classes)
+            log_probabilities_NK = sgd.log_probabilities(
+                self._params_P, images_ND, self._plan.num_classes, self._centre_D
+            )
             scores_NK["sgd_linear"] = log_probabilities_NK.exp()
             predictions_N["sgd_linear"] = log_probabilities_NK.argmax(1)
         confusions = {
@@ -254,7 +267,7 @@ class LaneActor:
         total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._device)
         for part, buffer in sorted(self._parts.items()):
             images_ND, labels_N = buffer.filled()
-            log_probabilities_NK = sgd.log_probabilities(self._params_P, images_ND, num_classes)
+            log_probabilities_NK = sgd.log_probabilities(self._params_P, images_ND, num_classes, self._centre_D)
             losses[part] = -float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum())
             total_KK += distance.confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)
         return losses, total_KK.cpu().numpy()

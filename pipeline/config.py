@@ -35,8 +35,8 @@ class Config:
     size: str = "auto"
     mode: str = "auto"
     epochs: int = 30
-    learning_rate: float = 0.2
-    batch_size: int = 128
+    learning_rate: float | None = None
+    batch_size: int = 64
     seed: int = 0
     target_accuracy: float | None = None
     patience: int | None = None
@@ -98,8 +98,8 @@ class Config:
     def _check_training(self) -> None:
         _expect(self.epochs >= 0, f"--epochs: expected 0 or more, got {self.epochs}; 0 leaves SGD out")
         _expect(
-            math.isfinite(self.learning_rate) and self.learning_rate > 0,
-            f"--learning-rate: expected a positive number, got {self.learning_rate}; the default is 0.2",
+            self.learning_rate is None or (math.isfinite(self.learning_rate) and self.learning_rate > 0),
+            f"--learning-rate: expected auto, or a positive number, got {self.learning_rate}; auto fits the images",
         )
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
         _expect(

@@ -37,6 +37,12 @@ def class_sums(images_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int
     return sums_KD, torch.bincount(labels_N, minlength=num_classes)
 
 
+def sum_squares(images_ND: torch.Tensor) -> int:
+    """Add up the squares of all pixels, 0 to 255 each, exactly: whole numbers in float64, far below 2^53."""
+    blocks = images_ND.split(_SUM_ROWS)
+    return sum(int(block_ND.float().square_().sum(dtype=torch.float64)) for block_ND in blocks)
+
+
 def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
     """Divide sums by counts: the "ideal" image of each class.
 

@@ -43,6 +43,7 @@ class _Training:
 
     history: list[EpochMetric]
     params: Any
+    learning_rate: float | None = None
 
 
 def evaluate(
@@ -139,7 +140,9 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
     last_saved = time.monotonic()
     begun = [actor.call.remote("begin_training", training.params) for actor in actors]
     num_steps = -(-max(job.plan.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
-    driver_ray.wait_all(begun, "the actors to begin training", lambda: job.show("train", 0, num_steps, epoch=1))
+    epoch = len(training.history) + 1
+    rates = driver_ray.wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
+    training.learning_rate = rates[0]
     while metrics.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
@@ -149,7 +152,7 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
         if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
                 f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
-                f"{job.config.learning_rate:g}"
+                f"{training.learning_rate:g}"
             )
         training.history.append(row)
         training.params = refs[0][1]
@@ -217,7 +220,8 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
     }
     if job.plan.has_training:
         params_P = driver_ray.get(training.params)
-        tables["weights"] = results.weights_table(listing.classes, job.target, params_P)
+        centre_D = tally.counts_K @ tally.means_KD.astype(np.float64) / tally.counts_K.sum()
+        tables["weights"] = results.weights_table(listing.classes, job.target, params_P, centre_D)
         tables["history"] = results.history_table(training.history)
     for name, table in tables.items():
         digests[name] = results.write_table(output, name, table)
@@ -242,6 +246,7 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "num_skipped": tally.num_skipped,
         "num_resized": tally.num_resized,
         "num_shards": len(job.shards),
+        "learning_rate": training.learning_rate,
         "stopped_by": metrics.stop_reason(job.config, training.history),
         "num_nodes": job.num_nodes,
         "actors": {"number": job.fit.num_actors, "gpus_each": job.fit.gpus_per_actor, "devices": tally.devices},

@@ -232,11 +232,17 @@ def means_table(
     return pa.table({**columns, "mean": _to_lists(means_KD)})
 
 
-def weights_table(classes: Sequence[str], target: Target, params_P: npt.NDArray[np.float32]) -> pa.Table:
-    """Lay out `weights.parquet` from the parameters, K·D weights and K biases; D is row-major."""
+def weights_table(
+    classes: Sequence[str], target: Target, params_P: npt.NDArray[np.float32], centre_D: npt.NDArray[np.float64]
+) -> pa.Table:
+    """Lay out `weights.parquet` from the parameters, K·D weights and K biases; D is row-major.
+
+    The model was trained on pixels less `centre_D`; the bias that is written is that for pixels as they are, 0 to 1.
+    """
     columns = {"class": list(classes), **_shape_columns(len(classes), target)}
     weights_KD, bias_K = params_P[: -len(classes)].reshape(len(classes), -1), params_P[-len(classes) :]
-    return pa.table({**columns, "weights": _to_lists(weights_KD), "bias": bias_K})
+    plain_bias_K = (bias_K - weights_KD.astype(np.float64) @ centre_D).astype(np.float32)
+    return pa.table({**columns, "weights": _to_lists(weights_KD), "bias": plain_bias_K})
 
 
 def history_table(history: Sequence[EpochMetric]) -> pa.Table:

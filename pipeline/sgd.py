@@ -20,6 +20,28 @@ from torch.nn.functional import log_softmax
 _SCORE_ROWS = 1024
 
 
+def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) -> tuple[torch.Tensor, float]:
+    """Find the mean image, and the step that is safe for images around it.
+
+    Descent is stable while the step is below 2 / L, where L, the largest curvature of softmax cross-entropy, is at most
+    half the mean squared norm of the inputs, the constant 1 of the bias included (D. Böhning, "Multinomial logistic
+    regression algorithm", Ann. Inst. Stat. Math. 44 (1992), 197-200). Taking the mean image off makes that norm small:
+    what all images share would otherwise decide it.
+
+    Args:
+        sums_KD: int64, the sums of each class's pixels, 0 to 255.
+        num_images: Images in these sums.
+        num_squares: The sum of all squared pixels.
+
+    Returns:
+        The mean image, float32 [D], 0 to 1, on the CPU, and the step's length.
+    """
+    # On the CPU and in float64, so that every actor and every device finds the same.
+    centre_D = sums_KD.sum(0).cpu().double() / (255 * num_images)
+    variance = num_squares / (255**2 * num_images) - float(centre_D.square().sum())
+    return centre_D.float(), 4 / (variance + 1)
+
+
 def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
     """Draw small normal weights from the seed, on the CPU so that every device starts alike; biases are 0. [P]."""
     generator = torch.Generator().manual_seed(_mix(seed, "weights"))
@@ -68,6 +90,7 @@ def lane_gradients(
     labels_B: torch.Tensor,
     lane_counts: Sequence[int],
     gradients_ZP: torch.Tensor,
+    centre_D: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict a step's rows and write each lane's gradient of the summed cross-entropy.
 
@@ -80,13 +103,14 @@ def lane_gradients(
         labels_B: int64.
         lane_counts: Rows of each lane, adding up to B.
         gradients_ZP: Overwritten, for each lane, with the sum over its rows.
+        centre_D: Taken off the pixels, both 0 to 1.
 
     Returns:
         The losses [B], float32 in nats, and whether each row was predicted right [B], bool.
     """
     num_classes = params_P.shape[0] // (images_BD.shape[1] + 1)
     weights_KD, bias_K = split_params(params_P, num_classes)
-    inputs_BD = images_BD.float().div_(255)
+    inputs_BD = images_BD.float().div_(255).sub_(centre_D)
     logits_BK = torch.empty(len(inputs_BD), num_classes, device=inputs_BD.device)
     weights_DK = weights_KD.T
     inputs, logits = inputs_BD.split(lane_counts), logits_BK.split(lane_counts)
@@ -128,11 +152,13 @@ def step(params_P: torch.Tensor, gradients_LP: torch.Tensor, num_images: int, le
     return norm
 
 
-def log_probabilities(params_P: torch.Tensor, images_ND: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Score images: the logarithm of the probability of every class, float32 [N, K]."""
+def log_probabilities(
+    params_P: torch.Tensor, images_ND: torch.Tensor, num_classes: int, centre_D: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Score images: the logarithm of the probability of every class, float32 [N, K]; `centre_D` as in training."""
     weights_KD, bias_K = split_params(params_P, num_classes)
     blocks = [
-        log_softmax(torch.addmm(bias_K, block_ND.float().div_(255), weights_KD.T), 1)
+        log_softmax(torch.addmm(bias_K, block_ND.float().div_(255).sub_(centre_D), weights_KD.T), 1)
         for block_ND in images_ND.split(_SCORE_ROWS)
     ]
     return torch.cat(blocks)

@@ -56,7 +56,7 @@ class Plan:
         part_sizes: Listed validation images of each part.
         has_training: Whether SGD follows the distances.
         batch_size: Images of a step, over all lanes.
-        learning_rate: Of SGD.
+        learning_rate: Of SGD; None for the one that fits the images.
         seed: Of the weights and of the images' order.
         gpus_per_actor: The share of a GPU that an actor has, where there are GPUs.
     """
@@ -67,7 +67,7 @@ class Plan:
     part_sizes: tuple[int, ...]
     has_training: bool
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
     seed: int
     gpus_per_actor: float
 
