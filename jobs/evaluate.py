@@ -168,7 +168,8 @@ def main(is_json: bool, **options: Any) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    again = f"go on with --resume --out {config.out}" if last.phase in ("train", "score") else "run again"
+    has_epochs = last.phase == "score" or (last.epoch or 0) > 1
+    again = f"go on with --resume --out {config.out}" if has_epochs else "run again"
     return f"{progress_line(last)}; {config.out} is unfinished, {again}"
 
 

@@ -27,7 +27,7 @@ class Config:
     """
 
     data: str = "digits"
-    out: str = field(default_factory=lambda: f"results/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}")
+    out: str = field(default_factory=lambda: f"results/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%fZ}")
     classes: tuple[str, ...] = ()
     train_split: str = "train"
     valid_split: str = "valid"

@@ -76,6 +76,9 @@ def evaluate(
     # The listing is read while Ray starts.
     with ThreadPoolExecutor(1) as pool:
         look = pool.submit(_look, location, config)
+        wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
+        if look.done():
+            look.result()
         with driver_ray.connected(config.address):
             while not look.done():
                 on_progress(Progress("start", 0, 1, 0.0))
@@ -147,7 +150,13 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
         watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
-        records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        try:
+            records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        except ActorLostError:
+            raise
+        except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
+            _save(job, training, fingerprint)
+            raise
         row = metrics.epoch_metric(records)
         if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
@@ -157,9 +166,14 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
         training.history.append(row)
         training.params = refs[0][1]
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
-            params_P = driver_ray.get(training.params)
-            results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, params_P))
+            _save(job, training, fingerprint)
             last_saved = time.monotonic()
+
+
+def _save(job: Job, training: _Training, fingerprint: dict[str, Any]) -> None:
+    if training.history:
+        params_P = driver_ray.get(training.params)
+        results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, params_P))
 
 
 def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
@@ -244,6 +258,7 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "num_train": num_train,
         "num_valid": num_valid,
         "num_skipped": tally.num_skipped,
+        "num_skipped_by_reason": dict(sorted(tally.num_skipped_by_reason.items())),
         "num_resized": tally.num_resized,
         "num_shards": len(job.shards),
         "learning_rate": training.learning_rate,

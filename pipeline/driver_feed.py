@@ -45,7 +45,8 @@ class Job:
 
     def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> bool:
         """Tell the caller how far the phase under way is; returns False, as this is no sign of life."""
-        self.on_progress(Progress(phase, done, total, self.clock.since_entered(), epoch, loss))
+        seconds, num_epochs = self.clock.since_entered(), self.config.epochs
+        self.on_progress(Progress(phase, done, total, seconds, epoch, num_epochs, loss))
         return False
 
 
@@ -55,7 +56,7 @@ class Tally:
 
     Attributes:
         num_decoded: Images, by split.
-        num_skipped: Images that could not be decoded.
+        num_skipped_by_reason: Images that could not be decoded.
         num_resized: Images that had another size than the target.
         skipped: References to the tables of skipped images, by shard, where there are any.
         counts_K: Training images of each class, int64.
@@ -65,13 +66,18 @@ class Tally:
     """
 
     num_decoded: Counter[Split] = field(default_factory=Counter)
-    num_skipped: int = 0
+    num_skipped_by_reason: Counter[str] = field(default_factory=Counter)
     num_resized: int = 0
     skipped: dict[int, Ref] = field(default_factory=dict)
     counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     parts: dict[int, PartRecord] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
+
+    @property
+    def num_skipped(self) -> int:
+        """Images that could not be decoded, for whatever reason."""
+        return self.num_skipped_by_reason.total()
 
 
 def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
@@ -146,13 +152,13 @@ class _Feeding:
         num_done = self.tally.num_decoded.total() + self.tally.num_skipped
         return self.job.show("decode", num_done, self.job.listing.num_images)
 
-    def _hand_over(self, shard: Shard, table: Ref, skipped: Ref, counts: tuple[int, int, int]) -> None:
-        num_decoded, num_skipped, num_resized = counts
+    def _hand_over(self, shard: Shard, table: Ref, skipped: Ref, counts: tuple[int, dict[str, int], int]) -> None:
+        num_decoded, num_skipped_by_reason, num_resized = counts
         tally = self.tally
         tally.num_decoded[shard.split] += num_decoded
-        tally.num_skipped += num_skipped
+        tally.num_skipped_by_reason.update(num_skipped_by_reason)
         tally.num_resized += num_resized
-        if num_skipped:
+        if num_skipped_by_reason:
             tally.skipped[shard.index] = skipped
         owner = self.actors[shard.group % len(self.actors)]
         taken = owner.call.remote(f"add_{shard.split}", shard.group, shard.offset, table)

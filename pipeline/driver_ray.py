@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def decode_shard(
 
     Returns:
         References to the table of images, to the table of skipped ones or None, and to the counts of images
-        decoded, skipped and resized.
+        decoded, skipped (by reason) and resized.
     """
     refs: Any = _decode_shard.remote(location, target, classes, split, keys, labels)
     table, skipped, counts = refs
@@ -210,11 +211,11 @@ def decode_shard(
 @ray.remote(num_returns=3)
 def _decode_shard(
     location: Location, target: Target, classes: tuple[str, ...], split: Split, keys: pa.Array, labels: pa.Array
-) -> tuple[pa.Table, pa.Table | None, tuple[int, int, int]]:
+) -> tuple[pa.Table, pa.Table | None, tuple[int, dict[str, int], int]]:
     images = files.read_images(location, keys)
     table, faults, num_resized = decode.decode_shard(keys, labels, images, target)
     skipped = decode.skipped_table(keys, labels, faults, split, classes) if faults else None
-    return table, skipped, (len(table), len(faults), num_resized)
+    return table, skipped, (len(table), dict(Counter(fault.reason for _, fault in faults)), num_resized)
 
 
 def put(value: object) -> Ref:

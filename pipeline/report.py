@@ -28,6 +28,7 @@ class Progress:
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
+        num_epochs: The most epochs there will be.
         loss: While training, the mean training loss of the last finished epoch, in nats.
     """
 
@@ -36,6 +37,7 @@ class Progress:
     total: int
     seconds: float
     epoch: int | None = None
+    num_epochs: int | None = None
     loss: float | None = None
 
 
@@ -79,13 +81,17 @@ def progress_line(progress: Progress) -> str:
     match progress.phase:
         case "start":
             return "starting Ray and listing the images"
+        case "decode" if progress.done == 0:
+            return f"starting to decode {progress.total:,} images"
         case "decode":
             rate = progress.done / max(progress.seconds, 1e-9)
-            left = f", {_duration((progress.total - progress.done) / rate)} left" if progress.done else ""
-            return f"decoded {progress.done:,} of {progress.total:,} images, {rate:,.0f} a second{left}"
+            left = _duration((progress.total - progress.done) / rate)
+            return f"decoded {progress.done:,} of {progress.total:,} images, {rate:,.0f} a second, {left} left"
         case "train":
             loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
-            return f"epoch {progress.epoch}, step {progress.done:,} of {progress.total:,}{loss}"
+            return (
+                f"epoch {progress.epoch} of {progress.num_epochs}, step {progress.done:,} of {progress.total:,}{loss}"
+            )
         case _:
             return f"scored {progress.done:,} of {progress.total:,} prediction files"
 
@@ -99,10 +105,12 @@ def summary(run: Mapping[str, Any]) -> str:
         lines += [*_classifier_lines(classifier, rows), ""]
     phases = ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if phase != "total")
     ignored = sum(run["dataset"]["num_ignored_files"].values())
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in run["num_skipped_by_reason"].items())
+    skipped = f"{run['num_skipped']:,} skipped" + (f" ({reasons}; see skipped.parquet)" if reasons else "")
     lines += [
         f"images     {run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate "
-        f"on, {run['num_skipped']:,} skipped; {run['num_resized']:,} resized; {ignored:,} other files ignored",
-        f"as         {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} images a second",
+        f"on, {skipped}; {run['num_resized']:,} resized; other files ignored: {ignored:,}",
+        f"decoded    to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second",
         f"seconds    {seconds['total']:.1f} ({phases})",
         f"computed   on {_devices(run['actors']['devices'])}",
         f"results    {run['out']}",

@@ -219,6 +219,11 @@ def kept(split, rows=None):
     return images_ND[rows], labels_N[rows]
 
 
+def centre():
+    """The mean training image, 0 to 1."""
+    return (kept("train")[0] / 255).mean(0)
+
+
 def train_in_a_loop(plan, decoded, num_epochs):
     """Train as the design says, in float64 and with autograd; the parameters, and of the last epoch its figures."""
     params_P = sgd.initial_params(3, TARGET.num_values, plan.seed).double()
@@ -228,6 +233,7 @@ def train_in_a_loop(plan, decoded, num_epochs):
             lanes[shard.group] += shard.rows
     lanes = [kept("train", rows) for rows in lanes]
     lane_rows = plan.batch_size // plan.num_lanes
+    mean_squared_norm = ((kept("train")[0] / 255 - centre()) ** 2).sum(1).mean()
     for epoch in range(1, num_epochs + 1):
         orders = [sgd.lane_order(plan.seed, epoch, lane, len(rows[1])).numpy() for lane, rows in enumerate(lanes)]
         losses, norms, num_correct = 0.0, [], 0
@@ -236,13 +242,13 @@ def train_in_a_loop(plan, decoded, num_epochs):
             images_BD = np.concatenate([images_ND[rows] for (images_ND, _), rows in zip(lanes, chosen, strict=True)])
             labels_B = np.concatenate([labels_N[rows] for (_, labels_N), rows in zip(lanes, chosen, strict=True)])
             params_P.requires_grad_()
-            logits_BK = torch.tensor(images_BD / 255) @ params_P[:-3].view(3, -1).T + params_P[-3:]
+            logits_BK = torch.tensor(images_BD / 255 - centre()) @ params_P[:-3].view(3, -1).T + params_P[-3:]
             loss = cross_entropy(logits_BK, torch.tensor(labels_B))
             (gradient_P,) = torch.autograd.grad(loss, params_P)
             losses += float(loss.detach()) * len(labels_B)
             num_correct += int((logits_BK.argmax(1).numpy() == labels_B).sum())
             norms.append(float(gradient_P.norm()))
-            params_P = (params_P - plan.learning_rate * gradient_P).detach()
+            params_P = (params_P - 4 / (mean_squared_norm + 1) * gradient_P).detach()
     num_images = sum(map(len, orders))
     return params_P.numpy(), losses / num_images, num_correct / num_images, np.mean(norms), len(norms)
 
@@ -281,7 +287,8 @@ def test_training_is_that_of_a_plain_loop(monkeypatch, batch_size, holes):
 def test_validation_is_that_of_the_parameters_after_the_epoch():
     images_ND, labels_N = kept("valid")
     for row, [params_P] in zip(reference()["history"], reference()["params"], strict=True):
-        logits_NK = torch.tensor(images_ND / 255) @ torch.tensor(params_P[:-3], dtype=torch.float64).view(3, -1).T
+        weights_KD = torch.tensor(params_P[:-3], dtype=torch.float64).view(3, -1)
+        logits_NK = torch.tensor(images_ND / 255 - centre()) @ weights_KD.T
         logits_NK += torch.tensor(params_P[-3:])
         assert row.valid_loss == pytest.approx(float(cross_entropy(logits_NK, torch.tensor(labels_N))), rel=1e-5)
         is_correct_N = logits_NK.argmax(1).numpy() == labels_N
@@ -301,7 +308,7 @@ def test_parts_are_scored_as_a_loop_does():
     images_ND, labels_N = kept("valid")
     means_KD, params_P = reference()["means"][0][1].astype(np.float64), reference()["params"][1][0]
     differences_NKD = images_ND[:, None] / 255 - means_KD
-    logits_NK = images_ND / 255 @ params_P[:-3].reshape(3, -1).T + params_P[-3:]
+    logits_NK = (images_ND / 255 - centre()) @ params_P[:-3].reshape(3, -1).T + params_P[-3:]
     odds_NK = np.exp(logits_NK)
     expected = {
         "nearest_mean_l1": np.abs(differences_NKD).mean(2),

@@ -29,10 +29,10 @@ REFUSED = [
     ({"mode": "CMYK"}, r"--mode: expected one of auto, L, RGB, got CMYK;"),
     ({"mode": "rgb"}, r"--mode: expected one of auto, L, RGB, got rgb;"),
     ({"epochs": -1}, r"--epochs: expected 0 or more, got -1;"),
-    ({"learning_rate": 0.0}, r"--learning-rate: expected a positive number, got 0\.0;"),
-    ({"learning_rate": -0.1}, r"--learning-rate: expected a positive number, got -0\.1;"),
-    ({"learning_rate": math.inf}, r"--learning-rate: expected a positive number, got inf;"),
-    ({"learning_rate": math.nan}, r"--learning-rate: expected a positive number, got nan;"),
+    ({"learning_rate": 0.0}, r"--learning-rate: expected auto, or a positive number, got 0\.0;"),
+    ({"learning_rate": -0.1}, r"--learning-rate: expected auto, or a positive number, got -0\.1;"),
+    ({"learning_rate": math.inf}, r"--learning-rate: expected auto, or a positive number, got inf;"),
+    ({"learning_rate": math.nan}, r"--learning-rate: expected auto, or a positive number, got nan;"),
     ({"seed": -1}, r"--seed: expected 0 to 2\^63 - 1, got -1;"),
     ({"seed": 2**63}, r"--seed: expected 0 to 2\^63 - 1, got 9223372036854775808;"),
     ({"target_accuracy": 0.0}, r"--target-accuracy: expected a number above 0, up to 1, got 0\.0;"),
@@ -137,7 +137,7 @@ def test_every_refusal_is_one_line_that_says_what_to_do(options):
 
 def test_results_go_to_a_folder_named_by_the_time_unless_said_otherwise():
     before, out, after = datetime.now(UTC), Config().out, datetime.now(UTC)
-    started = datetime.strptime(out, "results/%Y-%m-%dT%H-%M-%SZ").replace(tzinfo=UTC)
+    started = datetime.strptime(out, "results/%Y-%m-%dT%H-%M-%S.%fZ").replace(tzinfo=UTC)
     assert before.replace(microsecond=0) <= started <= after
 
 

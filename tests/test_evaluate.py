@@ -78,7 +78,7 @@ def test_the_readme_names_every_option():
 def test_the_summary_goes_to_standard_output_and_nothing_else(tmp_path):
     code, stdout, stderr = run("--out", tmp_path / "out", "--epochs", 2)
     assert code == 0, stderr
-    assert "787 of 899" in stdout
+    assert "839 of 899" in stdout
     assert "1,797 listed: 898 to train on, 899 to validate on, 0 skipped" in stdout
     assert json.loads((tmp_path / "out" / "run.json").read_text())["results_sha256"] in stdout
 
@@ -94,7 +94,7 @@ def test_threads_and_a_killed_actor_do_not_change_a_bit(mnist_sample, tmp_path):
     options += ("--out", tmp_path / "second")
     process = command(*options, stderr=terminal, OMP_NUM_THREADS="3", **{MARK: mark})
     os.close(terminal)
-    shown = read_until(screen, rb"epoch 3, step .*loss \d")
+    shown = read_until(screen, rb"epoch 3 of 12, step .*loss \d")
     os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
     shown += read_until(screen, rb"starting all actors anew, to go on after epoch (\d+)")
     stdout, _ = process.communicate(timeout=180)

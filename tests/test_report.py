@@ -15,12 +15,12 @@ nearest_mean_l1
   all              0.9514  (0.9412 to 0.9599)  1,939 of 2,038
   mean of classes  0.9511
 
-images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped; 3 resized; 2 other files ignored
-as         28x28 L, 12,345 images a second
+images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 2
+decoded    to 28x28 L, 12,345 a second
 seconds    4.7 (start 3.2, decode 1.2, train 0.2)
 computed   on 2 x cpu
 results    /somewhere/results
-sha256     0123abc"""
+sha256     0123abc"""  # noqa: E501 - as it is printed
 TWELVE = """\
 sgd_linear
   class 0          0.0000  (0.0000 to 0.0370)  0 of 100
@@ -63,6 +63,7 @@ def run_with(confusions, classes=None, **fields):
         "num_train": 12_396,
         "num_valid": 2_038,
         "num_skipped": 1,
+        "num_skipped_by_reason": {"damaged": 1},
         "num_resized": 3,
         "images_per_s": 12_345.4,
         "actors": {"devices": ["cpu", "cpu"]},
@@ -131,13 +132,13 @@ def test_devices_are_counted_by_name():
     ("progress", "line"),
     [
         (Progress("start", 0, 1, 0.0), "starting Ray and listing the images"),
-        (Progress("decode", 0, 5000, 0.0), "decoded 0 of 5,000 images, 0 a second"),
-        (Progress("decode", 0, 5000, 9.0), "decoded 0 of 5,000 images, 0 a second"),
+        (Progress("decode", 0, 5000, 0.0), "starting to decode 5,000 images"),
+        (Progress("decode", 0, 5000, 9.0), "starting to decode 5,000 images"),
         (Progress("decode", 2000, 5000, 1.0), "decoded 2,000 of 5,000 images, 2,000 a second, 2 s left"),
         (Progress("decode", 5000, 5000, 2.0), "decoded 5,000 of 5,000 images, 2,500 a second, 0 s left"),
-        (Progress("train", 0, 97, 1.0, epoch=1), "epoch 1, step 0 of 97"),
-        (Progress("train", 1500, 9700, 1.0, 2, 0.123456), "epoch 2, step 1,500 of 9,700, loss 0.1235"),
-        (Progress("train", 9, 97, 1.0, 2, 0.0), "epoch 2, step 9 of 97, loss 0.0000"),
+        (Progress("train", 0, 97, 1.0, epoch=1, num_epochs=3), "epoch 1 of 3, step 0 of 97"),
+        (Progress("train", 1500, 9700, 1.0, 2, 30, 0.123456), "epoch 2 of 30, step 1,500 of 9,700, loss 0.1235"),
+        (Progress("train", 9, 97, 1.0, 2, 30, 0.0), "epoch 2 of 30, step 9 of 97, loss 0.0000"),
         (Progress("score", 1, 8, 1.0), "scored 1 of 8 prediction files"),
     ],
 )

@@ -114,7 +114,7 @@ def make_tables():
             CLASSES, keys, labels_N, dict.fromkeys(CLASSIFIERS, predictions_N), dict.fromkeys(CLASSIFIERS, scores_NK)
         ),
         "means": means_table(CLASSES, TARGET, np.arange(1, 4), np.arange(54, dtype=np.float32).reshape(3, 18)),
-        "weights": weights_table(CLASSES, TARGET, np.arange(57, dtype=np.float32)),
+        "weights": weights_table(CLASSES, TARGET, np.arange(57, dtype=np.float32), np.zeros(18)),
         "history": history_table(HISTORY),
         "skipped": pa.table([["k", "l"], ["train"] * 2, ["3", "7"], ["empty"] * 2, ["no bytes"] * 2],
                             schema=SKIPPED_SCHEMA),
