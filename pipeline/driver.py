@@ -118,6 +118,7 @@ def _run(job: Job) -> dict[str, Any]:
                 _say_where_gpus_are_missing(job, tally)
             if job.plan.has_training:
                 _train(job, actors, training, fingerprint)
+                _say_if_it_only_guesses(job, training)
                 _score(job, actors, tally)
             return _write(job, tally, training)
         except ActorLostError as exc:
@@ -135,6 +136,15 @@ def _say_where_gpus_are_missing(job: Job, tally: Tally) -> None:
         logger.warning(
             "%d actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU", num_on_cpu
         )
+
+
+def _say_if_it_only_guesses(job: Job, training: _Training) -> None:
+    loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
+    if loss > guessing:
+        logger.warning(
+            "sgd_linear has a training loss of %.4g, above the %.4g of guessing; give a smaller --learning-rate than %g",
+            loss, guessing, training.learning_rate,
+        )  # fmt: skip
 
 
 def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(small_dataset, tm
 @pytest.mark.ray
 def test_a_job_that_fails_leaves_no_process(small_dataset, tmp_path):
     mark = str(uuid.uuid4())
-    options = ("--data", small_dataset, "--learning-rate", 1e38, "--out", tmp_path / "out")
+    options = ("--data", small_dataset, "--learning-rate", 1e300, "--out", tmp_path / "out")
     code, stdout, stderr = run(*options, **{MARK: mark})
     left = processes_with(MARK, mark)
     end_processes(left)
