@@ -126,7 +126,8 @@ def _run(job: Job) -> dict[str, Any]:
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
-            # Those of a job that ends, well or not, end with the last reference to them.
+        finally:
+            # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
             driver_ray.end_actors(actors)
 
 
@@ -142,8 +143,9 @@ def _say_if_it_only_guesses(job: Job, training: _Training) -> None:
     loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
     if loss > guessing:
         logger.warning(
-            "sgd_linear has a training loss of %.4g, above the %.4g of guessing; give a smaller --learning-rate than %g",
-            loss, guessing, training.learning_rate,
+            "sgd_linear: expected a training loss below %.4g, that of guessing, got %.4g; give a smaller "
+            "--learning-rate than %g",
+            guessing, loss, training.learning_rate,
         )  # fmt: skip
 
 
