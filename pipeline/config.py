@@ -6,7 +6,6 @@ can be used. Checks that need the data or the cluster stand where these are know
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -16,6 +15,7 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "L", "RGB")
 # One image of more pixels than this would weigh as much as a whole shard of small ones.
 MAX_SIDE = 4096
+_LARGEST_FLOAT32 = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Config:
     def _check_training(self) -> None:
         _expect(self.epochs >= 0, f"--epochs: expected 0 or more, got {self.epochs}; 0 leaves SGD out")
         _expect(
-            self.learning_rate is None or (math.isfinite(self.learning_rate) and self.learning_rate > 0),
+            self.learning_rate is None or 0 < self.learning_rate <= _LARGEST_FLOAT32,
             f"--learning-rate: expected auto, or a positive number, got {self.learning_rate}; auto fits the images",
         )
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")

@@ -57,6 +57,18 @@ def small_dataset(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def black_and_white(tmp_path_factory):
+    """Two classes of 16 images each, all black and all white: the largest gradients that there are."""
+    root = tmp_path_factory.mktemp("contrast")
+    for split in ("train", "valid"):
+        for name, value in (("black", 0), ("white", 255)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(16):
+                Image.new("L", (8, 8), value).save(root / split / name / f"{number}.png")
+    return root
+
+
 def unpack(name, tmp_path_factory):
     archive = DATA / f"{name}.tgz"
     if not archive.exists():

@@ -138,9 +138,9 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(small_dataset, tm
 
 
 @pytest.mark.ray
-def test_a_job_that_fails_leaves_no_process(small_dataset, tmp_path):
+def test_a_job_that_fails_leaves_no_process(black_and_white, tmp_path):
     mark = str(uuid.uuid4())
-    options = ("--data", small_dataset, "--learning-rate", 1e300, "--out", tmp_path / "out")
+    options = ("--data", black_and_white, "--learning-rate", 3e38, "--out", tmp_path / "out")
     code, stdout, stderr = run(*options, **{MARK: mark})
     left = processes_with(MARK, mark)
     end_processes(left)
