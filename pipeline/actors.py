@@ -170,7 +170,7 @@ class LaneActor:
         if params_P is None:
             initial_P = sgd.initial_params(self._plan.num_classes, self._plan.target.num_values, self._plan.seed)
         else:
-            initial_P = torch.from_numpy(params_P.copy())  # what Ray gives is read-only
+            initial_P = torch.tensor(params_P)  # a copy: what Ray gives is read-only, and not aligned as torch's own
         self._params_P = initial_P.to(self._device)
         return self._learning_rate
 

@@ -110,23 +110,22 @@ def lane_gradients(
     """
     num_classes = params_P.shape[0] // (images_BD.shape[1] + 1)
     weights_KD, bias_K = split_params(params_P, num_classes)
-    inputs_BD = images_BD.float().div_(255).sub_(centre_D)
-    logits_BK = torch.empty(len(inputs_BD), num_classes, device=inputs_BD.device)
+    inputs_BD = _aligned_rows(images_BD).div_(255).sub_(centre_D)
     weights_DK = weights_KD.T
-    inputs, logits = inputs_BD.split(lane_counts), logits_BK.split(lane_counts)
-    # Products lane by lane: their last bits depend on the number of rows. All else works row by row.
-    for lane_inputs_BD, lane_logits_BK in zip(inputs, logits, strict=True):
-        torch.addmm(bias_K, lane_inputs_BD, weights_DK, out=lane_logits_BK)
+    inputs = inputs_BD.split(lane_counts)
+    # Products lane by lane, from and to aligned memory: their last bits depend on the number of rows, and on some
+    # processors on the address. All else works row by row.
+    logits_BK = torch.cat([torch.addmm(bias_K, lane_inputs_BD, weights_DK) for lane_inputs_BD in inputs])
     is_correct_B = logits_BK.argmax(1) == labels_B
     log_probabilities_BK = log_softmax(logits_BK, 1)
     losses_B = -log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1)
-    errors_BK = log_probabilities_BK.exp_()
+    errors_BK = _aligned_rows(log_probabilities_BK.exp_())
     errors_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
     for lane_errors_BK, lane_inputs_BD, gradient_P in zip(
         errors_BK.split(lane_counts), inputs, gradients_ZP.unbind(), strict=True
     ):
         gradient_KD, gradient_K = split_params(gradient_P, num_classes)
-        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=gradient_KD)
+        gradient_KD.copy_(torch.mm(lane_errors_BK.T, lane_inputs_BD))
         torch.sum(lane_errors_BK, 0, out=gradient_K)
     return losses_B, is_correct_B
 
@@ -162,6 +161,13 @@ def log_probabilities(
         for block_ND in images_ND.split(_SCORE_ROWS)
     ]
     return torch.cat(blocks)
+
+
+def _aligned_rows(rows_BV: torch.Tensor) -> torch.Tensor:
+    """Copy rows as float32 to where each begins at a multiple of 64 bytes, as every tensor of torch's does."""
+    num_rows, num_values = rows_BV.shape
+    padded_BV = torch.empty(num_rows, -(-num_values // 16) * 16, device=rows_BV.device)
+    return padded_BV[:, :num_values].copy_(rows_BV)
 
 
 def _mix(*parts: object) -> int:
