@@ -147,7 +147,9 @@ def main(is_json: bool, **options: Any) -> None:
         config = Config(**{name: value for name, value in options.items() if (name, value) != ("out", None)})
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
         from pipeline import driver
+        from pipeline.driver_ray import leave_pandas_out
 
+        leave_pandas_out()
         # Ray prints what its node manager has to say where only the summary belongs.
         with contextlib.redirect_stdout(sys.stderr):
             run = driver.evaluate(config, screen.show, screen.show_download)

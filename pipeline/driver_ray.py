@@ -10,12 +10,15 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,6 +62,7 @@ class ActorProcess:
     """
 
     def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool) -> None:
+        leave_pandas_out()
         from pipeline.actors import LaneActor
 
         self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu)
@@ -77,6 +81,27 @@ class ActorProcess:
         table = results.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
         digest = results.write_table(output, f"{results.PREDICTIONS}/part-{part:05d}", table)
         return PartRecord(digest, scored.confusions)
+
+
+def leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas in this process, of which nothing here is used.
+
+    Where pandas is installed, pyarrow's first conversion imports it, which takes a process longer than a small dataset.
+    pyarrow asks once: if pandas is not to be had then, it works without; what needs pandas still finds it later.
+    """
+    if "pandas" in sys.modules:
+        return
+    sys.meta_path.insert(0, _NoPandas())
+    pa.array([0])
+    del sys.meta_path[0]
+
+
+class _NoPandas(MetaPathFinder):
+    """Says that there is no pandas."""
+
+    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError("pandas is left out")
 
 
 @contextmanager
@@ -212,6 +237,7 @@ def decode_shard(
 def _decode_shard(
     location: Location, target: Target, classes: tuple[str, ...], split: Split, keys: pa.Array, labels: pa.Array
 ) -> tuple[pa.Table, pa.Table | None, tuple[int, dict[str, int], int]]:
+    leave_pandas_out()
     images = files.read_images(location, keys)
     table, faults, num_resized = decode.decode_shard(keys, labels, images, target)
     skipped = decode.skipped_table(keys, labels, faults, split, classes) if faults else None

@@ -38,7 +38,7 @@ def read(out, table):
 @pytest.fixture(scope="module")
 def sample_run(local_ray, mnist_sample, tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "out"
-    return evaluate(mnist_sample, out), out
+    return evaluate(mnist_sample, out, device="cpu"), out
 
 
 @pytest.mark.data
@@ -84,7 +84,7 @@ def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp
 @pytest.mark.data
 @pytest.mark.slow
 def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
-    run = evaluate(mnist_png, tmp_path / "out")
+    run = evaluate(mnist_png, tmp_path / "out", device="cpu")
     assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
     assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.922
