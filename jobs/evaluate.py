@@ -164,13 +164,14 @@ def main(is_json: bool, **options: Any) -> None:
         click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
         sys.exit(_EXIT_CODES[signals.received or signal.SIGTERM])
     screen.clear()
-    click.echo(json.dumps(run, ensure_ascii=False) if is_json else summary(run))
+    # A path may hold bytes that are no text.
+    click.echo(json.dumps(run) if is_json else summary(run).encode(errors="backslashreplace").decode())
 
 
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    has_epochs = last.phase == "score" or (last.epoch or 0) > 1
+    has_epochs = config.resume or last.phase == "score" or (last.epoch or 0) > 1
     again = f"go on with --resume --out {config.out}" if has_epochs else "run again"
     return f"{progress_line(last)}; {config.out} is unfinished, {again}"
 

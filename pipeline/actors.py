@@ -8,6 +8,7 @@ Axes as in `distance` and `sgd`; M is the number of places of a buffer, listed i
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,8 +91,19 @@ class LaneActor:
 
     def open_store(self, host: str) -> int:
         """Open the meeting point of the process group on `host`, this actor's own address; return its port."""
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_EXCHANGE_TIMEOUT)
-        return self._store.port
+        # Of itself the store would listen on every address of the machine.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family, backlog=1024)
+        port = int(listener.getsockname()[1])
+        self._store = dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_EXCHANGE_TIMEOUT,
+            master_listen_fd=listener.detach(),
+        )
+        return port
 
     def join_group(self, host: str, port: int) -> None:
         """Join the process group of all actors at the meeting point that the first of them opened.

@@ -6,6 +6,7 @@ can be used. Checks that need the data or the cluster stand where these are know
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -111,7 +112,7 @@ class Config:
             f"--patience: expected 1 epoch or more, got {self.patience}; leave it out to train for all epochs",
         )
         _expect(
-            self.max_seconds is None or self.max_seconds > 0,
+            self.max_seconds is None or 0 < self.max_seconds < math.inf,
             f"--max-seconds: expected a positive number, got {self.max_seconds}; leave it out for no limit",
         )
 

@@ -6,16 +6,19 @@ counts, means and parameters, never images or their rows, and the work in flight
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import __version__, decode, driver_ray, files, metrics, report, results, sources
@@ -39,10 +42,10 @@ _CHECKPOINT_SECONDS = 5.0
 
 @dataclass
 class _Training:
-    """Training as it stands, which outlives the actors; `params` is float32 [P], a reference to it, or None."""
+    """Training as it stands, which outlives the actors; `params` is float32 [P], or None before the first epoch."""
 
     history: list[EpochMetric]
-    params: Any
+    params: npt.NDArray[np.float32] | None
     learning_rate: float | None = None
 
 
@@ -70,25 +73,40 @@ def evaluate(
     clock = Clock()
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
-    if location.kind == "folder" and Path(output.root).is_relative_to(location.root):
+    if (location.kind == "folder" and Path(output.root).resolve().is_relative_to(location.root)) or (
+        location.kind == "uri" and f"{output.root}/".startswith(f"{location.root.rstrip('/')}/")
+    ):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
-    with ThreadPoolExecutor(1) as pool:
-        look = pool.submit(_look, location, config)
-        wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
-        if look.done():
-            look.result()
-        with driver_ray.connected(config.address):
-            while not look.done():
-                on_progress(Progress("start", 0, 1, 0.0))
-                wait([look], timeout=0.2)
-            listing, target = look.result()
-            plan, shards = make_plan(config, listing, target)
-            resources, num_nodes = driver_ray.cluster_resources()
-            fit = fit_cluster(config, plan, shards, resources, num_nodes)
-            results.prepare(output, overwrite=config.overwrite, resume=config.resume)
-            return _run(Job(config, listing, target, plan, shards, fit, num_nodes, output, clock, on_progress))
+    look = _begin_look(location, config)
+    wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
+    if look.done():
+        look.result()
+    with driver_ray.connected(config.address):
+        while not look.done():
+            on_progress(Progress("start", 0, 1, 0.0))
+            wait([look], timeout=0.2)
+        listing, target = look.result()
+        plan, shards = make_plan(config, listing, target)
+        resources, num_nodes = driver_ray.cluster_resources()
+        fit = fit_cluster(config, plan, shards, resources, num_nodes)
+        results.prepare(output, overwrite=config.overwrite, resume=config.resume)
+        return _run(Job(config, listing, target, plan, shards, fit, num_nodes, output, clock, on_progress))
+
+
+def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target]]:
+    """Look in a thread that nothing waits for: an interrupt need not wait for a slow listing's end."""
+    look: Future[tuple[Listing, Target]] = Future()
+
+    def run() -> None:
+        try:
+            look.set_result(_look(location, config))
+        except BaseException as exc:  # noqa: BLE001 - handed on, to be raised where the result is taken
+            look.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return look
 
 
 def _look(location: Location, config: Config) -> tuple[Listing, Target]:
@@ -102,7 +120,9 @@ def _run(job: Job) -> dict[str, Any]:
     """Run with actors started anew, going on from the last finished epoch, as often as they die."""
     fingerprint = _fingerprint(job)
     checkpoint = results.read_checkpoint(job.output, fingerprint) if job.config.resume else None
-    training = _Training(checkpoint.history, checkpoint.params_P) if checkpoint else _Training([], None)
+    training = _Training([], None)
+    if checkpoint:
+        training, fingerprint = _Training(checkpoint.history, checkpoint.params_P), checkpoint.fingerprint
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
@@ -114,6 +134,7 @@ def _run(job: Job) -> dict[str, Any]:
         actors, started = driver_ray.start_actors(job.plan, job.fit)
         try:
             tally = feed(job, actors, started)
+            _check_images(job, tally, fingerprint)
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, tally)
             if job.plan.has_training:
@@ -126,9 +147,22 @@ def _run(job: Job) -> dict[str, Any]:
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
+        except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
+            _save(job, training, fingerprint)
+            raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
             driver_ray.end_actors(actors)
+
+
+def _check_images(job: Job, tally: Tally, fingerprint: dict[str, Any]) -> None:
+    """See that what training goes on with are the images that it began with, not others under their names."""
+    images = hashlib.sha256(tally.counts_K.tobytes() + tally.means_KD.tobytes()).hexdigest()
+    if fingerprint.setdefault("images", images) != images:
+        raise OutputError(
+            f"{job.listing.location.root}: expected the images with which {job.output.root} was begun, got others; run "
+            "with the same data, or give --overwrite"
+        )
 
 
 def _say_where_gpus_are_missing(job: Job, tally: Tally) -> None:
@@ -162,13 +196,7 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
         watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
-        try:
-            records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
-        except ActorLostError:
-            raise
-        except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
-            _save(job, training, fingerprint)
-            raise
+        records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
         row = metrics.epoch_metric(records)
         if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
@@ -176,16 +204,16 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
                 f"{training.learning_rate:g}"
             )
         training.history.append(row)
-        training.params = refs[0][1]
+        # Not a reference: it would be lost with the node of the first actor.
+        training.params = driver_ray.get(refs[0][1])
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
             _save(job, training, fingerprint)
             last_saved = time.monotonic()
 
 
 def _save(job: Job, training: _Training, fingerprint: dict[str, Any]) -> None:
-    if training.history:
-        params_P = driver_ray.get(training.params)
-        results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, params_P))
+    if training.params is not None:
+        results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, training.params))
 
 
 def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
@@ -244,16 +272,14 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "confusion": results.confusion_table(listing.classes, confusions),
         "means": results.means_table(listing.classes, job.target, tally.counts_K, tally.means_KD),
     }
-    if job.plan.has_training:
-        params_P = driver_ray.get(training.params)
+    if training.params is not None:
         centre_D = tally.counts_K @ tally.means_KD.astype(np.float64) / tally.counts_K.sum()
-        tables["weights"] = results.weights_table(listing.classes, job.target, params_P, centre_D)
+        tables["weights"] = results.weights_table(listing.classes, job.target, training.params, centre_D)
         tables["history"] = results.history_table(training.history)
     for name, table in tables.items():
         digests[name] = results.write_table(output, name, table)
     skipped = (driver_ray.get(tally.skipped[index]) for index in sorted(tally.skipped))
     digests["skipped"] = results.write_tables(output, "skipped", decode.SKIPPED_SCHEMA, skipped)
-    results.delete_checkpoint(output)
     seconds = job.clock.read()
     run = {
         "version": __version__,
@@ -285,6 +311,7 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "out": output.root,
     }
     results.write_run(output, run)
+    results.delete_checkpoint(output)
     return run
 
 

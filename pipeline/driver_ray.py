@@ -301,8 +301,18 @@ def get(ref: Ref, what: str = "a task") -> Any:
     except ray.exceptions.RayTaskError as exc:
         if isinstance(exc.cause, EvaluationError):
             raise exc.cause from exc
+        if isinstance(exc.cause, ray.exceptions.RayError):  # what it was to work on is lost
+            raise ActorLostError(f"{what}: expected its input, got {_first_line(exc.cause)}") from exc
+        if type(exc.cause).__name__ in ("OutOfMemoryError", "MemoryError"):  # the former is torch's, for GPUs
+            raise ClusterError(
+                f"{what}: expected enough memory, got {_first_line(exc.cause)}; give a smaller --size, --epochs 0, or "
+                "more --actors on more devices"
+            ) from exc
         raise
     except ray.exceptions.RayActorError as exc:
+        if exc.actor_init_failed:
+            cause = str(exc).strip().splitlines()[-1]
+            raise ClusterError(f"an actor: expected it to start, got {cause}; see to the node that it is on") from exc
         raise ActorLostError(f"an actor: expected it to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayError as exc:
         raise ClusterError(

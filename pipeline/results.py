@@ -144,8 +144,9 @@ def write_tables(output: Output, name: str, schema: pa.Schema, tables: Iterable[
 
 def write_run(output: Output, run: Mapping[str, Any]) -> None:
     """Write `run.json`, the mark of a finished run."""
-    content = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    _write_file(output, RUN_FILE, lambda stream: stream.write(content))
+    # A path whose bytes are not UTF-8 comes out as JSON escapes, and back from them unchanged.
+    content = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False)
+    _write_file(output, RUN_FILE, lambda stream: stream.write(content.encode(errors="backslashreplace")))
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:

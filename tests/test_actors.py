@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import cache, partial
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -449,6 +450,13 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
     assert time.monotonic() - began < 10
     assert "\n" not in str(caught.value)
     started[1].wait(10)
+
+
+def test_the_meeting_point_listens_on_its_own_address_alone():
+    actor = LaneActor(make_job()[0], 0, 2, is_on_gpu=False)
+    port = actor.open_store(HOST)
+    listening = [open_.laddr for open_ in psutil.Process().net_connections() if open_.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == port] == [HOST]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

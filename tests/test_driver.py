@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from pipeline import driver, driver_ray, files
@@ -238,6 +240,74 @@ def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypa
         evaluate(small_dataset, tmp_path / "out", epochs=3, resume=True, seed=5)
 
 
+def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
+    def stop_in_scoring(progress):
+        if progress.phase == "score":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_scoring, epochs=3, device="cpu")
+    epochs = []
+    run = evaluate(
+        small_dataset,
+        tmp_path / "out",
+        lambda progress: epochs.append(progress.epoch),
+        epochs=3,
+        device="cpu",
+        resume=True,
+    )
+    assert not {1, 2, 3} & set(epochs)
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_resuming_with_other_images_of_the_same_names_is_refused(small_dataset, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(small_dataset, data)
+
+    def stop_in_epoch_2(progress):
+        if progress.phase == "train" and progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, out, stop_in_epoch_2, epochs=3)
+    shutil.copy(data / "train" / "2" / "0.png", data / "train" / "2" / "1.png")
+    with pytest.raises(OutputError, match=r"expected the images with which .* was begun, got others"):
+        evaluate(data, out, epochs=3, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("{tmp}/data", "{tmp}/data/out"), ("{tmp}/data", "{tmp}/link/out"), ("s3://bucket/data", "s3://bucket/data/out")],
+)
+def test_results_inside_the_dataset_are_refused(small_dataset, tmp_path, data, out):
+    (tmp_path / "data").symlink_to(small_dataset)
+    (tmp_path / "link").symlink_to(small_dataset)
+    with pytest.raises(OutputError, match="expected a folder outside the dataset"):
+        evaluate(data.format(tmp=tmp_path), out.format(tmp=tmp_path))
+
+
+def test_an_actor_that_cannot_start_says_why(local_ray):
+    class Broken:
+        def __init__(self):
+            raise RuntimeError("no room on this device")
+
+        def answer(self):
+            return 1
+
+    actor = ray.remote(num_cpus=0)(Broken).remote()
+    with pytest.raises(ClusterError, match="expected it to start, got RuntimeError: no room on this device"):
+        driver_ray.get(actor.answer.remote())
+
+
+def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
+    def fill():
+        raise MemoryError("cannot allocate")
+
+    with pytest.raises(ClusterError, match=r"shard 3: expected enough memory, got .*; give a smaller --size") as caught:
+        driver_ray.get(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
+    assert not isinstance(caught.value, ActorLostError)
+
+
 def test_every_image_is_in_one_table(small_dataset, tmp_path):
     run = evaluate(small_dataset, tmp_path / "out", epochs=1)
     keys = pq.read_table(tmp_path / "out" / "predictions")["key"].to_pylist()
@@ -358,11 +428,6 @@ def test_a_class_of_bad_images_only_is_an_error(tmp_path):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"training images of class a, got none .* train/a/1.png for one: cannot"):
         evaluate(tmp_path / "data", tmp_path / "out", size="8x8", mode="L")
-
-
-def test_results_inside_the_dataset_are_refused(small_dataset):
-    with pytest.raises(OutputError, match="expected a folder outside the dataset"):
-        evaluate(small_dataset, small_dataset / "train" / "out")
 
 
 def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_path):

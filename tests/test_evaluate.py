@@ -144,9 +144,7 @@ def test_a_job_that_fails_leaves_no_process(black_and_white, tmp_path):
     left = processes_with(MARK, mark)
     end_processes(left)
     assert (code, stdout) == (1, "")
-    assert re.search(
-        r"error: epoch \d+: expected a loss, got (nan|inf); give a smaller --learning-rate .*\n\Z", stderr
-    )
+    assert re.search(r"error: epoch \d+: expected a loss, got (nan|inf); give a smaller --learning-rate .*\n\Z", stderr)
     assert left == []
 
 

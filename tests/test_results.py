@@ -537,3 +537,9 @@ def test_run_json_is_whole_or_not_there(output):
             write_run(output, bad)
     assert names_in(output) == ["run.json"]
     assert read_bytes(output, "run.json") == before
+
+
+def test_a_path_that_is_no_text_is_written_and_read_back(tmp_path):
+    path = os.fsdecode(b"/data/im\xe9ges")
+    write_run(Output.at(str(tmp_path)), {"root": path, "ä": 1})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"root": path, "ä": 1}
