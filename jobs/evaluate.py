@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -162,7 +163,9 @@ def main(is_json: bool, **options: Any) -> None:
     except (_Interrupted, SystemExit):  # the latter is how Ray, while it starts, answers SIGTERM
         screen.clear()
         click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
-        sys.exit(_EXIT_CODES[signals.received or signal.SIGTERM])
+        sys.stderr.flush()
+        # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
+        os._exit(_EXIT_CODES[signals.received or signal.SIGTERM])
     screen.clear()
     # A path may hold bytes that are no text.
     click.echo(json.dumps(run) if is_json else summary(run).encode(errors="backslashreplace").decode())
