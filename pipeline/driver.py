@@ -102,7 +102,7 @@ def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Tar
     def run() -> None:
         try:
             look.set_result(_look(location, config))
-        except BaseException as exc:  # noqa: BLE001 - handed on, to be raised where the result is taken
+        except BaseException as exc:  # noqa: BLE001 - all of it: what is kept here is raised by result()
             look.set_exception(exc)
 
     threading.Thread(target=run, daemon=True).start()

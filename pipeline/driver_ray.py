@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -83,25 +84,25 @@ class ActorProcess:
         return PartRecord(digest, scored.confusions)
 
 
-def leave_pandas_out() -> None:
-    """Keep pyarrow from importing pandas in this process, of which nothing here is used.
-
-    Where pandas is installed, pyarrow's first conversion imports it, which takes a process longer than a small dataset.
-    pyarrow asks once: if pandas is not to be had then, it works without; what needs pandas still finds it later.
-    """
-    if "pandas" in sys.modules:
-        return
-    sys.meta_path.insert(0, _NoPandas())
-    pa.array([0])
-    del sys.meta_path[0]
-
-
 class _NoPandas(MetaPathFinder):
     """Says that there is no pandas."""
 
     def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> None:
         if fullname == "pandas":
             raise ModuleNotFoundError("pandas is left out")
+
+
+@cache
+def leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas in this process, of which nothing here is used.
+
+    Where pandas is installed, pyarrow's first conversion imports it, which takes a process longer than a small dataset.
+    pyarrow asks once: if pandas is not to be had then, it works without; what needs pandas still finds it later.
+    """
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    pa.array([0])
+    sys.meta_path.remove(finder)
 
 
 @contextmanager

@@ -202,6 +202,13 @@ def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
         evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
 
 
+def resume(data, out):
+    """Go on to epoch 3; return the run and the epochs that were shown."""
+    epochs = []
+    run = evaluate(data, out, lambda progress: epochs.append(progress.epoch), epochs=3, device="cpu", resume=True)
+    return run, epochs
+
+
 def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "_CHECKPOINT_SECONDS", 0.0)
 
@@ -212,15 +219,7 @@ def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         evaluate(small_dataset, tmp_path / "out", stop_in_epoch_3, epochs=3, device="cpu")
     assert not (tmp_path / "out" / "run.json").exists()
-    epochs = []
-    run = evaluate(
-        small_dataset,
-        tmp_path / "out",
-        lambda progress: epochs.append(progress.epoch),
-        epochs=3,
-        device="cpu",
-        resume=True,
-    )
+    run, epochs = resume(small_dataset, tmp_path / "out")
     assert {epoch for epoch in epochs if epoch} <= {1, 3}  # 1 is shown until the actors have begun
     assert 2 not in epochs
     assert run["results_sha256"] == reference["results_sha256"]
@@ -247,15 +246,7 @@ def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, t
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(small_dataset, tmp_path / "out", stop_in_scoring, epochs=3, device="cpu")
-    epochs = []
-    run = evaluate(
-        small_dataset,
-        tmp_path / "out",
-        lambda progress: epochs.append(progress.epoch),
-        epochs=3,
-        device="cpu",
-        resume=True,
-    )
+    run, epochs = resume(small_dataset, tmp_path / "out")
     assert not {1, 2, 3} & set(epochs)
     assert run["results_sha256"] == reference["results_sha256"]
 
