@@ -133,6 +133,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
 @click.option("--shard-images", type=int, default=_DEFAULTS.shard_images, help="Images of a shard, at most.")
 @click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@click.option("--min-nodes", type=int, default=_DEFAULTS.min_nodes, help="Nodes with CPUs to wait for.")
+@click.option("--wait-seconds", type=float, default=_DEFAULTS.wait_seconds, help="How long to wait for nodes and GPUs.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out.")
 @click.option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
@@ -142,6 +144,7 @@ def main(is_json: bool, **options: Any) -> None:
     Writes accuracies and one row per image as Parquet. Exit status: 0 done, 1 failed, 2 bad usage.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
     signals = _Signals()
     screen = _Screen(signals)
     try:

@@ -8,6 +8,7 @@ Axes as in `distance` and `sgd`; M is the number of places of a buffer, listed i
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from datetime import timedelta
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -105,8 +107,13 @@ class LaneActor:
         )
         return port
 
-    def join_group(self, host: str, port: int) -> None:
+    def join_group(self, host: str, port: int, address: str) -> None:
         """Join the process group of all actors at the meeting point that the first of them opened.
+
+        Args:
+            host: Of the meeting point.
+            port: Likewise.
+            address: This actor's own; others reach it, and it listens, there alone.
 
         Raises:
             ActorLostError: If not all of them come in time.
@@ -114,6 +121,9 @@ class LaneActor:
         # NCCL takes no two members on one GPU; they exchange through the CPU instead.
         is_sharing = self._plan.gpus_per_actor < 1
         self._backend = "nccl" if self._device.type == "cuda" and not is_sharing else "gloo"
+        # Of themselves both take the interface that the host's name leads to, which may be another or a public one.
+        if interface := _interface_of(address):
+            os.environ.setdefault(f"{self._backend.upper()}_SOCKET_IFNAME", interface)
         try:
             if self._rank > 0:
                 self._store = dist.TCPStore(host, port, is_master=False, timeout=_EXCHANGE_TIMEOUT)
@@ -339,6 +349,13 @@ class _Buffer:
             return self.images_MD, self.labels_M
         rows = self.filled_rows(0, len(self._is_filled_M)).to(self.images_MD.device)
         return self.images_MD[rows], self.labels_M[rows]
+
+
+def _interface_of(address: str) -> str | None:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address.partition("%")[0] == address for known in addresses):
+            return str(name)
+    return None
 
 
 def _to_tensors(table: pa.Table, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,8 @@ class Config:
     lanes: int = 8
     shard_images: int = 2048
     address: str | None = None
+    min_nodes: int = 1
+    wait_seconds: float = 300.0
     overwrite: bool = False
     resume: bool = False
 
@@ -144,6 +146,14 @@ class Config:
             0 < self.gpus_per_actor <= 1,
             f"--gpus-per-actor: expected a number above 0, up to 1, got {self.gpus_per_actor}; "
             "an actor computes on one GPU, and 0.5 lets two actors share it",
+        )
+        _expect(
+            self.min_nodes >= 1,
+            f"--min-nodes: expected 1 or more, got {self.min_nodes}; leave it out to take the cluster as it is",
+        )
+        _expect(
+            0 <= self.wait_seconds < math.inf,
+            f"--wait-seconds: expected 0 or more, got {self.wait_seconds}; 0 takes the cluster as it is or fails",
         )
         _expect(
             not (self.overwrite and self.resume),

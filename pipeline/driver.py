@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import __version__, decode, driver_ray, files, metrics, report, results, sources
+from pipeline import __version__, decode, driver_cluster, driver_ray, files, metrics, report, results, sources, storage
 from pipeline.config import Config
 from pipeline.decode import Target
+from pipeline.driver_cluster import Node, wait_for_nodes
 from pipeline.driver_feed import Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
 from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
@@ -31,7 +32,7 @@ from pipeline.files import Location
 from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
 from pipeline.results import Checkpoint, Output
-from pipeline.shards import fit_cluster, make_plan
+from pipeline.shards import Fit, Plan, Shard, fit_cluster, make_plan
 from pipeline.sources import Listing
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def evaluate(
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
     if (location.kind == "folder" and Path(output.root).resolve().is_relative_to(location.root)) or (
-        location.kind == "uri" and f"{output.root}/".startswith(f"{location.root.rstrip('/')}/")
+        location.kind == "uri" and storage.is_inside(output.root, location.root)
     ):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     on_progress(Progress("start", 0, 1, 0.0))
@@ -83,16 +84,30 @@ def evaluate(
     wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
     if look.done():
         look.result()
-    with driver_ray.connected(config.address):
+    with driver_ray.connected(config.address) as is_joined:
+        if is_joined:
+            wait_for_nodes(config, lambda what, done, total: on_progress(Progress(what, done, total, 0.0)))
+            logger.info(driver_cluster.describe(driver_cluster.living_nodes()))
+        elif config.min_nodes > 1:
+            raise ClusterError(
+                f"--min-nodes {config.min_nodes}: expected a cluster, got none, so Ray was started here; give --address"
+            )
         while not look.done():
             on_progress(Progress("start", 0, 1, 0.0))
             wait([look], timeout=0.2)
         listing, target = look.result()
         plan, shards = make_plan(config, listing, target)
-        resources, num_nodes = driver_ray.cluster_resources()
-        fit = fit_cluster(config, plan, shards, resources, num_nodes)
+        nodes = driver_cluster.living_nodes()
+        fit = _fit(config, plan, shards, nodes)
+        if len(nodes) > 1:
+            driver_cluster.check_paths(nodes, location, listing, output)
         results.prepare(output, overwrite=config.overwrite, resume=config.resume)
-        return _run(Job(config, listing, target, plan, shards, fit, num_nodes, output, clock, on_progress))
+        return _run(Job(config, listing, target, plan, shards, fit, len(nodes), output, clock, on_progress))
+
+
+def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node]) -> Fit:
+    resources = driver_cluster.total_resources(nodes)
+    return fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
 
 
 def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target]]:
@@ -131,7 +146,8 @@ def _run(job: Job) -> dict[str, Any]:
     num_deaths = 0
     while True:
         num_epochs = len(training.history)
-        actors, started = driver_ray.start_actors(job.plan, job.fit)
+        node_ids = [node.node_id for node in driver_cluster.working_nodes()]
+        actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids)
         try:
             tally = feed(job, actors, started)
             _check_images(job, tally, fingerprint)
@@ -147,6 +163,9 @@ def _run(job: Job) -> dict[str, Any]:
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
+            # What died may have been a node, so what is left is looked at again.
+            nodes = driver_cluster.living_nodes()
+            job = replace(job, fit=_fit(job.config, job.plan, job.shards, nodes), num_nodes=len(nodes))
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             _save(job, training, fingerprint)
             raise

@@ -6,6 +6,7 @@ What enters: a `Job` and its actors. What leaves: a `Tally`; the images are with
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +25,11 @@ from pipeline.errors import DataError
 from pipeline.files import display
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
-from pipeline.shards import Fit, Plan, Shard
+from pipeline.shards import Fit, Plan, Shard, most_in_flight
 from pipeline.sources import Listing, Split
+
+# A cluster that grows, or loses nodes, is given more or less to do after this time.
+_LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
         feeding.waiting[ref] = ("starting the actors", tally.devices.append if place < len(actors) else _ignore)
     shards = iter(job.shards)
     while True:
-        while feeding.num_in_flight < job.fit.max_in_flight and (shard := next(shards, None)):
+        while feeding.num_in_flight < feeding.max_in_flight and (shard := next(shards, None)):
             feeding.decode(shard)
         if not feeding.waiting:
             break
@@ -130,8 +134,10 @@ class _Feeding:
     tally: Tally = field(default_factory=Tally)
     waiting: dict[Ref, tuple[str, Callable[[Any], None]]] = field(default_factory=dict)
     num_in_flight: int = 0
+    looked_at_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self.max_in_flight = self.job.fit.max_in_flight
         self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
         self._num_part_left = Counter(shard.group for shard in self.job.shards if shard.split == "valid")
 
@@ -148,7 +154,10 @@ class _Feeding:
         self.waiting[counts] = (what, partial(self._hand_over, shard, table, skipped))
 
     def show(self) -> bool:
-        """Show how far decoding is; only a finished shard is a sign of life."""
+        """Show how far decoding is, and now and then look at the cluster's size; only a shard is a sign of life."""
+        if time.monotonic() - self.looked_at_s > _LOOK_SECONDS:
+            self.looked_at_s = time.monotonic()
+            self.max_in_flight = most_in_flight(self.job.plan, self.job.shards, driver_ray.cluster_resources())
         num_done = self.tally.num_decoded.total() + self.tally.num_skipped
         return self.job.show("decode", num_done, self.job.listing.num_images)
 

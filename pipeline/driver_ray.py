@@ -28,6 +28,7 @@ import psutil
 import pyarrow as pa
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import decode, files, results
 from pipeline.decode import Target
@@ -76,6 +77,10 @@ class ActorProcess:
         """Return the address of this actor's node."""
         return str(ray.util.get_node_ip_address())
 
+    def join_group(self, host: str, port: int) -> None:
+        """Join the other actors, by this node's own address."""
+        self._actor.join_group(host, port, self.address())
+
     def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
         """Score a part and write its prediction file."""
         scored = self._actor.score_part(part)
@@ -106,16 +111,19 @@ def leave_pandas_out() -> None:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[bool]:
     """Connect to Ray, starting it here if there is none, and leave nothing of it behind.
 
     Where the caller is connected already, that connection is used and kept.
+
+    Yields:
+        Whether this is a cluster that was there before, which may grow, and no Ray started for this job.
 
     Raises:
         ClusterError: If there is no cluster at `address`, or Ray cannot be started.
     """
     if ray.is_initialized():
-        yield
+        yield True
         return
     signals = {signal.SIGINT, signal.SIGTERM}
     is_main = threading.current_thread() is threading.main_thread()
@@ -132,7 +140,7 @@ def connected(address: str | None) -> Iterator[None]:
         finally:
             if is_main:
                 signal.signal(signal.SIGTERM, on_terminate)
-        yield
+        yield not any(child not in others for child in psutil.Process().children())
     finally:
         # A second Ctrl-C at this point would leave Ray's processes behind.
         if is_main:
@@ -192,15 +200,21 @@ def _command(process: psutil.Process) -> list[str]:
     return []
 
 
-def cluster_resources() -> tuple[dict[str, float], int]:
-    """Return what the whole cluster has, by Ray's names, and its number of living nodes."""
-    return ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+def cluster_resources() -> dict[str, float]:
+    """Return what the whole cluster has, by Ray's names."""
+    resources: dict[str, float] = ray.cluster_resources()
+    return resources
 
 
-def start_actors(plan: Plan, fit: Fit) -> tuple[list[Actor], list[Ref]]:
+def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str]) -> tuple[list[Actor], list[Ref]]:
     """Start the actors and let them meet.
 
     Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
+
+    Args:
+        plan: The job's plan.
+        fit: How it fits the cluster.
+        node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
 
     Returns:
         The actors; and references to the names of their devices, followed by those of their meeting.
@@ -209,14 +223,18 @@ def start_actors(plan: Plan, fit: Fit) -> tuple[list[Actor], list[Ref]]:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": fit.gpus_per_actor, "concurrency_groups": {"watch": 1}}
     actor_class: Any = ray.remote(**options)(ActorProcess)
     actors = [
-        actor_class.remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0)
+        actor_class.options(
+            scheduling_strategy="DEFAULT"
+            if fit.gpus_per_actor > 0
+            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=True)
+        ).remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0)
         for rank in range(fit.num_actors)
     ]
     started = [actor.call.remote("describe_device") for actor in actors]
     if fit.num_actors > 1:
         host = actors[0].address.remote()
         port = actors[0].call.remote("open_store", host)
-        started += [actor.call.remote("join_group", host, port) for actor in actors]
+        started += [actor.join_group.remote(host, port) for actor in actors]
     return actors, started
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.errors import DataError
 
 # Formats that Pillow recognises by their first bytes; a file of another ending is counted and left alone.
@@ -43,7 +44,10 @@ _FILE_ERRNOS = frozenset(
 
 @dataclass(frozen=True)
 class Location:
-    """A dataset's root: a local folder, a URI of `pyarrow.fs`, or a Parquet file of `key` and `image` bytes."""
+    """A dataset's root: a local folder, a URI of `pyarrow.fs`, or a Parquet file of `key` and `image` bytes.
+
+    The Parquet file `digits` is that of the package, wherever it is on each node.
+    """
 
     kind: Literal["folder", "uri", "parquet"]
     root: str
@@ -55,16 +59,12 @@ class Location:
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system of a URI and the root's path on it; connects at first use in each process."""
-        try:
-            filesystem, path = pafs.FileSystem.from_uri(self.root)
-        except (pa.ArrowInvalid, OSError) as exc:
-            raise DataError(f"--data: expected a URI that can be opened, got {self.root}; {exc}") from exc
-        return filesystem, path
+        return storage.open_uri(self.root, "--data")
 
     @cached_property
     def table(self) -> pa.Table:
         """The whole of a Parquet dataset: `key` string, `image` binary."""
-        return pq.read_table(self.root, columns=["key", "image"])
+        return pq.read_table(DIGITS if self.root == "digits" else self.root, columns=["key", "image"])
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,14 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         DataError: If there is no such folder.
     """
     if data == "digits":
-        return Location("parquet", str(DIGITS))
+        return Location("parquet", data)
     if data == "mnist_sample":
         # Here, because its HTTP and tar libraries would load in every decoding process.
         from pipeline import download
 
         return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
-    if data.startswith("file://"):
-        data = os.fsdecode(unquote_to_bytes(urlsplit(data).path))
-    elif "://" in data:
+    data = storage.plain_path(data)
+    if storage.is_uri(data):
         return Location("uri", data.rstrip("/"))
     try:
         folder = Path(data).expanduser()
@@ -117,6 +116,11 @@ def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | Re
     """
     match location.kind:
         case "folder":
+            if not os.path.isdir(location.root):  # noqa: PTH112 - on a node that came later; not every file's fault
+                raise DataError(
+                    f"{location.root}: expected the dataset's folder on every node, got none on "
+                    f"{socket.gethostname()}; give a URI, or a folder that all nodes share"
+                )
             root = os.fsencode(location.root) + b"/"
             return (_read_local(root + key) for key in keys.to_pylist())
         case "parquet":
@@ -125,6 +129,18 @@ def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | Re
         case "uri":
             filesystem, root_path = location.filesystem
             return (_read_remote(filesystem, f"{root_path}/{display(key)}") for key in keys.to_pylist())
+
+
+def file_sizes(location: Location, keys: pa.BinaryArray) -> list[int]:
+    """Return the sizes in bytes of a local folder's files; -1 for one that is not there."""
+    root = os.fsencode(location.root) + b"/"
+    sizes = []
+    for key in keys.to_pylist():
+        try:
+            sizes.append(os.lstat(root + key).st_size)
+        except OSError:
+            sizes.append(-1)
+    return sizes
 
 
 def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> list[bytes]:
@@ -207,10 +223,13 @@ def _read_local(path: bytes) -> bytes | ReadFault:
 
 
 def _read_remote(filesystem: pafs.FileSystem, path: str) -> bytes | ReadFault:
-    try:
+    def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
             data: bytes = stream.read()
             return data
+
+    try:
+        return storage.persist(read, path)
     except (FileNotFoundError, PermissionError) as exc:
         return ReadFault("unreadable", os.strerror(exc.errno) if exc.errno else type(exc).__name__)
     except OSError as exc:
@@ -263,7 +282,8 @@ def _list_remote(location: Location, prefix: bytes, *, recursive: bool) -> list[
     filesystem, root_path = location.filesystem
     path = f"{root_path}/{display(prefix)}".rstrip("/")
     try:
-        found: list[pafs.FileInfo] = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+        selector = pafs.FileSelector(path, recursive=recursive)
+        found: list[pafs.FileInfo] = storage.persist(lambda: filesystem.get_file_info(selector), path)
     except FileNotFoundError as exc:
         raise DataError(f"--data: expected a folder at {location.root}, got nothing; check the name") from exc
     except OSError as exc:

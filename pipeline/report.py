@@ -23,8 +23,8 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `decode`, `train` or `score`.
-        done: Images decoded or skipped, steps of the epoch, or parts written.
+        phase: `start`, `nodes`, `GPUs`, `decode`, `train` or `score`.
+        done: Nodes or GPUs that are there, images decoded or skipped, steps of the epoch, or parts written.
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
@@ -81,6 +81,8 @@ def progress_line(progress: Progress) -> str:
     match progress.phase:
         case "start":
             return "starting Ray and listing the images"
+        case "nodes" | "GPUs":
+            return f"waiting for the cluster's {progress.phase}, {progress.done} of {progress.total} are there"
         case "decode" if progress.done == 0:
             return f"starting to decode {progress.total:,} images"
         case "decode":

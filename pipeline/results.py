@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.decode import Target
 from pipeline.errors import OutputError
 from pipeline.metrics import EpochMetric, Metric
@@ -43,28 +44,20 @@ class Output:
     @classmethod
     def at(cls, out: str) -> Output:
         """Take `--out` as the user gave it."""
-        if out.startswith("file://"):
-            out = os.fsdecode(unquote_to_bytes(urlsplit(out).path))
-        if "://" not in out:
-            try:
-                return cls(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - keeps links
-            except RuntimeError as exc:
-                raise OutputError(f"--out {out}: expected a folder, got no such user; give a full path") from exc
-        scheme, _, path = out.partition("://")
-        return cls(f"{scheme}://{path.rstrip('/')}")
+        out = storage.plain_path(out)
+        if storage.is_uri(out):
+            return cls(out)
+        try:
+            return cls(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - keeps links
+        except RuntimeError as exc:
+            raise OutputError(f"--out {out}: expected a folder, got no such user; give a full path") from exc
 
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the root's path on it; connects at first use in each process."""
-        if "://" not in self.root:
+        if not storage.is_uri(self.root):
             return pafs.LocalFileSystem(), self.root
-        try:
-            filesystem, path = pafs.FileSystem.from_uri(self.root)
-        except (pa.ArrowInvalid, OSError) as exc:
-            raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; {exc}") from exc
-        if not path:
-            raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; name a bucket or folder")
-        return filesystem, path
+        return storage.open_uri(self.root, "--out", OutputError)
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,8 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
     """
     filesystem, root = output.filesystem
     try:
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+        selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
+        infos = storage.persist(lambda: filesystem.get_file_info(selector), root)
         files = [info.path[len(root.rstrip("/")) + 1 :] for info in infos if info.type == pafs.FileType.File]
         foreign = [name for name in files if not _is_result(name)]
         if files and not (overwrite or resume):
@@ -111,8 +105,8 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
         # run.json first: from here on the folder is unfinished. What is resumed from stays.
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):
-                filesystem.delete_file(f"{root}/{name}")
-        filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True)
+                _delete(filesystem, f"{root}/{name}")
+        storage.persist(lambda: filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True), root)
     except OSError as exc:
         raise OutputError(f"--out {output.root}: expected to write there, got {_reason(exc)}; choose another") from exc
 
@@ -172,12 +166,12 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
     """
     filesystem, root = output.filesystem
     path = f"{root}/{CHECKPOINT_FILE}"
-    if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-        return None
     try:
-        table = pq.read_table(path, filesystem=filesystem)
+        if storage.persist(lambda: filesystem.get_file_info(path), path).type == pafs.FileType.NotFound:
+            return None
+        table = storage.persist(lambda: pq.read_table(path, filesystem=filesystem), path)
         was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
-    except (pa.ArrowInvalid, TypeError, KeyError) as exc:
+    except (pa.ArrowInvalid, TypeError, KeyError, OSError) as exc:
         raise OutputError(
             f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
         ) from exc
@@ -194,9 +188,7 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
 def delete_checkpoint(output: Output) -> None:
     """Remove what only an unfinished run needs."""
     filesystem, root = output.filesystem
-    path = f"{root}/{CHECKPOINT_FILE}"
-    if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
-        filesystem.delete_file(path)
+    _delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
@@ -296,8 +288,7 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
             # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
             content = pa.BufferOutputStream()
             write(content)
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content.getvalue())
+            storage.persist(lambda: _put(filesystem, path, content.getvalue()), path)
             return
         temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
         try:
@@ -309,6 +300,19 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
     except OSError as exc:
         raise OutputError(f"{output.root}/{name}: expected to write it, got {_reason(exc)}; make room or choose "
                           "another --out") from exc  # fmt: skip
+
+
+def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)
+
+
+def _delete(filesystem: pafs.FileSystem, path: str) -> None:
+    def delete() -> None:
+        with suppress(FileNotFoundError):  # deleted by a try whose answer was lost
+            filesystem.delete_file(path)
+
+    storage.persist(delete, path)
 
 
 def _is_result(name: str) -> bool:

@@ -199,13 +199,21 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
             f"the cluster: expected {held_bytes / 2**30:.1f} GiB of memory to hold the images, got "
             f"{memory_bytes / 2**30:.1f}; give {advice}"
         )
-    shard_bytes = max(len(shard.rows) for shard in shards) * plan.target.num_values
-    store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
     return Fit(
         num_actors=config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes),
         gpus_per_actor=config.gpus_per_actor if is_on_gpu else 0.0,
-        max_in_flight=int(max(1, min(_SHARDS_PER_CPU * num_cpus, store_bytes // shard_bytes))),
+        max_in_flight=most_in_flight(plan, shards, resources),
     )
+
+
+def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, float]) -> int:
+    """Bound the shards between files and actors by the cluster's CPUs and the bytes of its object store.
+
+    More are asked for than there are CPUs to decode them: what waits tells an autoscaler to start nodes.
+    """
+    shard_bytes = max(len(shard.rows) for shard in shards) * plan.target.num_values
+    store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
+    return int(max(1, min(_SHARDS_PER_CPU * int(resources.get("CPU", 0)), store_bytes // shard_bytes)))
 
 
 def _group_sizes(shards: list[Shard], num_groups: int) -> tuple[int, ...]:

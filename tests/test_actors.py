@@ -122,7 +122,7 @@ def together(started, plan):
     assert [answer() for answer in asked] == [None] * len(started)
     group = [partial(call, process) for process in started]
     port = group[0]("open_store", HOST)()
-    ask_all(group, "join_group", HOST, port)
+    ask_all(group, "join_group", HOST, port, HOST)
     return group
 
 
@@ -465,7 +465,7 @@ def test_peers_that_do_not_come_are_lost_actors(monkeypatch, rank):
     actor = LaneActor(make_job()[0], rank, 2, is_on_gpu=False)
     port = actor.open_store(HOST) if rank == 0 else 1
     with pytest.raises(ActorLostError, match=rf"^actor {rank}: expected 2 actors to meet, got ") as caught:
-        actor.join_group(HOST, port)
+        actor.join_group(HOST, port, HOST)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
 

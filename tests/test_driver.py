@@ -431,8 +431,8 @@ def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_p
 
 
 def test_more_gpus_than_the_cluster_has_are_refused(small_dataset, tmp_path):
-    with pytest.raises(ClusterError, match="--device cuda: expected 3 GPUs in the cluster, got 2"):
-        evaluate(small_dataset, tmp_path / "out", device="cuda", actors=3)
+    with pytest.raises(ClusterError, match="expected 3 GPUs within 0 s, got 2; start more nodes"):
+        evaluate(small_dataset, tmp_path / "out", device="cuda", actors=3, wait_seconds=0)
 
 
 def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):

@@ -417,7 +417,7 @@ def test_a_uri_is_located_without_connecting(uri):
 
 def test_digits_are_in_the_package():
     location = locate("digits")
-    assert (location.kind, Path(location.root).parent.name) == ("parquet", "pipeline")
+    assert (location.kind, location.root) == ("parquet", "digits")
 
 
 @pytest.mark.parametrize(

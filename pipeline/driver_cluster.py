@@ -1,0 +1,180 @@
+"""The cluster as the job finds it: its nodes, waiting for more of them, and whether all see the same files.
+
+What enters: the options. What leaves: nodes, or an error that says what the cluster lacks. Always: what is waited for
+is asked of the autoscaler, where there is one, and not for longer than `--wait-seconds`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import driver_ray, files, storage
+from pipeline.config import Config
+from pipeline.errors import ClusterError, DataError, OutputError
+from pipeline.files import Location
+from pipeline.results import Output
+from pipeline.sources import Listing
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.2
+_NUM_SEEN = 3
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: Ray's id for it, its address, and what it has, by Ray's names."""
+
+    node_id: str
+    address: str
+    resources: dict[str, float]
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that Ray may use; 0 on a head that is to do no work."""
+        return self.resources.get("CPU", 0.0)
+
+
+def living_nodes() -> list[Node]:
+    """Return the cluster's living nodes, by address."""
+    nodes = [
+        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (node.address, node.node_id))
+
+
+def working_nodes() -> list[Node]:
+    """Return the living nodes that have CPUs, those with most first."""
+    return sorted((node for node in living_nodes() if node.num_cpus > 0), key=lambda node: -node.num_cpus)
+
+
+def total_resources(nodes: Sequence[Node]) -> dict[str, float]:
+    """Add up what nodes have."""
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update(node.resources)
+    return dict(total)
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """Say in one line what a cluster has."""
+    words = []
+    for node in nodes:
+        kinds = [name.removeprefix("accelerator_type:") for name in node.resources if name.startswith("accelerator")]
+        num_gpus = node.resources.get("GPU", 0.0)
+        gpus = f", {num_gpus:g} GPUs{f' ({kinds[0]})' if kinds else ''}" if num_gpus else ""
+        words.append(f"{node.address} with {node.num_cpus:g} CPUs{gpus}")
+    return f"cluster of {len(nodes)} node{'s' if len(nodes) != 1 else ''}: {'; '.join(words)}"
+
+
+def wait_for_nodes(config: Config, on_tick: Callable[[str, int, int], None]) -> None:
+    """Wait until the cluster has the nodes and GPUs that were asked for.
+
+    What is missing is asked for by a placement group, which Ray's autoscaler starts nodes for.
+
+    Args:
+        config: `min_nodes` nodes with CPUs are waited for, and with `--device cuda` the GPUs of all actors.
+        on_tick: Called several times a second with what is waited for, how much of it there is, and how much is wanted.
+
+    Raises:
+        ClusterError: If they are not there in time.
+    """
+    if len(working_nodes()) < config.min_nodes:
+        bundles = [{"CPU": 0.01}] * config.min_nodes
+        _wait_for(config, bundles, "STRICT_SPREAD", lambda: len(working_nodes()), config.min_nodes, "nodes", on_tick)
+    num_gpus = -(-(config.actors or 1) // int(1 / config.gpus_per_actor))
+    if config.device == "cuda" and _num_gpus() < num_gpus:
+        _wait_for(config, [{"GPU": 1.0}] * num_gpus, "SPREAD", _num_gpus, num_gpus, "GPUs", on_tick)
+
+
+def _num_gpus() -> int:
+    return int(sum(node.resources.get("GPU", 0.0) for node in living_nodes()))
+
+
+def _wait_for(
+    config: Config,
+    bundles: list[dict[str, float]],
+    strategy: str,
+    count: Callable[[], int],
+    num_wanted: int,
+    what: str,
+    on_tick: Callable[[str, int, int], None],
+) -> None:
+    deadline = time.monotonic() + config.wait_seconds
+    group = placement_group(bundles, strategy=strategy)
+    try:
+        while (num_there := count()) < num_wanted:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the cluster: expected {num_wanted} {what} within {config.wait_seconds:g} s, got {num_there}; "
+                    "start more nodes, raise --wait-seconds, or ask for less"
+                )
+            on_tick(what, num_there, num_wanted)
+            time.sleep(_TICK_SECONDS)
+    finally:
+        remove_placement_group(group)
+
+
+def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, output: Output) -> None:
+    """See that every node finds the same files under a local `--data`, and the driver's under a local `--out`.
+
+    Raises:
+        DataError: If a node lacks images of the dataset.
+        OutputError: If a node does not see the results' folder.
+    """
+    keys = listing.train["key"].combine_chunks()
+    rows = pa.array(sorted({place * (len(keys) - 1) // (_NUM_SEEN - 1) for place in range(_NUM_SEEN)}))
+    images = keys.take(rows) if location.kind == "folder" else None
+    sizes = [] if images is None else files.file_sizes(location, images)
+    marker = None
+    try:
+        if not storage.is_uri(output.root):
+            marker = Path(output.root, f".{secrets.token_hex(8)}.tmp")
+            try:
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+            except OSError as exc:
+                raise OutputError(
+                    f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
+                ) from exc
+        looks = {
+            node: ray.remote(num_cpus=0)(_look)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
+            .remote(location, images, str(marker) if marker else None)
+            for node in nodes
+        }
+        answers = {
+            node: driver_ray.wait_all([look], f"a look at the files from {node.address}", lambda: False)[0]
+            for node, look in looks.items()
+        }
+        for node, (seen_sizes, sees_marker) in answers.items():
+            if seen_sizes != sizes:
+                raise DataError(
+                    f"--data {location.root}: expected the same images on every node, got others or none on "
+                    f"{node.address}; give a URI, or a folder that all nodes share"
+                )
+            if not sees_marker:
+                raise OutputError(
+                    f"--out {output.root}: expected a folder that every node sees, got one that {node.address} does "
+                    "not; give a URI, or a folder that all nodes share"
+                )
+    finally:
+        if marker:
+            marker.unlink(missing_ok=True)
+
+
+def _look(location: Location, images: pa.BinaryArray | None, marker: str | None) -> tuple[list[int], bool]:
+    sizes = [] if images is None else files.file_sizes(location, images)
+    return sizes, marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look

@@ -1,0 +1,137 @@
+"""URIs and object storage: what is opened, what is tried again and what is not."""
+
+import json
+import re
+
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import s3
+from conftest import command
+
+from pipeline import files, sources, storage
+from pipeline.config import Config
+from pipeline.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3.s3_server() as (throttle, query):
+        yield throttle, query
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    s3.set_credentials(monkeypatch)
+    throttle, query = server
+    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.01)
+    yield throttle, query
+    throttle.num_refused = 0
+
+
+def test_throttled_requests_are_made_again_until_they_succeed(bucket):
+    throttle, query = bucket
+    filesystem, root = storage.open_uri(f"s3://bucket/throttled{query}", "--data")
+    throttle.num_refused = 8  # more than the client's own three tries
+
+    def write():
+        with filesystem.open_output_stream(f"{root}/a") as stream:
+            stream.write(b"content")
+
+    storage.persist(write, root)
+    throttle.num_refused = 8
+    assert storage.persist(lambda: filesystem.open_input_stream(f"{root}/a").read(), root) == b"content"
+
+
+def test_a_server_that_only_refuses_is_given_up_at_last(bucket, monkeypatch):
+    throttle, query = bucket
+    throttle.num_refused = 10_000
+    monkeypatch.setattr(storage, "_NUM_TRIES", 2)
+    location = files.Location("uri", f"s3://bucket/refused{query}")
+    with pytest.raises(DataError, match=r"--data: expected to list bucket/refused, got .*(SLOW_DOWN|503)"):
+        sources.list_dataset(location, Config())
+
+
+@pytest.mark.parametrize("uri", ["s3://no-such-bucket/data", "s3://no-such-bucket"])
+def test_a_missing_bucket_fails_at_once(bucket, uri):
+    throttle, query = bucket
+    before = throttle.num_requests
+    with pytest.raises(DataError, match=r"NO_SUCH_BUCKET|does not exist|got nothing; check the name"):
+        sources.list_dataset(files.Location("uri", uri + query), Config())
+    assert throttle.num_requests - before <= 3
+
+
+@pytest.mark.ray
+def test_results_in_a_missing_bucket_fail_at_once_and_in_one_line(bucket, tmp_path):
+    _, query = bucket
+    process = command("--out", f"s3://no-such-bucket/out{query}", "--epochs", 0)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (1, "")
+    assert re.fullmatch(
+        r"error: --out s3://no-such-bucket/out\S*: expected to write there, got .*not found.*\n", stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://b/p?region=eu-west-1&anonymous=true", ("eu-west-1", True, "b/p")),
+        ("s3://b/p/?region=eu-west-1", ("eu-west-1", False, "b/p")),
+    ],
+)
+def test_a_uri_says_region_and_whether_to_sign(uri, expected):
+    filesystem, path = storage.open_uri(uri, "--data")
+    settings = filesystem.__reduce__()[1][0]
+    assert (filesystem.region, settings["anonymous"], path) == expected
+
+
+def test_the_environment_says_where_s3_is(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for uri in ("s3://b/p?region=x", "s3://b/p?region=x&anonymous=true"):
+        filesystem, _ = storage.open_uri(uri, "--data")
+        assert filesystem.__reduce__()[1][0]["endpoint_override"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("uri", ["s3://", "nosuch://a/b", "s3://b/p?nosuch=1", "s3://b/p?anonymous=true&nosuch=1"])
+def test_a_uri_that_cannot_be_opened_is_one_line(uri):
+    with pytest.raises(DataError, match="--data: expected a URI that can be opened, got"):
+        storage.open_uri(uri, "--data")
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "is_inside"),
+    [
+        ("s3://b/data/out?region=x", "s3://b/data", True),
+        ("s3://b/data", "s3://b/data/?region=x", True),
+        ("s3://b/database", "s3://b/data", False),
+        ("s3://c/data/out", "s3://b/data", False),
+        ("gs://b/data/out", "s3://b/data", False),
+    ],
+)
+def test_what_is_inside_a_uri(inner, outer, is_inside):
+    assert storage.is_inside(inner, outer) is is_inside
+
+
+@pytest.mark.ray
+def test_a_bucket_gives_the_results_of_a_folder(bucket, small_dataset, tmp_path):
+    _, query = bucket
+    s3.put_folder(query, small_dataset, "small")
+    options = ("--epochs", 2, "--json")
+    here = run_json("--data", small_dataset, "--out", tmp_path / "out", *options)
+    data, out = f"s3://bucket/small{query}", f"s3://bucket/results{query}"
+    there = run_json("--data", data, "--out", out, *options)
+    assert there["results_sha256"] == here["results_sha256"]
+    filesystem, root = pafs.FileSystem.from_uri(out)
+    assert pq.read_table(f"{root}/means.parquet", filesystem=filesystem).num_rows == 3
+    # A second run replaces the first: nothing of it is left beside the new tables.
+    run_json("--data", data, "--out", out, "--overwrite", "--epochs", 0, "--json")
+    names = [name.removeprefix("results/") for name in s3.object_names(query, "results/")]
+    assert names == ["confusion.parquet", "means.parquet", "metrics.parquet", "predictions/part-00000.parquet",
+                     "run.json", "skipped.parquet"]  # fmt: skip
+
+
+def run_json(*args):
+    process = command(*args)
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    return json.loads(stdout)
