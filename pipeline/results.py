@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.decode import Target
 from pipeline.errors import OutputError
 from pipeline.metrics import EpochMetric, Metric
@@ -43,28 +41,12 @@ class Output:
     @classmethod
     def at(cls, out: str) -> Output:
         """Take `--out` as the user gave it."""
-        if out.startswith("file://"):
-            out = os.fsdecode(unquote_to_bytes(urlsplit(out).path))
-        if "://" not in out:
-            try:
-                return cls(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - keeps links
-            except RuntimeError as exc:
-                raise OutputError(f"--out {out}: expected a folder, got no such user; give a full path") from exc
-        scheme, _, path = out.partition("://")
-        return cls(f"{scheme}://{path.rstrip('/')}")
+        return cls(storage.absolute_root("--out", out, OutputError))
 
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the root's path on it; connects at first use in each process."""
-        if "://" not in self.root:
-            return pafs.LocalFileSystem(), self.root
-        try:
-            filesystem, path = pafs.FileSystem.from_uri(self.root)
-        except (pa.ArrowInvalid, OSError) as exc:
-            raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; {exc}") from exc
-        if not path:
-            raise OutputError(f"--out: expected a URI that can be opened, got {self.root}; name a bucket or folder")
-        return filesystem, path
+        return storage.open_root("--out", self.root, OutputError)
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,9 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
                 filesystem.delete_file(f"{root}/{name}")
         filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True)
     except OSError as exc:
-        raise OutputError(f"--out {output.root}: expected to write there, got {_reason(exc)}; choose another") from exc
+        raise OutputError(
+            f"--out {output.root}: expected to write there, got {storage.reason(exc)}; choose another"
+        ) from exc
 
 
 def write_table(output: Output, name: str, table: pa.Table) -> str:
@@ -290,24 +274,10 @@ def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:
 
 def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], object]) -> None:
     filesystem, root = output.filesystem
-    path = f"{root}/{name}"
     try:
-        if not isinstance(filesystem, pafs.LocalFileSystem):
-            # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
-            content = pa.BufferOutputStream()
-            write(content)
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content.getvalue())
-            return
-        temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-        try:
-            with filesystem.open_output_stream(str(temporary)) as stream:
-                write(stream)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        storage.write_whole(filesystem, f"{root}/{name}", write)
     except OSError as exc:
-        raise OutputError(f"{output.root}/{name}: expected to write it, got {_reason(exc)}; make room or choose "
+        raise OutputError(f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; make room or choose "
                           "another --out") from exc  # fmt: skip
 
 
@@ -318,7 +288,3 @@ def _is_result(name: str) -> bool:
     if folder == PREDICTIONS:
         return file.startswith("part-") and file.endswith(".parquet")
     return not folder and file in (RUN_FILE, CHECKPOINT_FILE, *(f"{table}.parquet" for table in _TABLES))
-
-
-def _reason(exc: OSError) -> str:
-    return exc.strerror or str(exc)
