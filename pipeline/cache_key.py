@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import numpy as np
@@ -22,10 +23,12 @@ from pipeline.decode import DECODE_VERSION, Target
 from pipeline.errors import DataError
 from pipeline.files import Location, display
 
+# Sizes in bytes and times in nanoseconds, [N] each.
+Stamps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 _LIBRARIES = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 
 
-def file_stamps(location: Location, keys: pa.BinaryArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def file_stamps(location: Location, keys: pa.BinaryArray) -> Stamps:
     """Look up when the files of `keys` last changed; do so before they are read, that a later change be seen.
 
     Local files tell the time of their last change of any kind, ctime, which copying and unpacking programs cannot set
@@ -40,13 +43,12 @@ def file_stamps(location: Location, keys: pa.BinaryArray) -> tuple[npt.NDArray[n
     match location.kind:
         case "folder":
             root = os.fsencode(location.root) + b"/"
-            stamps = [_stamp(root + key) for key in keys.to_pylist()]
+            return _local_stamps(root + key for key in keys.to_pylist())
+        case "parquet":  # all images are in one file
+            size, time_ns = _local_stamps([os.fsencode(location.root)])
+            return size.repeat(len(keys)), time_ns.repeat(len(keys))
         case "uri":
-            stamps = _remote_stamps(location, keys)
-        case _:  # all images are in one file
-            stamps = [_stamp(os.fsencode(location.root))] * len(keys)
-    sizes_times_N2 = np.array(stamps, np.int64).reshape(-1, 2)
-    return sizes_times_N2[:, 0].copy(), sizes_times_N2[:, 1].copy()
+            return _remote_stamps(location, keys)
 
 
 def entry_key(
@@ -54,7 +56,7 @@ def entry_key(
     target: Target,
     keys: pa.BinaryArray,
     labels: pa.Int32Array,
-    stamps: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+    stamps: Stamps,
 ) -> str:
     """Digest all that a shard's outcome depends on.
 
@@ -87,15 +89,22 @@ def _decoders() -> dict[str, str | None]:
     return {"pillow": PIL.__version__, **{name: features.version(name) for name in _LIBRARIES}}
 
 
-def _stamp(path: bytes) -> tuple[int, int]:
-    try:
-        status = os.stat(path)  # noqa: PTH116 - names are bytes
-    except OSError:
-        return -1, -1  # read and named as a fault later
-    return status.st_size, status.st_ctime_ns
+def _local_stamps(paths: Iterable[bytes]) -> Stamps:
+    # One loop of plain lists: nine tenths of its time are the system's own.
+    sizes, times_ns = [], []
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 - names are bytes
+        except OSError:  # read, and named as a fault, later
+            sizes.append(-1)
+            times_ns.append(-1)
+        else:
+            sizes.append(status.st_size)
+            times_ns.append(status.st_ctime_ns)
+    return np.array(sizes, np.int64), np.array(times_ns, np.int64)
 
 
-def _remote_stamps(location: Location, keys: pa.BinaryArray) -> list[tuple[int, int]]:
+def _remote_stamps(location: Location, keys: pa.BinaryArray) -> Stamps:
     filesystem, root_path = location.filesystem
     try:
         infos = filesystem.get_file_info([f"{root_path}/{display(key)}" for key in keys.to_pylist()])
@@ -104,4 +113,6 @@ def _remote_stamps(location: Location, keys: pa.BinaryArray) -> list[tuple[int, 
             f"{location.root}: expected to look up files, got {exc}; check the connection and run again"
         ) from exc
     # A folder has no size, and what is not there has neither.
-    return [(-1 if info.size is None else info.size, info.mtime_ns or -1) for info in infos]
+    sizes = [-1 if info.size is None else info.size for info in infos]
+    times_ns = [-1 if info.mtime_ns is None else info.mtime_ns for info in infos]
+    return np.array(sizes, np.int64), np.array(times_ns, np.int64)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import EvaluationError
+from pipeline.files import display
 
 
 def absolute_root(option: str, given: str, error_class: type[EvaluationError]) -> str:
@@ -48,9 +49,12 @@ def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tup
         error_class: What to raise.
 
     Raises:
-        EvaluationError: Of `error_class`, if the URI cannot be opened or names nothing.
+        EvaluationError: Of `error_class`, if a URI cannot be opened or names nothing, or a folder's is not UTF-8.
     """
     if "://" not in root:
+        shown = display(os.fsencode(root))
+        if shown != root:  # pyarrow's file systems take text alone
+            raise error_class(f"{option}: expected a folder whose name is UTF-8, got {shown}; choose another")
         return pafs.LocalFileSystem(), root
     try:
         filesystem, path = pafs.FileSystem.from_uri(root)
