@@ -120,6 +120,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--valid-fraction", type=float, help="Share to hold out of a dataset without splits, as 0.2.")
 @click.option("--size", default=_DEFAULTS.size, help="HxW in pixels, or auto.")
 @click.option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
+@click.option("--draft/--no-draft", default=_DEFAULTS.draft, help="Decode far too large JPEG at a reduced scale.")
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves it out.")
 @click.option("--learning-rate", default="auto", callback=_real_or_auto, help="Length of a step of SGD.")
 @click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")

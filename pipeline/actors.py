@@ -144,7 +144,7 @@ class LaneActor:
         Args:
             lane: The lane that the shard belongs to, one of this actor's.
             offset: Where its first listed image stands in the lane.
-            table: As `decode.decode_shard` returns it.
+            table: As in `decode.Decoded`.
         """
         images_ND, labels_N = _to_tensors(table, self._device)
         sums_KD, counts_K = distance.class_sums(images_ND, labels_N, self._plan.num_classes)
@@ -161,7 +161,7 @@ class LaneActor:
         Args:
             part: The part that the shard belongs to, one of this actor's.
             offset: Where its first listed image stands in the part.
-            table: As `decode.decode_shard` returns it.
+            table: As in `decode.Decoded`.
         """
         if part not in self._parts:
             size = self._plan.part_sizes[part]

@@ -35,6 +35,7 @@ class Config:
     valid_fraction: float | None = None
     size: str = "auto"
     mode: str = "auto"
+    draft: bool = True
     epochs: int = 30
     learning_rate: float | None = None
     batch_size: int = 64

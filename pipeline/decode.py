@@ -44,7 +44,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNS_OF_SIDES = frozenset((5, 6, 7, 8))
+# JPEG alone, and several in one file, can be decoded at 1/2, 1/4 or 1/8 of their sides.
+_DRAFT_FORMATS = frozenset(("JPEG", "MPO"))
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+# What the pixels depend on beside the file, the target and Pillow: raise it when the same bytes decode to others.
+DECODE_VERSION = 1
 _NUM_SAMPLED = 64
 # `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
 _MOST_AUTO_SIDE = 512
@@ -53,11 +58,15 @@ _FALLBACK_SIDE = 64
 
 @dataclass(frozen=True)
 class Target:
-    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB."""
+    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
+
+    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale.
+    """
 
     height: int
     width: int
     mode: Literal["L", "RGB"]
+    draft: bool = True
 
     @property
     def channels(self) -> int:
@@ -83,6 +92,21 @@ class Fault:
     error: str
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a shard's images.
+
+    Attributes:
+        table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3].
+        faults: The rows that were skipped, with the reasons.
+        num_resized: How many images had another size than the target.
+    """
+
+    table: pa.Table
+    faults: list[tuple[int, Fault]]
+    num_resized: int
+
+
 def sample_rows(num_images: int) -> list[int]:
     """Choose rows of a listing, evenly, whose headers `choose_target` is to see."""
     num_sampled = min(num_images, _NUM_SAMPLED)
@@ -99,7 +123,7 @@ def choose_target(config: Config, images: Iterable[bytes | ReadFault]) -> Target
         DataError: If something is `auto` and no header could be read.
     """
     if config.height_width and config.mode != "auto":
-        return Target(*config.height_width, _as_mode(config.mode))
+        return Target(*config.height_width, _as_mode(config.mode), config.draft)
     headers = []
     for data in images:
         header = _read_header(data)
@@ -115,12 +139,13 @@ def choose_target(config: Config, images: Iterable[bytes | ReadFault]) -> Target
     is_agreed = 2 * num_common >= len(headers) and max(common_size) <= _MOST_AUTO_SIDE
     agreed_size = common_size if is_agreed else (_FALLBACK_SIDE, _FALLBACK_SIDE)
     mode = "L" if all(is_grey for _, _, is_grey in headers) else "RGB"
-    return Target(*(config.height_width or agreed_size), _as_mode(mode if config.mode == "auto" else config.mode))
+    chosen_mode = _as_mode(mode if config.mode == "auto" else config.mode)
+    return Target(*(config.height_width or agreed_size), chosen_mode, config.draft)
 
 
 def decode_shard(
     keys: pa.BinaryArray, labels: pa.Int32Array, images: Iterable[bytes | ReadFault], target: Target
-) -> tuple[pa.Table, list[tuple[int, Fault]], int]:
+) -> Decoded:
     """Decode a shard's images into one Arrow table.
 
     Args:
@@ -128,10 +153,6 @@ def decode_shard(
         labels: Of the same images, indexes of classes.
         images: Their bytes, in the same order.
         target: What every image becomes.
-
-    Returns:
-        The table (`key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3]), the rows that
-        were skipped with their faults, and how many images had another size than the target.
     """
     num_values = target.num_values
     pixels = bytearray(len(keys) * num_values)
@@ -156,7 +177,7 @@ def decode_shard(
     table = pa.table(
         {"key": _to_text(keys), "class": labels, "image": _to_tensors(pixels, len(kept), target)},
     )
-    return table, faults, num_resized
+    return Decoded(table, faults, num_resized)
 
 
 def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] | Fault:
@@ -172,6 +193,8 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
     stream = io.BytesIO(data)
     try:
         image = Image.open(stream, formats=FORMATS)
+        if target.draft and image.format in _DRAFT_FORMATS:
+            _reduce_scale(image, target)
         image.load()
         is_resized = image.size != (target.width, target.height)
         if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
@@ -213,6 +236,18 @@ class _UnsupportedPixelsError(ValueError):
     """Pixels whose scale no rule tells."""
 
 
+def _reduce_scale(image: Image.Image, target: Target) -> None:
+    """Have an image decoded at the smallest scale that leaves at least twice the target in both sides.
+
+    libjpeg does so in whole numbers from fewer coefficients of each block; the rest is averaged by the resizing, which
+    twice the target leaves something to do.
+    """
+    width, height = 2 * target.width, 2 * target.height
+    if image.width * image.height < 4 * width * height:
+        return  # however it is turned; most images need not be asked
+    image.draft(None, (height, width) if _orientation(image) in _TURNS_OF_SIDES else (width, height))
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Bring an image of any of Pillow's modes to L or RGB, 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -223,6 +258,8 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         # White, as browsers and viewers show it; without it the colour behind full transparency would come out.
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert(mode)
+    if image.mode == mode:
+        return image  # convert would copy it
     if image.mode in ("L", "RGB", "1"):
         return image.convert(mode)
     return image.convert("RGB").convert(mode)
@@ -284,7 +321,7 @@ def _read_header(data: bytes | ReadFault) -> tuple[int, int, bool] | None:
             orientation = _orientation(image)
     except Exception:  # noqa: BLE001 - a header that cannot be read is met again, and recorded, when it is decoded
         return None
-    width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    width, height = image.size[::-1] if orientation in _TURNS_OF_SIDES else image.size
     is_grey = image.mode in _GREY_MODES or image.mode.startswith("I;16")
     return height, width, is_grey
 

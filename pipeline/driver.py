@@ -340,6 +340,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     return {
         "listing": job.listing.sha256,
         "target": f"{job.target.height}x{job.target.width} {job.target.mode}",
+        "--draft": config.draft,
         "--learning-rate": config.learning_rate,
         "--batch-size": config.batch_size,
         "--seed": config.seed,

@@ -258,9 +258,10 @@ def _decode_shard(
 ) -> tuple[pa.Table, pa.Table | None, tuple[int, dict[str, int], int]]:
     leave_pandas_out()
     images = files.read_images(location, keys)
-    table, faults, num_resized = decode.decode_shard(keys, labels, images, target)
-    skipped = decode.skipped_table(keys, labels, faults, split, classes) if faults else None
-    return table, skipped, (len(table), dict(Counter(fault.reason for _, fault in faults)), num_resized)
+    decoded = decode.decode_shard(keys, labels, images, target)
+    skipped = decode.skipped_table(keys, labels, decoded.faults, split, classes) if decoded.faults else None
+    num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
+    return decoded.table, skipped, (len(decoded.table), num_skipped, decoded.num_resized)
 
 
 def put(value: object) -> Ref:

@@ -7,6 +7,7 @@
     ├── TrainingError      the loss is no number any more
     ├── AccountError       images listed, used and skipped do not add up
     ├── OutputError        the results' folder cannot be used or written
+    ├── CacheError         the cache's folder cannot be used
     └── ClusterError       Ray cannot give, or no longer gives, what the job needs
         ├── StalledError   no work was finished for a set time
         └── ActorLostError an actor or its process group died; the driver starts the actors anew
@@ -45,6 +46,10 @@ class AccountError(EvaluationError):
 
 class OutputError(EvaluationError):
     """The results' folder cannot be used or written."""
+
+
+class CacheError(EvaluationError):
+    """The folder for decoded shards cannot be used."""
 
 
 class ClusterError(EvaluationError):

@@ -59,7 +59,7 @@ class Location:
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system of a URI and the root's path on it; connects at first use in each process."""
-        return storage.open_uri(self.root, "--data")
+        return storage.open_uri("--data", self.root, DataError)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -95,7 +95,7 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
     data = storage.plain_path(data)
     if storage.is_uri(data):
-        return Location("uri", data.rstrip("/"))
+        return Location("uri", storage.trimmed(data))
     try:
         folder = Path(data).expanduser()
         if folder.is_dir():

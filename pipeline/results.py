@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,20 +41,12 @@ class Output:
     @classmethod
     def at(cls, out: str) -> Output:
         """Take `--out` as the user gave it."""
-        out = storage.plain_path(out)
-        if storage.is_uri(out):
-            return cls(out)
-        try:
-            return cls(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - keeps links
-        except RuntimeError as exc:
-            raise OutputError(f"--out {out}: expected a folder, got no such user; give a full path") from exc
+        return cls(storage.absolute_root("--out", out, OutputError))
 
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the root's path on it; connects at first use in each process."""
-        if not storage.is_uri(self.root):
-            return pafs.LocalFileSystem(), self.root
-        return storage.open_uri(self.root, "--out", OutputError)
+        return storage.open_root("--out", self.root, OutputError)
 
 
 @dataclass(frozen=True)
@@ -105,10 +94,12 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
         # run.json first: from here on the folder is unfinished. What is resumed from stays.
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):
-                _delete(filesystem, f"{root}/{name}")
+                storage.delete(filesystem, f"{root}/{name}")
         storage.persist(lambda: filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True), root)
     except OSError as exc:
-        raise OutputError(f"--out {output.root}: expected to write there, got {_reason(exc)}; choose another") from exc
+        raise OutputError(
+            f"--out {output.root}: expected to write there, got {storage.reason(exc)}; choose another"
+        ) from exc
 
 
 def write_table(output: Output, name: str, table: pa.Table) -> str:
@@ -188,7 +179,7 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
 def delete_checkpoint(output: Output) -> None:
     """Remove what only an unfinished run needs."""
     filesystem, root = output.filesystem
-    _delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
+    storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
@@ -282,37 +273,11 @@ def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:
 
 def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], object]) -> None:
     filesystem, root = output.filesystem
-    path = f"{root}/{name}"
     try:
-        if not isinstance(filesystem, pafs.LocalFileSystem):
-            # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
-            content = pa.BufferOutputStream()
-            write(content)
-            storage.persist(lambda: _put(filesystem, path, content.getvalue()), path)
-            return
-        temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-        try:
-            with filesystem.open_output_stream(str(temporary)) as stream:
-                write(stream)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        storage.write_whole(filesystem, f"{root}/{name}", write)
     except OSError as exc:
-        raise OutputError(f"{output.root}/{name}: expected to write it, got {_reason(exc)}; make room or choose "
+        raise OutputError(f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; make room or choose "
                           "another --out") from exc  # fmt: skip
-
-
-def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content)
-
-
-def _delete(filesystem: pafs.FileSystem, path: str) -> None:
-    def delete() -> None:
-        with suppress(FileNotFoundError):  # deleted by a try whose answer was lost
-            filesystem.delete_file(path)
-
-    storage.persist(delete, path)
 
 
 def _is_result(name: str) -> bool:
@@ -322,7 +287,3 @@ def _is_result(name: str) -> bool:
     if folder == PREDICTIONS:
         return file.startswith("part-") and file.endswith(".parquet")
     return not folder and file in (RUN_FILE, CHECKPOINT_FILE, *(f"{table}.parquet" for table in _TABLES))
-
-
-def _reason(exc: OSError) -> str:
-    return exc.strerror or str(exc)

@@ -15,13 +15,15 @@ import random
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.errors import DataError, EvaluationError
+from pipeline.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,51 @@ def plain_path(text: str) -> str:
     return os.fsdecode(unquote_to_bytes(urlsplit(text).path)) if text.startswith("file://") else text
 
 
+def trimmed(uri: str) -> str:
+    """Take the last slashes off a URI, but not those of its scheme."""
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{path.rstrip('/')}"
+
+
+def absolute_root(option: str, given: str, error_class: type[EvaluationError]) -> str:
+    """Take an option's folder or URI as the user gave it: a full path, links kept, or a URI without its last slash.
+
+    Args:
+        option: As `--out`, for the error.
+        given: Its value.
+        error_class: What to raise.
+
+    Raises:
+        EvaluationError: Of `error_class`, if it names the home folder of nobody.
+    """
+    given = plain_path(given)
+    if is_uri(given):
+        return trimmed(given)
+    try:
+        return os.path.abspath(Path(given).expanduser())  # noqa: PTH100 - keeps links
+    except RuntimeError as exc:
+        raise error_class(f"{option} {given}: expected a folder, got no such user; give a full path") from exc
+
+
+def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
+    """Return the file system of a root and the root's path on it.
+
+    Args:
+        option: As `--out`, for the error.
+        root: As `absolute_root` returns it.
+        error_class: What to raise.
+
+    Raises:
+        EvaluationError: Of `error_class`, if a URI cannot be opened or names nothing, or a folder's is not UTF-8.
+    """
+    if is_uri(root):
+        return open_uri(option, root, error_class)
+    shown = os.fsencode(root).decode("utf-8", "backslashreplace")
+    if shown != root:  # pyarrow's file systems take text alone
+        raise error_class(f"{option}: expected a folder whose name is UTF-8, got {shown}; choose another")
+    return pafs.LocalFileSystem(), root
+
+
 def is_inside(uri: str, root: str) -> bool:
     """Say whether a URI is that of `root`, or below it, whatever their queries say."""
     inner, outer = urlsplit(uri), urlsplit(root)
@@ -55,13 +102,13 @@ def is_inside(uri: str, root: str) -> bool:
     return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
 
 
-def open_uri(uri: str, option: str, kind: type[EvaluationError] = DataError) -> tuple[pafs.FileSystem, str]:
+def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
     """Open the file system of a URI; nothing is asked of it yet, except an S3 bucket's region where none is given.
 
     Args:
-        uri: As `s3://bucket/folder?region=eu-west-1`.
         option: That it came with, for the error.
-        kind: The error's class.
+        uri: As `s3://bucket/folder?region=eu-west-1`.
+        error_class: What to raise.
 
     Returns:
         The file system, and the path on it.
@@ -78,10 +125,10 @@ def open_uri(uri: str, option: str, kind: type[EvaluationError] = DataError) -> 
             plain = parts._replace(query=urlencode(query)).geturl()
             filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError) as exc:
-        raise kind(f"{option}: expected a URI that can be opened, got {uri}; {exc}") from exc
+        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; {exc}") from exc
     path = path.rstrip("/")
     if not path:
-        raise kind(f"{option}: expected a URI that can be opened, got {uri}; name a bucket or folder")
+        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; name a bucket or folder")
     return filesystem, path
 
 
@@ -108,3 +155,44 @@ def persist(operation: Callable[[], Answer], what: str) -> Answer:
             logger.info("%s: %s; trying again in %.1f s", what, exc, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def write_whole(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], object]) -> None:
+    """Have `write` fill a file that appears under its name when it is complete, and else not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
+        content = pa.BufferOutputStream()
+        write(content)
+        persist(lambda: _put(filesystem, path, content.getvalue()), path)
+        return
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with filesystem.open_output_stream(str(temporary)) as stream:
+            write(stream)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def delete(filesystem: pafs.FileSystem, path: str) -> None:
+    """Delete a file, or see that it is not there, as after a try whose answer was lost."""
+
+    def try_it() -> None:
+        with suppress(FileNotFoundError):
+            filesystem.delete_file(path)
+
+    persist(try_it, path)
+
+
+def reason(exc: OSError) -> str:
+    """Say what went wrong in the system's words."""
+    return exc.strerror or str(exc)
+
+
+def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)

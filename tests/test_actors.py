@@ -161,9 +161,9 @@ def make_job(holes=True, **options):
         rows = tables[shard.split].take(pa.array(shard.rows)).combine_chunks()
         files = make_images(shard.split)[0]
         data = [b"" if holes and row in HOLES[shard.split] else files[row] for row in shard.rows]
-        table, faults, _ = decode_shard(rows["key"].chunk(0), rows["label"].chunk(0), data, TARGET)
-        assert len(table) + len(faults) == len(shard.rows)
-        decoded.append((shard, table))
+        made = decode_shard(rows["key"].chunk(0), rows["label"].chunk(0), data, TARGET)
+        assert len(made.table) + len(made.faults) == len(shard.rows)
+        decoded.append((shard, made.table))
     return plan, decoded
 
 

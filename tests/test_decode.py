@@ -8,12 +8,13 @@ import sys
 import tarfile
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.config import Config
@@ -438,6 +439,70 @@ def test_other_modes_are_resized_after_their_conversion(name):
     assert np.abs(decode(EXACT[name][0], Target(3, 9, "RGB")) - resize_naively(pixels, (3, 9))).max() <= 2
 
 
+# JPEG at a reduced scale
+
+
+def photograph(width, height, image_format="JPEG", orientation=1, mode="RGB", **options):
+    """A smooth scene, as a photograph of one pixel a sensor is not."""
+    coarse = np.random.default_rng(3).integers(0, 256, (6, 7, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    return save_turned(image_format, orientation, image, **options)
+
+
+# The scale by hand: the smallest that leaves both sides, as they are seen, at least twice the target's.
+SCALES = [
+    ((255, 256), Target(16, 32, "RGB"), 1, 2), ((256, 256), Target(16, 16, "RGB"), 1, 8),
+    ((255, 255), Target(16, 16, "L"), 1, 4), ((128, 127), Target(16, 16, "RGB"), 1, 2),
+    ((64, 64), Target(16, 16, "L"), 1, 2), ((64, 63), Target(16, 16, "RGB"), 1, 1),
+    ((640, 128), Target(16, 80, "RGB"), 1, 4), ((640, 128), Target(80, 16, "RGB"), 6, 4),
+    ((640, 128), Target(80, 16, "RGB"), 1, 1), ((640, 128), Target(16, 80, "RGB"), 8, 1),
+    ((4000, 16), Target(8, 8, "RGB"), 1, 1), ((999, 999), Target(1, 1, "RGB"), 3, 8),
+]  # fmt: skip
+
+
+def decode_by_hand(data, target, scale, orientation):
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (image.width // scale, image.height // scale))
+    assert image.size == tuple(-(-side // scale) for side in Image.open(io.BytesIO(data)).size)
+    turned = ImageOps.exif_transpose(image) if orientation > 1 else image
+    return np.asarray(turned.convert(target.mode).resize((target.width, target.height), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize(("size", "target", "orientation", "scale"), SCALES)
+def test_a_large_jpeg_is_decoded_at_the_smallest_scale_of_twice_the_target(size, target, orientation, scale):
+    data = photograph(*size, orientation=orientation)
+    np.testing.assert_array_equal(decode(data, target), decode_by_hand(data, target, scale, orientation))
+    full = decode_by_hand(data, target, 1, orientation)
+    np.testing.assert_array_equal(decode(data, replace(target, draft=False)), full)
+    assert np.abs(decode(data, target) - full).mean() < 2
+    assert decode_image(data, target)[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"orientation": 5},
+                                     {"subsampling": 0}, {"image_format": "MPO"}], ids=str)  # fmt: skip
+def test_a_jpeg_of_any_kind_is_much_the_same_at_a_reduced_scale(options):
+    data, target = photograph(500, 400, **options), Target(20, 24, "RGB")
+    reduced, full = decode(data, target), decode(data, replace(target, draft=False))
+    assert 0 < np.abs(reduced - full).mean() < 2
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "AVIF", "TIFF", "JPEG2000", "BMP"])
+def test_no_other_format_is_reduced(image_format):
+    data, target = photograph(200, 200, image_format), Target(9, 7, "RGB")
+    np.testing.assert_array_equal(decode(data, target), decode(data, replace(target, draft=False)))
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.99])
+def test_a_large_jpeg_that_is_cut_off_is_damaged_at_a_reduced_scale_too(kept):
+    data = photograph(800, 800)
+    assert fault_of(data[: int(kept * len(data))], Target(9, 7, "L")).reason == "damaged"
+
+
+def test_the_scale_is_left_to_the_options():
+    assert choose_target(Config(draft=False), [blank(9, 7)]) == Target(9, 7, "L", draft=False)
+    assert choose_target(Config(size="5x6", mode="L", draft=False), []) == Target(5, 6, "L", draft=False)
+
+
 @pytest.mark.parametrize(
     ("target", "channels", "num_values", "shape"),
     [(Target(2, 3, "L"), 1, 6, [2, 3]), (Target(2, 3, "RGB"), 3, 18, [2, 3, 3]), (Target(1, 1, "L"), 1, 1, [1, 1])],
@@ -632,9 +697,9 @@ def test_a_mutant_is_an_image_or_a_fault_and_the_same_each_time(name, monkeypatc
     keys, labels = pa.array([b"key"] * 60), pa.array([0] * 60, pa.int32())
     first, second = (decode_shard(keys, labels, mutants, target) for _ in range(2))
     assert first == second
-    assert {fault.reason for _, fault in first[1]} <= set(REASONS)
-    assert len(first[0]) + len(first[1]) == 60
-    assert len(first[1]) > 5  # mutants that all decode would show nothing
+    assert {fault.reason for _, fault in first.faults} <= set(REASONS)
+    assert len(first.table) + len(first.faults) == 60
+    assert len(first.faults) > 5  # mutants that all decode would show nothing
 
 
 # Shards
@@ -643,7 +708,8 @@ def test_a_mutant_is_an_image_or_a_fault_and_the_same_each_time(name, monkeypatc
 def decode_all(images, target=ROW_OF_FOUR, keys=None):
     keys = keys or [f"{number}.png".encode() for number in range(len(images))]
     labels = pa.array([number % 3 for number in range(len(images))], pa.int32())
-    return decode_shard(pa.array(keys, pa.binary()), labels, images, target)
+    decoded = decode_shard(pa.array(keys, pa.binary()), labels, images, target)
+    return decoded.table, decoded.faults, decoded.num_resized
 
 
 def schema_of(shape):
@@ -690,8 +756,8 @@ def test_keys_that_are_not_utf8_are_spelled_out():
 def test_a_slice_of_a_listing_is_decoded_as_its_own_rows():
     listing = pa.table({"key": pa.array([b"0", b"1", b"2", b"3"]), "label": pa.array([0, 1, 2, 3], pa.int32())})
     rows = listing.take(pa.array([1, 3])).combine_chunks()
-    table, _, _ = decode_shard(rows["key"].chunk(0), rows["label"].chunk(0), [COLOUR_PNG, COLOUR_PNG], ROW_OF_FOUR)
-    assert table.drop(["image"]).to_pydict() == {"key": ["1", "3"], "class": [1, 3]}
+    decoded = decode_shard(rows["key"].chunk(0), rows["label"].chunk(0), [COLOUR_PNG, COLOUR_PNG], ROW_OF_FOUR)
+    assert decoded.table.drop(["image"]).to_pydict() == {"key": ["1", "3"], "class": [1, 3]}
 
 
 def test_pixels_lie_in_one_block_without_a_copy_for_each():

@@ -1,7 +1,9 @@
 """URIs and object storage: what is opened, what is tried again and what is not."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -11,7 +13,8 @@ from conftest import command
 
 from pipeline import files, sources, storage
 from pipeline.config import Config
-from pipeline.errors import DataError
+from pipeline.errors import CacheError, DataError, OutputError
+from pipeline.storage import absolute_root, open_root, write_whole
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def bucket(server, monkeypatch):
 
 def test_throttled_requests_are_made_again_until_they_succeed(bucket):
     throttle, query = bucket
-    filesystem, root = storage.open_uri(f"s3://bucket/throttled{query}", "--data")
+    filesystem, root = storage.open_uri("--data", f"s3://bucket/throttled{query}", DataError)
     throttle.num_refused = 8  # more than the client's own three tries
 
     def write():
@@ -80,7 +83,7 @@ def test_results_in_a_missing_bucket_fail_at_once_and_in_one_line(bucket, tmp_pa
     ],
 )
 def test_a_uri_says_region_and_whether_to_sign(uri, expected):
-    filesystem, path = storage.open_uri(uri, "--data")
+    filesystem, path = storage.open_uri("--data", uri, DataError)
     settings = filesystem.__reduce__()[1][0]
     assert (filesystem.region, settings["anonymous"], path) == expected
 
@@ -88,14 +91,14 @@ def test_a_uri_says_region_and_whether_to_sign(uri, expected):
 def test_the_environment_says_where_s3_is(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     for uri in ("s3://b/p?region=x", "s3://b/p?region=x&anonymous=true"):
-        filesystem, _ = storage.open_uri(uri, "--data")
+        filesystem, _ = storage.open_uri("--data", uri, DataError)
         assert filesystem.__reduce__()[1][0]["endpoint_override"] == "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize("uri", ["s3://", "nosuch://a/b", "s3://b/p?nosuch=1", "s3://b/p?anonymous=true&nosuch=1"])
 def test_a_uri_that_cannot_be_opened_is_one_line(uri):
     with pytest.raises(DataError, match="--data: expected a URI that can be opened, got"):
-        storage.open_uri(uri, "--data")
+        storage.open_uri("--data", uri, DataError)
 
 
 @pytest.mark.parametrize(
@@ -135,3 +138,46 @@ def run_json(*args):
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
     return json.loads(stdout)
+
+
+@pytest.mark.parametrize(("option", "error_class"), [("--out", OutputError), ("--cache", CacheError)])
+def test_errors_are_of_the_option_that_they_concern(option, error_class):
+    with pytest.raises(
+        error_class, match=f"^{option} ~no-such-user/x: expected a folder, got no such user; give a full path$"
+    ):
+        absolute_root(option, "~no-such-user/x", error_class)
+    with pytest.raises(error_class, match=f"^{option}: expected a URI that can be opened, got s3://; name a bucket"):
+        open_root(option, "s3://", error_class)
+    with pytest.raises(error_class, match=rf"^{option}: expected a folder whose name is UTF-8, got /d/\\xff; choose"):
+        open_root(option, "/d/\udcff", error_class)
+
+
+def write_and_look(folder, stream):
+    stream.write(b"new")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_local_file_is_written_beside_its_name(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    seen = []
+    write_whole(pafs.LocalFileSystem(), f"{tmp_path}/a", lambda stream: seen.extend(write_and_look(tmp_path, stream)))
+    assert seen == [f".a.{os.getpid()}.tmp", "a"]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, is_local):
+    filesystem, path = open_root("--out", str(tmp_path) if is_local else "mock:///bucket", OutputError)
+    filesystem.create_dir(path, recursive=True)
+    write_whole(filesystem, f"{path}/a", lambda stream: stream.write(b"old"))
+    with pytest.raises(ZeroDivisionError, match="division"):
+        write_whole(filesystem, f"{path}/a", lambda stream: stream.write(b"new") and 1 / 0)
+    assert [info.base_name for info in filesystem.get_file_info(pafs.FileSelector(path))] == ["a"]
+    with filesystem.open_input_stream(f"{path}/a") as stream:
+        assert stream.read() == b"old"
+
+
+def test_a_link_to_a_folder_is_kept(tmp_path):
+    (tmp_path / "real").mkdir()
+    Path(tmp_path / "link").symlink_to("real")
+    assert absolute_root("--out", f"{tmp_path}/link/", OutputError) == f"{tmp_path}/link"
