@@ -25,7 +25,8 @@ from pipeline.files import display
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard
-from pipeline.sources import Listing, Split
+from pipeline.sources import Listing
+from pipeline.splits import Split
 
 
 @dataclass(frozen=True)
