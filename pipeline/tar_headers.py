@@ -54,52 +54,53 @@ def walk(
     Raises:
         DataError: If this is no tar, is damaged, cut off, or has sparse members.
     """
-    num_bytes = file.size()
-    window, begin, at = b"", 0, 0
-    long_name: bytes | None = None
-    long_size: int | None = None
-    while True:
-        place = at - begin
-        if place + _BLOCK > len(window):
-            window, begin, place = file.read_at(window_bytes, at), at, 0
-            if len(window) < _BLOCK:
-                raise _cut_off(path, num_bytes)
-        header = window[place : place + _BLOCK]
-        if header == _ZEROS:
-            return
+    for header, long_name, window, place, start, size in _headers(file, path, window_bytes):
         kind = header[156]
-        size = _check_header(header, path, at)
-        is_about_next = kind in _ABOUT_NEXT
-        if kind in _BARE_TYPES:
-            size = 0
-        elif long_size is not None and not is_about_next:
-            size = long_size
-        start = at + _BLOCK
-        at = start + -(-size // _BLOCK) * _BLOCK
-        if start + size > num_bytes:
-            raise _cut_off(path, num_bytes)
-        if is_about_next:
-            if kind == _LONG_NAME:
-                long_name = _read_text(file, path, window, start - begin, start, size).partition(b"\0")[0]
-            elif kind == _PAX:
-                text = _read_text(file, path, window, start - begin, start, size)
-                pax_name, long_size = _parse_pax(text, path, start)
-                long_name = pax_name or long_name
-            continue
         name = _clean(long_name or _short_name(header))
-        long_name = long_size = None
         if kind == _SPARSE:
             raise _sparse(path, name)
         if kind in _FILE_TYPES:
             if name:
                 is_text = name[name.rfind(b".") :].lower() in text_endings
-                yield name, start, size, _read_text(file, path, window, start - begin, start, size) if is_text else b""
+                yield name, start, size, _read_text(file, path, window, place, start, size) if is_text else b""
         elif kind != _FOLDER:
             ignored["link" if kind in _LINK_TYPES else "no file"] += 1
 
 
-def _check_header(header: bytes, path: str, at: int) -> int:
-    """Verify a header's checksum, the sum of its bytes with that of the checksum itself as blanks, and read the size."""
+def _headers(
+    file: pa.NativeFile, path: str, window_bytes: int
+) -> Iterator[tuple[bytes, bytes | None, bytes, int, int, int]]:
+    """Yield every header with its long name, the window, where in it and in the file the data begin, and their size."""
+    num_bytes = file.size()
+    window, begin, at = b"", 0, 0
+    long_name: bytes | None = None
+    long_size: int | None = None
+    while True:
+        if at - begin + _BLOCK > len(window):
+            window, begin = file.read_at(window_bytes, at), at
+            if len(window) < _BLOCK:
+                raise _cut_off(path, num_bytes)
+        header = window[at - begin : at - begin + _BLOCK]
+        if header == _ZEROS:
+            return
+        size = _read_size(header, path, at, long_size)
+        start = at + _BLOCK
+        at = start + -(-size // _BLOCK) * _BLOCK
+        if start + size > num_bytes:
+            raise _cut_off(path, num_bytes)
+        if header[156] not in _ABOUT_NEXT:
+            yield header, long_name, window, start - begin, start, size
+            long_name = long_size = None
+        elif header[156] == _LONG_NAME:
+            long_name = _read_text(file, path, window, start - begin, start, size).partition(b"\0")[0]
+        elif header[156] == _PAX:
+            text = _read_text(file, path, window, start - begin, start, size)
+            pax_name, long_size = _parse_pax(text, path, start)
+            long_name = pax_name or long_name
+
+
+def _read_size(header: bytes, path: str, at: int, long_size: int | None) -> int:
+    """Say how many bytes follow, and verify the checksum: the sum of all bytes, with blanks in its own place."""
     field = header[124:136]
     try:
         stored = int(header[148:156].partition(b"\0")[0], 8)
@@ -111,7 +112,9 @@ def _check_header(header: bytes, path: str, at: int) -> int:
     expected = stored + sum(header[148:156]) - 8 * ord(" ")
     if size < 0 or zlib.adler32(header) & 0xFFFF != (expected + 1) % _ADLER_BASE:
         raise _damaged(path, at)
-    return size
+    if header[156] in _BARE_TYPES:
+        return 0
+    return size if long_size is None or header[156] in _ABOUT_NEXT else long_size
 
 
 def _read_text(file: pa.NativeFile, path: str, window: bytes, place: int, start: int, size: int) -> bytes:
@@ -124,7 +127,7 @@ def _read_text(file: pa.NativeFile, path: str, window: bytes, place: int, start:
 
 
 def _parse_pax(text: bytes, path: str, at: int) -> tuple[bytes | None, int | None]:
-    """Read the name and the size in the records of a pax header, `<length> <key>=<value>\\n` each."""
+    """Read name and size in the records of a pax header: a length, a blank, key, equals sign, value and newline."""
     name = size = None
     if not any(key in text for key in (b"path=", b"size=", _PAX_SPARSE)):
         return None, None  # most have nothing but times

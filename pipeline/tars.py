@@ -42,7 +42,7 @@ from pipeline.tar_headers import walk
 _JSON_LABELS = ("label", "class", "cls")
 _SIDE_ENDINGS = (b".cls", b".json", b".txt")
 # What is read at once. A far store answers in some 30 ms what it then sends at some 100 MB/s: pixels between two
-# headers are fetched rather than asked around, up to 8 MiB. A local file is faster in parts that fit a processor's cache.
+# headers are fetched rather than asked around, up to 8 MiB. A local file is faster in parts that fit a cache.
 _LOCAL_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 2**16, 2**23
 _LOCAL_RUN_BYTES, _REMOTE_RUN_BYTES = 2**20, 2**25
 _CHUNK_ROWS = 2**16
@@ -118,7 +118,7 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
     else:
         names = list(dict.fromkeys(name for name in classes if name))
         ids = {name: label for label, name in enumerate(names)}
-        labels = np.asarray([ids.get(name, -1) for name in classes], np.int32)[folders]
+        labels = np.asarray([ids[name] if name else -1 for name in classes], np.int32)[folders]
         if len(labels):
             _check_labelled(archive, keys, (labels < 0) if (labels < 0).all() else np.zeros(1, np.bool_))
         sides = np.where((labels < 0) & (sides[folders] != _OTHER_SPLIT), LEFT_OUT, sides[folders])
@@ -252,7 +252,11 @@ def _read_folders(
             f"--valid-fraction: expected a dataset without splits, got folders {display(used[0])} and "
             f"{display(used[1])} in {archive.path}; leave the option out"
         )
-    codes = {train: TRAIN, **dict.fromkeys(valids, _OTHER_SPLIT), None: LEFT_OUT if used else NO_SPLIT}
+    codes: dict[bytes | None, int] = {
+        train: TRAIN,
+        **dict.fromkeys(valids, _OTHER_SPLIT),
+        None: LEFT_OUT if used else NO_SPLIT,
+    }
     codes |= {name: VALID for name in used if name != train}
     if config.valid_fraction is not None:
         codes |= dict.fromkeys(used, NO_SPLIT)
