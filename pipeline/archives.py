@@ -302,6 +302,11 @@ def _describe(kind: Kind, name: str, info: pafs.FileInfo, config: Config) -> Arc
 
 
 def _check_kinds(where: str, archives: list[Archive], image: str | None, compressed: str | None) -> None:
+    if archives and image is not None:
+        raise DataError(
+            f"{where}: expected either class folders of images or archives, got both {image} and {archives[0].name}; "
+            "move one of them elsewhere, or name the archives by a glob such as **/*.tar"
+        )
     if compressed is not None:
         raise DataError(
             f"{where}: expected tar files that can be read at any place, got {compressed}, which is compressed; "
@@ -309,11 +314,6 @@ def _check_kinds(where: str, archives: list[Archive], image: str | None, compres
         )
     if not archives:
         raise DataError(f"{where}: expected .tar or .parquet files, got {image or 'none'}; check the name")
-    if image is not None:
-        raise DataError(
-            f"{where}: expected either class folders of images or archives, got both {image} and {archives[0].name}; "
-            "move one of them elsewhere, or name the archives by a glob such as **/*.tar"
-        )
     by_kind = {archive.kind: archive.name for archive in archives}
     if len(by_kind) > 1:
         raise DataError(

@@ -86,7 +86,7 @@ def _headers(
         size = _read_size(header, path, at, long_size)
         start = at + _BLOCK
         at = start + -(-size // _BLOCK) * _BLOCK
-        if start + size > num_bytes:
+        if at + _BLOCK > num_bytes:  # at least the mark of the end is to come
             raise _cut_off(path, num_bytes)
         if header[156] not in _ABOUT_NEXT:
             yield header, long_name, window, start - begin, start, size

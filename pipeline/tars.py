@@ -160,7 +160,7 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
         last = 0
         while last < len(offsets):
             first, start = last, offsets[last]
-            if sizes[first] > MAX_FILE_BYTES:
+            if sizes[first] > MAX_FILE_BYTES:  # more than a run has, so always its first
                 last += 1
                 yield ReadFault("too_large", f"{sizes[first]} bytes, more than {MAX_FILE_BYTES}")
                 continue
