@@ -94,7 +94,8 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
     wanted = rows["offset"].to_numpy()
     buffer_bytes = _LOCAL_BUFFER_BYTES if is_local(filesystem) else _REMOTE_BUFFER_BYTES
     with reading(archive.path), filesystem.open_input_file(archive.path) as source:
-        file = pq.ParquetFile(source, buffer_size=buffer_bytes)
+        # Through a buffer, no more of a row group is in memory than a page and a batch; else it would be all of it.
+        file = pq.ParquetFile(source, buffer_size=buffer_bytes, pre_buffer=False)
         image, _ = _find_image(archive, file.schema_arrow)
         is_struct = pa.types.is_struct(file.schema_arrow.field(image).type)
         start = 0
