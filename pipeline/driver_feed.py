@@ -26,7 +26,8 @@ from pipeline.files import display
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard, most_in_flight
-from pipeline.sources import Listing, Split
+from pipeline.sources import Listing
+from pipeline.splits import Split
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0

@@ -36,7 +36,7 @@ from pipeline.errors import ActorLostError, ClusterError, EvaluationError, Stall
 from pipeline.files import Location
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan
-from pipeline.sources import Split
+from pipeline.splits import Split
 
 # A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
 STALL_SECONDS = 600.0

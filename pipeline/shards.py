@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.errors import ClusterError
-from pipeline.sources import Listing, Split
+from pipeline.sources import Listing
+from pipeline.splits import Split
 
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
 MAX_SHARD_BYTES = 64 * 2**20

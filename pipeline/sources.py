@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.files import IMAGE_ENDINGS, Location, display, ending, is_image_name, list_files, list_folder
+from pipeline.splits import Split, is_held_out, people_order, valid_names
 
-VALID_SPLITS = ("valid", "val", "validation", "test")
 _LISTING = pa.schema([("key", pa.binary()), ("label", pa.int32())])
-
-Split = Literal["train", "valid"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,7 @@ def list_dataset(location: Location, config: Config) -> Listing:
 
 
 def _find_valid_split(location: Location, folders: list[bytes], config: Config) -> str:
-    # Only the default name stands for its synonyms: a name that was given is meant.
-    names = VALID_SPLITS if config.valid_split == "valid" else (config.valid_split,)
+    names = valid_names(config)
     for name in names:
         if os.fsencode(name) in folders:
             return name
@@ -121,7 +116,7 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
         raise DataError(
             f"--classes: expected folders of {location.root}/{display(prefix)}, got "
             f"{_enumerate([display(name) for name in missing])}, which is not there; "
-            f"there are {_enumerate([display(name) for name in sorted(folders, key=_people_order)])}"
+            f"there are {_enumerate([display(name) for name in sorted(folders, key=people_order)])}"
         )
     listed = {}
     for name in wanted or folders:
@@ -138,14 +133,9 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
 def _hold_out(
     listed: dict[bytes, list[bytes]], fraction: float
 ) -> tuple[dict[bytes, list[bytes]], dict[bytes, list[bytes]]]:
-    """Cut each class in two by a hash of the key, so that an image stays on its side when others come or go."""
-    limit = int(fraction * 2**64)
-
-    def is_held_out(key: bytes) -> bool:
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < limit
-
-    valid = {name: [key for key in keys if is_held_out(key)] for name, keys in listed.items()}
-    train = {name: [key for key in keys if not is_held_out(key)] for name, keys in listed.items()}
+    """Cut each class in two."""
+    valid = {name: [key for key in keys if is_held_out(key, fraction)] for name, keys in listed.items()}
+    train = {name: [key for key in keys if not is_held_out(key, fraction)] for name, keys in listed.items()}
     return train, valid
 
 
@@ -161,7 +151,7 @@ def _check_classes(
             f"{root}: expected image files in class folders, got none; "
             f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
         )
-    classes = sorted(train.keys() | valid.keys(), key=_people_order)
+    classes = sorted(train.keys() | valid.keys(), key=people_order)
     for name in classes:
         for split, listed in (("train", train), ("valid", valid)):
             if not listed.get(name):
@@ -184,13 +174,6 @@ def _to_table(classes: list[bytes], listed: dict[bytes, list[bytes]]) -> pa.Tabl
         [pa.repeat(pa.scalar(label, pa.int32()), len(listed[name])) for label, name in enumerate(classes)]
     )
     return pa.table([keys, labels], schema=_LISTING)
-
-
-def _people_order(name: bytes) -> tuple[list[bytes | int], bytes]:
-    """Sort numbers inside names by value: class2 before class10."""
-    # Splitting at digits puts text at even and numbers at odd places, so like is compared with like.
-    parts = re.split(rb"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def _enumerate(names: list[str]) -> str:

@@ -1,0 +1,43 @@
+import pytest
+
+from pipeline.config import Config
+from pipeline.splits import is_held_out, people_order, split_in_path, valid_names
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("data/test-0.tar", "test"),
+        ("train/part-3.tar", "train"),
+        ("imagenet-val-000000.tar", "val"),
+        ("train2017.tar", "train"),
+        ("train/test-0.tar", "test"),
+        ("test/train_test.tar", "test"),
+        ("constrained.tar", None),
+        ("latest.tar", None),
+        ("0001.tar", None),
+    ],
+)
+def test_a_split_is_a_word_of_the_path_nearest_to_the_file(path, split):
+    assert split_in_path(path, Config()) == split
+
+
+def test_a_name_with_a_digit_ends_where_another_digit_follows():
+    config = Config(train_split="fold1", valid_split="fold10")
+    assert [split_in_path(f"fold{number}-0.tar", config) for number in (1, 10, 100)] == ["fold1", "fold10", None]
+
+
+def test_only_the_default_name_has_synonyms():
+    assert valid_names(Config()) == ("valid", "val", "validation", "test")
+    assert valid_names(Config(valid_split="test")) == ("test",)
+
+
+def test_a_hash_holds_out_about_the_fraction():
+    held_out = [is_held_out(b"%d" % number, 0.25) for number in range(4000)]
+    assert sum(held_out) == pytest.approx(1000, abs=100)
+    assert all(is_held_out(b"%d" % number, 0.5) for number in range(4000) if held_out[number])
+
+
+def test_numbers_in_names_sort_by_value():
+    assert sorted([b"class10", b"class2", b"Class1"], key=people_order) == [b"Class1", b"class2", b"class10"]
