@@ -1,4 +1,5 @@
 import os
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -230,3 +231,9 @@ def test_row_groups_are_told_in_rows_of_each_index():
     sides = [TRAIN, TRAIN, VALID, VALID, TRAIN, VALID, TRAIN]
     scan, _ = index_of(make_rows(sides, group_starts=(0, 2, 4)), Config())
     assert scan.row_groups == {"train": (0, 2, 4), "valid": (0, 2, 3)}
+
+
+def test_what_crosses_ray_is_the_same_after_it(tmp_path):
+    (archive,) = find_archives(LOCAL, str(lay(tmp_path, "a.tar")), "", UNSPLIT, Counter())
+    scan, index = index_of(make_rows([TRAIN, VALID]))
+    assert pickle.loads(pickle.dumps((archive, scan, index))) == (archive, scan, index)
