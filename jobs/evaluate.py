@@ -134,6 +134,9 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
 @click.option("--shard-images", type=int, default=_DEFAULTS.shard_images, help="Images of a shard, at most.")
 @click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@click.option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
+@click.option("--cache-gib", type=float, help="What it may hold; what was not used for longest goes.")
+@click.option("--scratch", default=None, help="Folder for what memory cannot hold.  [default: TMPDIR]")
 @click.option("--min-nodes", type=int, default=_DEFAULTS.min_nodes, help="Nodes with CPUs to wait for.")
 @click.option("--wait-seconds", type=float, default=_DEFAULTS.wait_seconds, help="How long to wait for nodes and GPUs.")
 @click.option("--overwrite", is_flag=True, help="Replace the results in --out.")
@@ -149,7 +152,8 @@ def main(is_json: bool, **options: Any) -> None:
     signals = _Signals()
     screen = _Screen(signals)
     try:
-        config = Config(**{name: value for name, value in options.items() if (name, value) != ("out", None)})
+        has_default = ("out", "scratch")  # that of Config, which differs from run to run
+        config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
         from pipeline import driver
         from pipeline.driver_ray import leave_pandas_out

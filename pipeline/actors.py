@@ -8,10 +8,11 @@ Axes as in `distance` and `sgd`; M is the number of places of a buffer, listed i
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,11 +25,16 @@ import torch.distributed as dist
 
 from pipeline import distance, sgd
 from pipeline.errors import ActorLostError
-from pipeline.metrics import EpochRecord
+from pipeline.lanes import Lanes, empty_images
+from pipeline.metrics import CLASSIFIERS, EpochRecord
 from pipeline.shards import Plan
 
 # A peer that answers none of a step's exchanges for so long is taken for dead.
 _EXCHANGE_TIMEOUT = timedelta(seconds=120)
+# Rows of a part that are scored at once; a multiple of the rows that `sgd` scores by one product.
+_BLOCK_ROWS = 8192
+# What images may take of a GPU's free memory; the rest is for computing with them.
+_GPU_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,10 @@ class LaneActor:
         rank: This actor's number, from 0.
         num_actors: How many there are; lane and part i belong to actor i modulo this.
         is_on_gpu: Whether a GPU was given to this process.
+        scratch: The folder whose disk keeps the images; None where memory holds them. A GPU that holds them does.
     """
 
-    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool) -> None:
+    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None = None) -> None:
         # One thread: sums are then added in one order, whatever OMP_NUM_THREADS says, and decoding keeps its cores.
         torch.set_num_threads(1)
         self._plan = plan
@@ -76,20 +83,20 @@ class LaneActor:
         self._lane_counts_L = torch.zeros(plan.num_lanes, dtype=torch.int64)
         self._means_KD = torch.empty(0)
         self._lanes = list(range(rank, plan.num_lanes, num_actors))
-        sizes = [plan.lane_sizes[lane] for lane in self._lanes] if plan.has_training else [0] * len(self._lanes)
-        self._lane_starts = dict(zip(self._lanes, np.cumsum([0, *sizes]).tolist(), strict=False))
-        self._train = _Buffer(sum(sizes), num_values, self._device)
-        self._parts: dict[int, _Buffer] = {}
-        self._part_keys: dict[int, dict[int, pa.StringArray]] = {}
+        self._store_device, self._scratch = self._choose_store(scratch)
+        self._train: Lanes | None = None
+        self._parts: dict[int, _Part] = {}
         self._params_P = torch.empty(0)
         self._centre_D = torch.empty(0)
         self._learning_rate = 0.0
         self._is_in_group = False
         self._backend = ""
 
-    def describe_device(self) -> str:
-        """Name the device that this actor computes on."""
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+    def describe(self) -> tuple[str, str]:
+        """Name the device that this actor computes on, and where it keeps its images: `gpu`, `memory` or `disk`."""
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        is_on_gpu = self._store_device.type == "cuda"
+        return device, "gpu" if is_on_gpu else "memory" if self._scratch is None else "disk"
 
     def open_store(self, host: str) -> int:
         """Open the meeting point of the process group on `host`, this actor's own address; return its port."""
@@ -138,22 +145,25 @@ class LaneActor:
             raise ActorLostError(f"actor {self._rank}: expected {self._num_actors} actors to meet, got {exc}") from exc
         self._is_in_group = True
 
-    def add_train(self, lane: int, offset: int, table: pa.Table) -> None:
-        """Count a training shard's images into the class sums and keep them, if there is training.
+    def add_train(self, start: int, table: pa.Table) -> None:
+        """Count training images into the class sums and keep them, if there is training.
 
         Args:
-            lane: The lane that the shard belongs to, one of this actor's.
-            offset: Where its first listed image stands in the lane.
-            table: As in `decode.Decoded`.
+            start: The shard's first row in the training listing.
+            table: `row` int32, counted from there, `class` and `image`, all of this actor's lanes.
         """
         images_ND, labels_N = _to_tensors(table, self._device)
+        rows_N = start + table["row"].to_numpy().astype(np.int64)
         sums_KD, counts_K = distance.class_sums(images_ND, labels_N, self._plan.num_classes)
         self._sums_KD += sums_KD
         self._counts_K += counts_K
         self._num_squares += distance.sum_squares(images_ND)
-        self._lane_counts_L[lane] += len(labels_N)
+        lanes_N = torch.from_numpy(self._plan.deal.lanes(rows_N))
+        self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
-            self._train.put(self._lane_starts[lane] + offset, images_ND, labels_N)
+            if self._train is None:
+                self._train = self._make_lanes()
+            self._train.put(rows_N, images_ND, labels_N)
 
     def add_valid(self, part: int, offset: int, table: pa.Table) -> None:
         """Keep a validation shard's images until their part is scored.
@@ -161,15 +171,14 @@ class LaneActor:
         Args:
             part: The part that the shard belongs to, one of this actor's.
             offset: Where its first listed image stands in the part.
-            table: As in `decode.Decoded`.
+            table: `row` int32, counted from there, `key`, `class` and `image`.
         """
         if part not in self._parts:
-            size = self._plan.part_sizes[part]
-            self._parts[part] = _Buffer(size, self._plan.target.num_values, self._device)
-            self._part_keys[part] = {}
-        self._parts[part].put(offset, *_to_tensors(table, self._device))
-        # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
-        self._part_keys[part][offset] = pa.array(table["key"].to_pylist(), pa.string())
+            size, num_values = self._plan.part_sizes[part], self._plan.target.num_values
+            scratch = self._scratch if self._plan.has_training else None
+            self._parts[part] = _Part(size, num_values, self._store_device, scratch)
+        rows_N = offset + table["row"].to_numpy().astype(np.int64)
+        self._parts[part].put(rows_N, table["key"], *_to_tensors(table, self._store_device))
 
     def finish_means(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Add up all actors' class sums and divide: every actor then holds the same means.
@@ -214,29 +223,22 @@ class LaneActor:
         lane_rows = plan.batch_size // plan.num_lanes
         lane_counts = self._lane_counts_L.tolist()
         num_steps = -(-max(lane_counts) // lane_rows)
-        orders = []
-        for lane in self._lanes:
-            rows = self._train.filled_rows(self._lane_starts[lane], plan.lane_sizes[lane])
-            orders.append(rows[sgd.lane_order(plan.seed, epoch, lane, lane_counts[lane])])
-        losses = {lane: torch.zeros(lane_counts[lane], device=self._device) for lane in self._lanes}
+        if self._train is None:  # all images of these lanes were skipped, or there are none
+            self._train = self._make_lanes()
+        losses_SZR = torch.zeros(num_steps, len(self._lanes), lane_rows, device=self._device)
         # Every actor sends as many lanes as the one that has most, so that all send alike.
         num_sent = -(-plan.num_lanes // self._num_actors)
         gradients_ZP = torch.zeros(num_sent, len(self._params_P), device=self._device)
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
         norm_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        for place, (rows_B, counts) in enumerate(sgd.batches(orders, lane_rows, num_steps)):
-            rows_B = rows_B.to(self._device)
+        batches = self._train.batches(epoch, lane_rows, num_steps)
+        for place, (images_BD, labels_B, counts) in enumerate(batches):
             losses_B, is_correct_B = sgd.lane_gradients(
-                self._params_P,
-                self._train.images_MD[rows_B],
-                self._train.labels_M[rows_B],
-                counts,
-                gradients_ZP[: len(self._lanes)],
-                self._centre_D,
+                self._params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], self._centre_D
             )
             num_correct += is_correct_B.sum()
-            for lane, lane_losses_B in zip(self._lanes, losses_B.split(counts), strict=True):
-                losses[lane][place * lane_rows : place * lane_rows + len(lane_losses_B)] = lane_losses_B
+            for lane_losses_R, lane_losses_B in zip(losses_SZR[place], losses_B.split(counts), strict=True):
+                lane_losses_R[: len(lane_losses_B)] = lane_losses_B
             num_images = sum(min(max(count - place * lane_rows, 0), lane_rows) for count in lane_counts)
             norm_sum += sgd.step(self._params_P, self._gather_lanes(gradients_ZP), num_images, self._learning_rate)
             self._num_steps_done += 1
@@ -244,7 +246,7 @@ class LaneActor:
         record = EpochRecord(
             epoch=epoch,
             num_steps=num_steps,
-            lane_losses={lane: float(losses[lane].double().sum()) for lane in self._lanes},
+            lane_losses={lane: float(losses_SZR[:, place].double().sum()) for place, lane in enumerate(self._lanes)},
             num_train_correct=int(num_correct),
             num_train=sum(lane_counts[lane] for lane in self._lanes),
             part_losses=part_losses,
@@ -260,38 +262,58 @@ class LaneActor:
 
     def score_part(self, part: int) -> ScoredPart:
         """Score a part's images by every classifier and forget them."""
-        buffer, keys = self._parts.pop(part), self._part_keys.pop(part)
-        images_ND, labels_N = buffer.filled()
-        l1_NK, rms_NK = distance.distances(images_ND, self._means_KD)
-        scores_NK = {"nearest_mean_l1": l1_NK, "nearest_mean_rms": rms_NK}
-        predictions_N = {name: distance.nearest(distances_NK) for name, distances_NK in scores_NK.items()}
-        if self._plan.has_training:
-            log_probabilities_NK = sgd.log_probabilities(
-                self._params_P, images_ND, self._plan.num_classes, self._centre_D
-            )
-            scores_NK["sgd_linear"] = log_probabilities_NK.exp()
-            predictions_N["sgd_linear"] = log_probabilities_NK.argmax(1)
-        confusions = {
-            name: distance.confusion(labels_N, predicted_N, self._plan.num_classes).cpu().numpy()
-            for name, predicted_N in predictions_N.items()
-        }
+        stored = self._parts.pop(part)
+        names = CLASSIFIERS if self._plan.has_training else CLASSIFIERS[:2]
+        scores: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        predictions: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for images_ND, _ in stored.blocks(self._device):
+            l1_NK, rms_NK = distance.distances(images_ND, self._means_KD)
+            for name, distances_NK in zip(names, (l1_NK, rms_NK), strict=False):
+                scores[name].append(distances_NK)
+                predictions[name].append(distance.nearest(distances_NK))
+            if self._plan.has_training:
+                log_probabilities_NK = self._log_probabilities(images_ND)
+                scores["sgd_linear"].append(log_probabilities_NK.exp())
+                predictions["sgd_linear"].append(log_probabilities_NK.argmax(1))
+        labels_N = stored.labels()
+        predictions_N = {name: torch.cat(blocks).cpu() for name, blocks in predictions.items()}
         return ScoredPart(
-            keys=pa.concat_arrays([keys[offset] for offset in sorted(keys)]),
-            labels=labels_N.cpu().numpy(),
-            predictions={name: tensor.cpu().numpy() for name, tensor in predictions_N.items()},
-            scores={name: tensor.cpu().numpy() for name, tensor in scores_NK.items()},
-            confusions=confusions,
+            keys=stored.keys(),
+            labels=labels_N.numpy(),
+            predictions={name: tensor.numpy() for name, tensor in predictions_N.items()},
+            scores={name: torch.cat(blocks).cpu().numpy() for name, blocks in scores.items()},
+            confusions={
+                name: distance.confusion(labels_N, tensor, self._plan.num_classes).numpy()
+                for name, tensor in predictions_N.items()
+            },
         )
+
+    def _make_lanes(self) -> Lanes:
+        return Lanes(self._plan, self._lanes, self._device, self._store_device, self._scratch)
+
+    def _log_probabilities(self, images_ND: torch.Tensor) -> torch.Tensor:
+        return sgd.log_probabilities(self._params_P, images_ND, self._plan.num_classes, self._centre_D)
+
+    def _choose_store(self, scratch: str | None) -> tuple[torch.device, str | None]:
+        """Keep images on the GPU where its share of these is free; else in memory, or on disk."""
+        if self._device.type == "cuda":
+            num_bytes = self._plan.held_bytes * len(self._lanes) / self._plan.num_lanes
+            free_bytes, _ = torch.cuda.mem_get_info(self._device)
+            if num_bytes <= _GPU_SHARE * free_bytes * self._plan.gpus_per_actor:
+                return self._device, None
+        return torch.device("cpu"), scratch
 
     def _validate(self) -> tuple[dict[int, float], npt.NDArray[np.int64]]:
         num_classes = self._plan.num_classes
         losses = {}
         total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._device)
-        for part, buffer in sorted(self._parts.items()):
-            images_ND, labels_N = buffer.filled()
-            log_probabilities_NK = sgd.log_probabilities(self._params_P, images_ND, num_classes, self._centre_D)
-            losses[part] = -float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum())
-            total_KK += distance.confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)
+        for part, stored in sorted(self._parts.items()):
+            block_losses = []
+            for images_ND, labels_N in stored.blocks(self._device):
+                log_probabilities_NK = self._log_probabilities(images_ND)
+                block_losses.append(-float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum()))
+                total_KK += distance.confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)
+            losses[part] = math.fsum(block_losses)
         return losses, total_KK.cpu().numpy()
 
     def _add_up(self, counts: torch.Tensor) -> torch.Tensor:
@@ -324,31 +346,44 @@ class LaneActor:
         return self._device if self._backend == "nccl" else torch.device("cpu")
 
 
-class _Buffer:
-    """Images of one group at the places of the listing; the places of skipped images stay empty."""
+class _Part:
+    """Images of one part at their places; those of skipped images stay empty."""
 
-    def __init__(self, num_places: int, num_values: int, device: torch.device) -> None:
-        self.images_MD = torch.empty(num_places, num_values, dtype=torch.uint8, device=device)
-        self.labels_M = torch.empty(num_places, dtype=torch.int64, device=device)
-        self._is_filled_M = torch.zeros(num_places, dtype=torch.bool)
+    def __init__(self, num_places: int, num_values: int, device: torch.device, scratch: str | None) -> None:
+        self._images_MD = empty_images(num_places, num_values, device, scratch)
+        self._labels_M = torch.empty(num_places, dtype=torch.int64)
+        self._is_filled_M = np.zeros(num_places, np.bool_)
+        self._keys: dict[int, pa.StringArray] = {}
 
-    def put(self, start: int, images_ND: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Copy a shard to its place."""
-        places = slice(start, start + len(labels_N))
-        self.images_MD[places] = images_ND
-        self.labels_M[places] = labels_N
-        self._is_filled_M[places] = True
+    def put(
+        self, rows_N: npt.NDArray[np.int64], keys: pa.ChunkedArray, images_ND: torch.Tensor, labels_N: torch.Tensor
+    ) -> None:
+        """Copy a shard's images to their places, int64 [N] in rising order."""
+        if not len(rows_N):
+            return
+        self._images_MD[torch.from_numpy(rows_N).to(self._images_MD.device)] = images_ND
+        self._labels_M[rows_N] = labels_N.cpu()
+        self._is_filled_M[rows_N] = True
+        # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
+        self._keys[int(rows_N[0])] = pa.array(keys.to_pylist(), pa.string())
 
-    def filled_rows(self, start: int, size: int) -> torch.Tensor:
-        """Return the filled places among `size` ones from `start`, int64, on the CPU."""
-        return self._is_filled_M[start : start + size].nonzero().squeeze(1) + start
+    def keys(self) -> pa.StringArray:
+        """Keys of all images, in the order of the listing."""
+        return pa.concat_arrays([pa.array([], pa.string()), *(self._keys[row] for row in sorted(self._keys))])
 
-    def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all images and labels, without a copy where no place is empty."""
-        if bool(self._is_filled_M.all()):
-            return self.images_MD, self.labels_M
-        rows = self.filled_rows(0, len(self._is_filled_M)).to(self.images_MD.device)
-        return self.images_MD[rows], self.labels_M[rows]
+    def labels(self) -> torch.Tensor:
+        """Labels of all images, int64 [N], on the CPU."""
+        return self._labels_M[torch.from_numpy(np.flatnonzero(self._is_filled_M))]
+
+    def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
+        rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
+        for block_N in rows_N.split(_BLOCK_ROWS):
+            num_rows = len(block_N)
+            # Without a gap they are a view, of which nothing is copied.
+            is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1
+            rows = slice(int(block_N[0]), int(block_N[-1]) + 1) if is_run else block_N.to(self._images_MD.device)
+            yield self._images_MD[rows].to(device), self._labels_M[block_N].to(device)
 
 
 def _interface_of(address: str) -> str | None:

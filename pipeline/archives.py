@@ -38,7 +38,6 @@ Index: TypeAlias = dict[Split, pa.Table]
 
 _KINDS: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet"}
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
-_GLOB = re.compile(r"[*{]")
 _TOKEN = re.compile(r"(\*\*/)|(\*\*)|(\*)|\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _MAX_DEPTH = 32
 _MAX_RANGE = 100_000
@@ -110,23 +109,6 @@ class Rows:
     group_starts: npt.NDArray[np.int64]
 
 
-def split_glob(data: str) -> tuple[str, str]:
-    """Part a path or URI at the first component that is a pattern.
-
-    Patterns are `*` (anything but a slash), `**` (any folders), `{a,b}` and `{000..146}` (one of these, as WebDataset
-    writes ranges of shards). A question mark is none: it begins the options of a URI, which stay with the root.
-
-    Returns:
-        The root, and the pattern below it; an empty pattern if there is none.
-    """
-    base, mark, query = data.partition("?") if "://" in data else (data, "", "")
-    found = _GLOB.search(base)
-    if found is None:
-        return data, ""
-    cut = base.rfind("/", 0, found.start()) + 1
-    return (base[:cut] or ".") + mark + query, base[cut:]
-
-
 def find_archives(
     filesystem: pafs.FileSystem, root: str, pattern: str, config: Config, ignored: Counter[str]
 ) -> list[Archive]:
@@ -135,7 +117,7 @@ def find_archives(
     Args:
         filesystem: Where they are.
         root: The path of a folder, or of one file.
-        pattern: What `split_glob` cut off, or nothing for all files in the folder at any depth.
+        pattern: What `files.split_glob` cut off, or nothing for all files in the folder at any depth.
         config: The options.
         ignored: Counts, by ending, the files that are neither archives nor images.
 

@@ -7,6 +7,7 @@ can be used. Checks that need the data or the cluster stand where these are know
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -51,6 +52,9 @@ class Config:
     address: str | None = None
     min_nodes: int = 1
     wait_seconds: float = 300.0
+    cache: str | None = None
+    cache_gib: float | None = None
+    scratch: str = field(default_factory=tempfile.gettempdir)
     overwrite: bool = False
     resume: bool = False
 
@@ -147,6 +151,10 @@ class Config:
             0 < self.gpus_per_actor <= 1,
             f"--gpus-per-actor: expected a number above 0, up to 1, got {self.gpus_per_actor}; "
             "an actor computes on one GPU, and 0.5 lets two actors share it",
+        )
+        _expect(
+            self.cache_gib is None or (self.cache is not None and 0 < self.cache_gib < math.inf),
+            f"--cache-gib: expected a positive number beside --cache, got {self.cache_gib}; leave it out for no limit",
         )
         _expect(
             self.min_nodes >= 1,

@@ -56,6 +56,10 @@ _MOST_AUTO_SIDE = 512
 _FALLBACK_SIDE = 64
 
 
+# Height and width in pixels as shown, and whether it is grey.
+Header = tuple[int, int, bool]
+
+
 @dataclass(frozen=True)
 class Target:
     """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
@@ -113,22 +117,27 @@ def sample_rows(num_images: int) -> list[int]:
     return [place * num_images // num_sampled for place in range(num_sampled)]
 
 
-def choose_target(config: Config, images: Iterable[bytes | ReadFault]) -> Target:
+def read_headers(images: Iterable[bytes | ReadFault]) -> list[Header]:
+    """Read the headers of images, leaving out those that cannot be opened."""
+    headers = [_read_header(data) for data in images]
+    return [header for header in headers if header is not None]
+
+
+def choose_target(config: Config, headers: Sequence[Header]) -> Target:
     """Settle what `auto` leaves open from the headers of some images.
 
     The size is that of at least half of them, if no side is longer than 512, else 64x64; the mode is L if all are
     grey, else RGB.
 
+    Args:
+        config: The options.
+        headers: As `read_headers` returns them, of `sample_rows`.
+
     Raises:
-        DataError: If something is `auto` and no header could be read.
+        DataError: If something is `auto` and there is no header.
     """
     if config.height_width and config.mode != "auto":
         return Target(*config.height_width, _as_mode(config.mode), config.draft)
-    headers = []
-    for data in images:
-        header = _read_header(data)
-        if header is not None:
-            headers.append(header)
     if not headers:
         raise DataError(
             "--size auto: expected an image among the first that were looked at, got none that Pillow can open; "
@@ -310,8 +319,8 @@ def _orientation(image: Image.Image) -> int:
     return orientation
 
 
-def _read_header(data: bytes | ReadFault) -> tuple[int, int, bool] | None:
-    """Return height, width and whether it is grey, from the header alone; None for what cannot be opened."""
+def _read_header(data: bytes | ReadFault) -> Header | None:
+    """Look at the header alone; None for what cannot be opened."""
     if isinstance(data, ReadFault):
         return None
     try:

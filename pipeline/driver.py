@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
@@ -19,20 +20,35 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from pipeline import __version__, decode, driver_cluster, driver_ray, files, metrics, report, results, sources, storage
+from pipeline import (
+    __version__,
+    archives,
+    decode,
+    driver_cluster,
+    driver_feed,
+    driver_ray,
+    files,
+    loading,
+    metrics,
+    report,
+    results,
+    sources,
+    storage,
+)
+from pipeline.cache import Cache
+from pipeline.cache import prepare as prepare_cache
 from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.driver_cluster import Node, wait_for_nodes
-from pipeline.driver_feed import Job, Tally, feed, write_part
+from pipeline.driver_feed import Found, Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
 from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
 from pipeline.files import Location
 from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
 from pipeline.results import Checkpoint, Output
-from pipeline.shards import Fit, Plan, Shard, fit_cluster, make_plan
+from pipeline.shards import Fit, Plan, Shard, choose_storage, fit_cluster, make_plan
 from pipeline.sources import Listing
 
 logger = logging.getLogger(__name__)
@@ -74,6 +90,10 @@ def evaluate(
     clock = Clock()
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
+    cache = None
+    if config.cache is not None:
+        cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
+        prepare_cache(cache)
     if (location.kind == "folder" and Path(output.root).resolve().is_relative_to(location.root)) or (
         location.kind == "uri" and storage.is_inside(output.root, location.root)
     ):
@@ -95,24 +115,36 @@ def evaluate(
         while not look.done():
             on_progress(Progress("start", 0, 1, 0.0))
             wait([look], timeout=0.2)
-        listing, target = look.result()
+        look_at = look.result()
+        if isinstance(look_at, Found):
+            look_at = driver_feed.list_archives(location, config, look_at, on_progress)
+        listing, target = look_at
         plan, shards = make_plan(config, listing, target)
         nodes = driver_cluster.living_nodes()
         fit = _fit(config, plan, shards, nodes)
         if len(nodes) > 1:
             driver_cluster.check_paths(nodes, location, listing, output)
         results.prepare(output, overwrite=config.overwrite, resume=config.resume)
-        return _run(Job(config, listing, target, plan, shards, fit, len(nodes), output, clock, on_progress))
+        job = Job(config, listing, target, plan, shards, fit, len(nodes), output, cache, clock, on_progress)
+        return _run(job)
 
 
 def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node]) -> Fit:
     resources = driver_cluster.total_resources(nodes)
-    return fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
+    fit = fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
+    rooms = driver_cluster.find_rooms(nodes, fit, config.scratch)
+    fit = replace(fit, storage=choose_storage(plan, fit.num_actors, rooms))
+    if fit.storage == "disk":
+        logger.info(
+            "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
+            config.scratch,
+        )  # fmt: skip
+    return fit
 
 
-def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target]]:
+def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target] | Found]:
     """Look in a thread that nothing waits for: an interrupt need not wait for a slow listing's end."""
-    look: Future[tuple[Listing, Target]] = Future()
+    look: Future[tuple[Listing, Target] | Found] = Future()
 
     def run() -> None:
         try:
@@ -124,11 +156,16 @@ def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Tar
     return look
 
 
-def _look(location: Location, config: Config) -> tuple[Listing, Target]:
-    """List the dataset and settle the images' size and mode from a sample."""
+def _look(location: Location, config: Config) -> tuple[Listing, Target] | Found:
+    """List the dataset and settle the images' size and mode from a sample; archives are only found, not yet opened."""
+    if location.kind != "parquet":
+        ignored: Counter[str] = Counter()
+        filesystem, root = location.filesystem
+        if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):
+            return Found(found, ignored)
     listing = sources.list_dataset(location, config)
-    keys = listing.train["key"].combine_chunks().take(pa.array(decode.sample_rows(len(listing.train))))
-    return listing, decode.choose_target(config, files.read_images(location, keys))
+    places = decode.sample_rows(len(listing.train))
+    return listing, decode.choose_target(config, loading.read_headers(location, listing.train, None, places))
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -147,7 +184,7 @@ def _run(job: Job) -> dict[str, Any]:
     while True:
         num_epochs = len(training.history)
         node_ids = [node.node_id for node in driver_cluster.working_nodes()]
-        actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids)
+        actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids, job.config.scratch)
         try:
             tally = feed(job, actors, started)
             _check_images(job, tally, fingerprint)
@@ -207,7 +244,7 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
     job.clock.enter("train")
     last_saved = time.monotonic()
     begun = [actor.call.remote("begin_training", training.params) for actor in actors]
-    num_steps = -(-max(job.plan.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
+    num_steps = -(-max(job.plan.deal.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
     rates = driver_ray.wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
     training.learning_rate = rates[0]
@@ -258,12 +295,13 @@ def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
     job.clock.enter("score")
     waiting = {write_part(job, actors, part): part for part in range(len(job.plan.part_sizes))}
     while waiting:
-        done = driver_ray.wait_one(
+        finished = driver_ray.wait_some(
             list(waiting),
             f"{len(waiting)} prediction files",
             lambda: job.show("score", len(tally.parts), len(job.plan.part_sizes)),
         )
-        tally.parts[waiting.pop(done)] = driver_ray.get(done)
+        for done in finished:
+            tally.parts[waiting.pop(done)] = driver_ray.get(done)
 
 
 def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
@@ -321,7 +359,12 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "stopped_by": metrics.stop_reason(job.config, training.history),
         "num_nodes": job.num_nodes,
-        "actors": {"number": job.fit.num_actors, "gpus_each": job.fit.gpus_per_actor, "devices": tally.devices},
+        "actors": {
+            "number": job.fit.num_actors,
+            "gpus_each": job.fit.gpus_per_actor,
+            "devices": tally.devices,
+            "images_kept_in": sorted(set(tally.stores)),
+        },
         "began": job.clock.began,
         "seconds": seconds,
         "images_per_s": listing.num_images / seconds["decode"],
@@ -345,5 +388,4 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--lanes": config.lanes,
-        "--shard-images": config.shard_images,
     }

@@ -7,8 +7,10 @@ is asked of the autoscaler, where there is one, and not for longer than `--wait-
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +27,8 @@ from pipeline.config import Config
 from pipeline.errors import ClusterError, DataError, OutputError
 from pipeline.files import Location
 from pipeline.results import Output
-from pipeline.sources import Listing
+from pipeline.shards import Fit, Room
+from pipeline.sources import ArchivedRows, Listing
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +137,9 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
         DataError: If a node lacks images of the dataset.
         OutputError: If a node does not see the results' folder.
     """
-    keys = listing.train["key"].combine_chunks()
-    rows = pa.array(sorted({place * (len(keys) - 1) // (_NUM_SEEN - 1) for place in range(_NUM_SEEN)}))
-    images = keys.take(rows) if location.kind == "folder" else None
+    images = None
+    if location.kind == "folder":
+        images = _some_files(location, listing)
     sizes = [] if images is None else files.file_sizes(location, images)
     marker = None
     try:
@@ -175,6 +178,55 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
             marker.unlink(missing_ok=True)
 
 
+def _some_files(location: Location, listing: Listing) -> pa.BinaryArray:
+    """Choose some images, or archives, by their names below the root."""
+    if isinstance(listing.train, ArchivedRows):
+        chosen = (listing.train.files[0], listing.train.files[-1])
+        return pa.array([os.path.relpath(rows.archive.path, location.root).encode() for rows in chosen], pa.binary())
+    last = len(listing.train) - 1
+    rows = pa.array(sorted({place * last // (_NUM_SEEN - 1) for place in range(_NUM_SEEN)}))
+    return listing.train["key"].take(rows).combine_chunks()
+
+
 def _look(location: Location, images: pa.BinaryArray | None, marker: str | None) -> tuple[list[int], bool]:
     sizes = [] if images is None else files.file_sizes(location, images)
     return sizes, marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
+
+
+def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
+    """Ask the nodes that actors may come to for their room for images.
+
+    Raises:
+        ClusterError: If a node has no such folder.
+    """
+    is_on_gpu = fit.gpus_per_actor > 0
+    fitting = [node for node in nodes if (node.resources.get("GPU", 0.0) if is_on_gpu else node.num_cpus) > 0]
+    chosen = sorted(fitting, key=lambda node: -node.num_cpus)[: fit.num_actors]
+    num_each = -(-fit.num_actors // len(chosen))
+    if len(nodes) == 1:  # this one: no process need be started for it
+        answers = [_measure_room(scratch)]
+    else:
+        looks = [
+            ray.remote(num_cpus=0)(_measure_room)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
+            .remote(scratch)
+            for node in chosen
+        ]
+        answers = driver_ray.wait_all(looks, "a look at the nodes' memory and disks", lambda: False)
+    rooms = []
+    for node, (memory_bytes, disk_bytes) in zip(chosen, answers, strict=True):
+        if disk_bytes is None:
+            raise ClusterError(f"--scratch {scratch}: expected a folder on every node, got none on {node.address}")
+        # Ray's figure leaves out its object store; a control group's limit it may not know of.
+        memory_bytes = min(node.resources.get("memory", math.inf), memory_bytes)
+        rooms.append(Room(node.address, memory_bytes, disk_bytes, num_each))
+    return rooms
+
+
+def _measure_room(scratch: str) -> tuple[float, float | None]:
+    """Return the memory that this process's control groups leave, after Ray's own share, and the free disk."""
+    try:
+        disk_bytes: float | None = shutil.disk_usage(scratch).free
+    except OSError:
+        disk_bytes = None
+    return driver_ray.memory_limit() * (1 - driver_ray.STORE_SHARE), disk_bytes

@@ -17,20 +17,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import driver_ray
+from pipeline import decode, driver_ray, loading, sources
+from pipeline.archives import Archive, Scan
+from pipeline.cache import Cache
 from pipeline.config import Config
-from pipeline.decode import Target
+from pipeline.decode import Header, Target
 from pipeline.driver_ray import Actor, PartRecord, Ref
 from pipeline.errors import DataError
-from pipeline.files import display
+from pipeline.files import Location, display
+from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard, most_in_flight
-from pipeline.sources import Listing
+from pipeline.sources import ArchivedRows, Listing
 from pipeline.splits import Split
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0
+# Archives that are indexed, or wait for it, at one time.
+_MAX_SCANS = 256
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Job:
     fit: Fit
     num_nodes: int
     output: Output
+    cache: Cache | None
     clock: Clock
     on_progress: Callable[[Progress], None]
 
@@ -68,6 +74,7 @@ class Tally:
         means_KD: float32, 0 to 1.
         parts: The written prediction files.
         devices: What the actors compute on.
+        stores: Where they keep their images: `gpu`, `memory` or `disk`.
     """
 
     num_decoded: Counter[Split] = field(default_factory=Counter)
@@ -78,11 +85,64 @@ class Tally:
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     parts: dict[int, PartRecord] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
+    stores: list[str] = field(default_factory=list)
 
     @property
     def num_skipped(self) -> int:
         """Images that could not be decoded, for whatever reason."""
         return self.num_skipped_by_reason.total()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The archives of a dataset, not yet opened, and the files beside them, by ending."""
+
+    archives: list[Archive]
+    num_ignored: Counter[str]
+
+
+def list_archives(
+    location: Location, config: Config, found: Found, on_progress: Callable[[Progress], None]
+) -> tuple[Listing, Target]:
+    """Have every archive indexed by a task, and settle the images' size and mode from a sample.
+
+    Raises:
+        DataError: If an archive, or what is in them together, is no dataset.
+    """
+    num_all = len(found.archives)
+    begun = time.monotonic()
+    scans: dict[int, Scan] = {}
+    indexes: dict[int, dict[Split, Ref]] = {}
+    waiting: dict[Ref, int] = {}
+    upcoming = iter(range(num_all))
+
+    def show() -> bool:
+        on_progress(Progress("scan", len(scans), num_all, time.monotonic() - begun))
+        return False
+
+    while len(scans) < num_all:
+        while len(waiting) < _MAX_SCANS and (place := next(upcoming, None)) is not None:
+            ref, indexes[place] = driver_ray.scan_archive(location, found.archives[place], config)
+            waiting[ref] = place
+        for done in driver_ray.wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+            place = waiting.pop(done)
+            scans[place] = driver_ray.get(done, f"indexing {found.archives[place].path}")
+    parts = [(archive, scans[place], indexes[place]) for place, archive in enumerate(found.archives)]
+    listing = sources.list_archives(location, parts, found.num_ignored, config)
+    return listing, decode.choose_target(config, _sample_headers(listing, show))
+
+
+def _sample_headers(listing: Listing, on_tick: Callable[[], bool]) -> list[Header]:
+    assert isinstance(listing.train, ArchivedRows)
+    places = decode.sample_rows(len(listing.train))
+    asked, start = [], 0
+    for rows in listing.train.files:
+        stop = start + rows.row_groups[-1]
+        if inside := [place - start for place in places if start <= place < stop]:
+            asked.append(driver_ray.read_headers(listing.location, rows, inside))
+        start = stop
+    answers = driver_ray.wait_all(asked, "looking at some images", on_tick)
+    return [header for headers in answers for header in headers]
 
 
 def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
@@ -101,10 +161,10 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
         DataError: If a class has no training image left, or there is no validation image left.
     """
     job.clock.enter("decode")
-    feeding = _Feeding(job, actors, driver_ray.put(job.listing.classes))
+    feeding = _Feeding(job, actors)
     tally = feeding.tally
     for place, ref in enumerate(started):
-        feeding.waiting[ref] = ("starting the actors", tally.devices.append if place < len(actors) else _ignore)
+        feeding.waiting[ref] = ("starting the actors", feeding.take_description if place < len(actors) else _ignore)
     shards = iter(job.shards)
     while True:
         while feeding.num_in_flight < feeding.max_in_flight and (shard := next(shards, None)):
@@ -112,10 +172,12 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
         if not feeding.waiting:
             break
         refs = list(feeding.waiting)
-        done = driver_ray.wait_one(refs, f"{feeding.waiting[refs[0]][0]} and {len(refs) - 1} more", feeding.show)
-        what, take = feeding.waiting.pop(done)
-        take(driver_ray.get(done, what))
+        first = f"{feeding.waiting[refs[0]][0]} and {len(refs) - 1} more"
+        for done in driver_ray.wait_some(refs, first, feeding.show):
+            what, take = feeding.waiting.pop(done)
+            take(driver_ray.get(done, what))
     tally.devices.sort()
+    tally.stores.sort()
     _check_tally(job, tally)
     return tally
 
@@ -131,28 +193,39 @@ class _Feeding:
 
     job: Job
     actors: list[Actor]
-    classes: Ref
     tally: Tally = field(default_factory=Tally)
     waiting: dict[Ref, tuple[str, Callable[[Any], None]]] = field(default_factory=dict)
     num_in_flight: int = 0
     looked_at_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.max_in_flight = self.job.fit.max_in_flight
+        job = self.job
+        self.max_in_flight = job.fit.max_in_flight
+        self._loader = driver_ray.put(
+            Loader(job.listing.location, job.target, job.listing.classes, job.plan.deal, len(self.actors), job.cache)
+        )
         self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
-        self._num_part_left = Counter(shard.group for shard in self.job.shards if shard.split == "valid")
+        self._num_part_left = Counter(shard.part for shard in self.job.shards if shard.split == "valid")
 
     def decode(self, shard: Shard) -> None:
         """Start decoding a shard."""
-        listing = self.job.listing
-        rows = listing.split(shard.split).take(pa.array(shard.rows, pa.int64())).combine_chunks()
-        keys, labels = rows["key"].chunk(0), rows["label"].chunk(0)
-        table, skipped, counts = driver_ray.decode_shard(
-            listing.location, self.job.target, self.classes, shard.split, keys, labels
-        )
+        listed = self.job.listing.split(shard.split)
+        rows, file = None, None
+        if isinstance(listed, ArchivedRows):
+            found = listed.files[shard.file]
+            rows, file = found.index, ShardFile(found.archive, found.labels)
+            what = f"decoding images {shard.first} to {shard.first + shard.num_images - 1} of {found.archive.path}"
+        else:
+            # A copy: what is sent of a slice would be all that it is a slice of.
+            rows = listed.take(pa.array(range(shard.start, shard.stop), pa.int64()))
+            first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
+            what = f"decoding {display(first)} to {display(last)}"
+        owners = [shard.part % len(self.actors)]
+        if shard.split == "train":
+            owners = loading.owners(self.job.plan.deal, len(self.actors), shard)
+        tables, skipped, counts = driver_ray.decode_shard(self._loader, len(owners), shard, rows, file)
         self.num_in_flight += 1
-        what = f"decoding {display(keys[0].as_py())} to {display(keys[-1].as_py())}"
-        self.waiting[counts] = (what, partial(self._hand_over, shard, table, skipped))
+        self.waiting[counts] = (what, partial(self._hand_over, shard, dict(zip(owners, tables, strict=True)), skipped))
 
     def show(self) -> bool:
         """Show how far decoding is, and now and then look at the cluster's size; only a shard is a sign of life."""
@@ -162,7 +235,15 @@ class _Feeding:
         num_done = self.tally.num_decoded.total() + self.tally.num_skipped
         return self.job.show("decode", num_done, self.job.listing.num_images)
 
-    def _hand_over(self, shard: Shard, table: Ref, skipped: Ref, counts: tuple[int, dict[str, int], int]) -> None:
+    def take_description(self, answer: tuple[str, str]) -> None:
+        """Note what an actor computes on and where it keeps its images."""
+        device, store = answer
+        self.tally.devices.append(device)
+        self.tally.stores.append(store)
+
+    def _hand_over(
+        self, shard: Shard, tables: dict[int, Ref], skipped: Ref, counts: tuple[int, dict[str, int], int]
+    ) -> None:
         num_decoded, num_skipped_by_reason, num_resized = counts
         tally = self.tally
         tally.num_decoded[shard.split] += num_decoded
@@ -170,11 +251,17 @@ class _Feeding:
         tally.num_resized += num_resized
         if num_skipped_by_reason:
             tally.skipped[shard.index] = skipped
-        owner = self.actors[shard.group % len(self.actors)]
-        taken = owner.call.remote(f"add_{shard.split}", shard.group, shard.offset, table)
-        self.waiting[taken] = (f"handing shard {shard.index} to its actor", partial(self._finish, shard))
+        where = (shard.start,) if shard.split == "train" else (shard.part, shard.offset)
+        taken = set()
+        for rank, table in tables.items():
+            ref = self.actors[rank].call.remote(f"add_{shard.split}", *where, table)
+            taken.add(ref)
+            self.waiting[ref] = (f"handing shard {shard.index} to its actor", partial(self._finish, shard, taken, ref))
 
-    def _finish(self, shard: Shard, _: None) -> None:
+    def _finish(self, shard: Shard, taken: set[Ref], ref: Ref, _: None) -> None:
+        taken.remove(ref)
+        if taken:  # not all of its actors have it yet
+            return
         self.num_in_flight -= 1
         if shard.split == "train":
             self._num_train_left -= 1
@@ -182,7 +269,7 @@ class _Feeding:
                 for actor in self.actors:
                     self.waiting[actor.call.remote("finish_means")] = ("the class means", self._take_means)
         else:
-            self._num_part_left[shard.group] -= 1
+            self._num_part_left[shard.part] -= 1
         # An actor does its calls in order, so the means are there when a part is scored.
         if self._num_train_left == 0 and not self.job.plan.has_training:
             for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,12 +31,16 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import decode, files, results
-from pipeline.decode import Target
+from pipeline import loading, parquets, results, tars
+from pipeline.archives import Archive, Scan
+from pipeline.config import Config
+from pipeline.decode import Header
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
 from pipeline.files import Location
+from pipeline.loading import Loader, ShardFile
 from pipeline.results import Output
-from pipeline.shards import Fit, Plan
+from pipeline.shards import Fit, Plan, Shard
+from pipeline.sources import ArchiveRows
 from pipeline.splits import Split
 
 # A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
@@ -43,6 +48,9 @@ STALL_SECONDS = 600.0
 _TICK_SECONDS = 0.2
 _CONNECT_SECONDS = 5.0
 _GRACE_SECONDS = 3.0
+# Ray's own share of a node's memory for its object store, and the least that it takes.
+STORE_SHARE = 0.3
+_LEAST_STORE_BYTES = 80 * 2**20
 
 Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
 Actor = Any  # a handle of ActorProcess
@@ -63,11 +71,11 @@ class ActorProcess:
     the writing of results here, because the modules below do not know of each other.
     """
 
-    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool) -> None:
+    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None) -> None:
         leave_pandas_out()
         from pipeline.actors import LaneActor
 
-        self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu)
+        self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu, scratch=scratch)
 
     def call(self, method: str, *args: object) -> Any:
         """Call a method of the actor."""
@@ -133,7 +141,10 @@ def connected(address: str | None) -> Iterator[bool]:
     _check_address(address)
     try:
         try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            options: dict[str, Any] = {} if address or "RAY_ADDRESS" in os.environ else _store_options()
+            ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
         except (ConnectionError, RuntimeError, ValueError) as exc:
             where = f"--address {address}" if address else "Ray"
             raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
@@ -148,6 +159,34 @@ def connected(address: str | None) -> Iterator[bool]:
         _leave_ray(others)
         if is_main:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def memory_limit() -> float:
+    """Return the bytes of memory that this process and its siblings may take, by the machine and control groups."""
+    limit = float(psutil.virtual_memory().total)
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return limit
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        # Version 2 has one tree, and version 1 one for memory.
+        base, name = (
+            ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        )
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for folder in (Path(base, path.strip("/")), *Path(base, path.strip("/")).parents):
+            with suppress(OSError, ValueError):  # not there, or `max`
+                limit = min(limit, float((folder / name).read_text()))
+    return limit
+
+
+def _store_options() -> dict[str, Any]:
+    """Keep a local Ray's object store below a limit that Ray may not see: that of a control group above its own."""
+    limit = memory_limit()
+    if limit >= psutil.virtual_memory().total:
+        return {}
+    return {"object_store_memory": max(_LEAST_STORE_BYTES, int(STORE_SHARE * limit))}
 
 
 def _check_address(address: str | None) -> None:
@@ -206,7 +245,7 @@ def cluster_resources() -> dict[str, float]:
     return resources
 
 
-def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str]) -> tuple[list[Actor], list[Ref]]:
+def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) -> tuple[list[Actor], list[Ref]]:
     """Start the actors and let them meet.
 
     Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
@@ -215,6 +254,7 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str]) -> tuple[list[Ac
         plan: The job's plan.
         fit: How it fits the cluster.
         node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
+        scratch: The folder for images that memory cannot hold.
 
     Returns:
         The actors; and references to the names of their devices, followed by those of their meeting.
@@ -227,10 +267,16 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str]) -> tuple[list[Ac
             scheduling_strategy="DEFAULT"
             if fit.gpus_per_actor > 0
             else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=True)
-        ).remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0)
+        ).remote(
+            plan,
+            rank,
+            fit.num_actors,
+            is_on_gpu=fit.gpus_per_actor > 0,
+            scratch=scratch if fit.storage == "disk" else None,
+        )
         for rank in range(fit.num_actors)
     ]
-    started = [actor.call.remote("describe_device") for actor in actors]
+    started = [actor.call.remote("describe") for actor in actors]
     if fit.num_actors > 1:
         host = actors[0].address.remote()
         port = actors[0].call.remote("open_store", host)
@@ -239,29 +285,65 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str]) -> tuple[list[Ac
 
 
 def decode_shard(
-    location: Location, target: Target, classes: Ref, split: Split, keys: pa.Array, labels: pa.Array
-) -> tuple[Ref, Ref, Ref]:
+    loader: Ref, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: ShardFile | None
+) -> tuple[list[Ref], Ref, Ref]:
     """Start decoding a shard.
 
+    Args:
+        loader: A reference to a `Loader`.
+        num_tables: How many tables come out: one for each owner of training images, one of validation images.
+        shard: The shard.
+        rows: As `loading.load_shard` takes them, or a reference to them.
+        file: Likewise.
+
     Returns:
-        References to the table of images, to the table of skipped ones or None, and to the counts of images
+        References to the tables of images, to the table of skipped ones or None, and to the counts of images
         decoded, skipped (by reason) and resized.
     """
-    refs: Any = _decode_shard.remote(location, target, classes, split, keys, labels)
-    table, skipped, counts = refs
-    return table, skipped, counts
+    refs: Any = _decode_shard.options(num_returns=num_tables + 2).remote(loader, shard, rows, file)
+    *tables, skipped, counts = refs
+    return tables, skipped, counts
+
+
+@ray.remote
+def _decode_shard(loader: Loader, shard: Shard, rows: pa.Table, file: ShardFile | None) -> tuple[Any, ...]:
+    leave_pandas_out()
+    tables, skipped, decoded = loading.load_shard(loader, shard, rows, file)
+    num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
+    return (*tables, skipped, (len(decoded.table), num_skipped, decoded.num_resized))
+
+
+def scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Ref, dict[Split, Ref]]:
+    """Start indexing an archive.
+
+    Returns:
+        A reference to its `Scan`; and, by split, to its index, which stays in the object store.
+    """
+    refs: Any = _scan_archive.remote(location, archive, config)
+    scan, train, valid = refs
+    return scan, {"train": train, "valid": valid}
 
 
 @ray.remote(num_returns=3)
-def _decode_shard(
-    location: Location, target: Target, classes: tuple[str, ...], split: Split, keys: pa.Array, labels: pa.Array
-) -> tuple[pa.Table, pa.Table | None, tuple[int, dict[str, int], int]]:
+def _scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Scan, pa.Table, pa.Table]:
     leave_pandas_out()
-    images = files.read_images(location, keys)
-    decoded = decode.decode_shard(keys, labels, images, target)
-    skipped = decode.skipped_table(keys, labels, decoded.faults, split, classes) if decoded.faults else None
-    num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
-    return decoded.table, skipped, (len(decoded.table), num_skipped, decoded.num_resized)
+    filesystem, _ = location.filesystem
+    scan = tars.scan if archive.kind == "tar" else parquets.scan
+    found, index = scan(filesystem, archive, config)
+    return found, index["train"], index["valid"]
+
+
+def read_headers(location: Location, rows: ArchiveRows, places: Sequence[int]) -> Ref:
+    """Start reading the headers of some images of an archive."""
+    file = ShardFile(rows.archive, rows.labels)
+    ref: Ref = _read_headers.remote(location, rows.index, file, places)
+    return ref
+
+
+@ray.remote
+def _read_headers(location: Location, rows: pa.Table, file: ShardFile, places: Sequence[int]) -> list[Header]:
+    leave_pandas_out()
+    return loading.read_headers(location, rows, file, places)
 
 
 def put(value: object) -> Ref:
@@ -269,8 +351,8 @@ def put(value: object) -> Ref:
     return ray.put(value)
 
 
-def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> Ref:
-    """Wait until one of `refs` is finished.
+def wait_some(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> list[Ref]:
+    """Wait until some of `refs` are finished, and return all that are.
 
     Args:
         refs: Not empty.
@@ -281,12 +363,15 @@ def wait_one(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> Ref
         StalledError: If there is none, nor a result, for `STALL_SECONDS`.
     """
     last_sign = time.monotonic()
+    pending = list(refs)
     while True:
         # Results stay where they are: only those that are asked for come to the driver.
-        ready, _ = ray.wait(list(refs), num_returns=1, timeout=_TICK_SECONDS, fetch_local=False)
+        ready, _ = ray.wait(pending, num_returns=1, timeout=_TICK_SECONDS, fetch_local=False)
         is_alive = on_tick()
         if ready:
-            return ready[0]
+            # All at once, since a look costs as much as there is to look at.
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+            return list(ready)
         if is_alive:
             last_sign = time.monotonic()
         if time.monotonic() - last_sign > STALL_SECONDS:
@@ -300,9 +385,9 @@ def wait_all(refs: Sequence[Ref], what: str, on_tick: Callable[[], bool]) -> lis
     """Wait for all of `refs` and return their results; the first fault, in time, is raised."""
     pending = list(refs)
     while pending:
-        done = wait_one(pending, what, on_tick)
-        get(done)
-        pending.remove(done)
+        for done in wait_some(pending, what, on_tick):
+            get(done)
+            pending.remove(done)
     return [get(ref) for ref in refs]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import stat
 from collections import Counter
@@ -32,6 +33,8 @@ IMAGE_ENDINGS = frozenset(
     b".png .apng .jpg .jpeg .jpe .jfif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif .tiff .webp .jp2 .j2k .jpx "
     b".avif".split()
 )
+ARCHIVE_ENDINGS = frozenset((".tar", ".parquet"))
+_GLOB = re.compile(r"[*{]")
 DIGITS = Path(__file__).with_name("digits.parquet")
 MAX_FILE_BYTES = 2**30
 # Errors that belong to one file. Any other (no memory, too many open files, no network) would make good images look
@@ -46,19 +49,23 @@ _FILE_ERRNOS = frozenset(
 class Location:
     """A dataset's root: a local folder, a URI of `pyarrow.fs`, or a Parquet file of `key` and `image` bytes.
 
-    The Parquet file `digits` is that of the package, wherever it is on each node.
+    The Parquet file `digits` is that of the package, wherever it is on each node. A folder or URI may also be that of
+    one archive, or have archives below it, those that `pattern` names where there is one.
     """
 
     kind: Literal["folder", "uri", "parquet"]
     root: str
+    pattern: str = ""
 
-    def __reduce__(self) -> tuple[type[Location], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[Location], tuple[str, str, str]]:
         # Without what it has opened, which belongs to one process.
-        return Location, (self.kind, self.root)
+        return Location, (self.kind, self.root, self.pattern)
 
     @cached_property
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The file system of a URI and the root's path on it; connects at first use in each process."""
+        """The file system, and the root's path on it; connects at first use in each process."""
+        if self.kind == "folder":
+            return pafs.LocalFileSystem(), self.root
         return storage.open_uri("--data", self.root, DataError)
 
     @cached_property
@@ -93,19 +100,36 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         from pipeline import download
 
         return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
-    data = storage.plain_path(data)
-    if storage.is_uri(data):
-        return Location("uri", storage.trimmed(data))
+    root, pattern = split_glob(storage.plain_path(data))
+    if storage.is_uri(root):
+        return Location("uri", storage.trimmed(root), pattern)
     try:
-        folder = Path(data).expanduser()
-        if folder.is_dir():
-            return Location("folder", str(folder.resolve()))
+        folder = Path(root).expanduser()
+        if folder.is_dir() or (folder.is_file() and folder.suffix.lower() in ARCHIVE_ENDINGS):
+            return Location("folder", str(folder.resolve()), pattern)
         found = "a file" if folder.exists() else "nothing"
     except RuntimeError:
         found = "no such user"
     except OSError as exc:
         found = exc.strerror or "nothing"
     raise DataError(f"--data: expected a folder at {data}, got {found}; give a folder of class folders")
+
+
+def split_glob(data: str) -> tuple[str, str]:
+    """Part a path or URI at the first component that is a pattern.
+
+    Patterns are `*` (anything but a slash), `**` (any folders), `{a,b}` and `{000..146}` (one of these, as WebDataset
+    writes ranges of shards). A question mark is none: it begins the options of a URI, which stay with the root.
+
+    Returns:
+        The root, and the pattern below it; an empty pattern if there is none.
+    """
+    base, mark, query = data.partition("?") if "://" in data else (data, "", "")
+    found = _GLOB.search(base)
+    if found is None:
+        return data, ""
+    cut = base.rfind("/", 0, found.start()) + 1
+    return (base[:cut] or ".") + mark + query, base[cut:]
 
 
 def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | ReadFault]:

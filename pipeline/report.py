@@ -23,8 +23,9 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `decode`, `train` or `score`.
-        done: Nodes or GPUs that are there, images decoded or skipped, steps of the epoch, or parts written.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `decode`, `train` or `score`.
+        done: Nodes or GPUs that are there, archives indexed, images decoded or skipped, steps of the epoch, or parts
+            written.
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
@@ -83,6 +84,8 @@ def progress_line(progress: Progress) -> str:
             return "starting Ray and listing the images"
         case "nodes" | "GPUs":
             return f"waiting for the cluster's {progress.phase}, {progress.done} of {progress.total} are there"
+        case "scan":
+            return f"indexed {progress.done:,} of {progress.total:,} archives"
         case "decode" if progress.done == 0:
             return f"starting to decode {progress.total:,} images"
         case "decode":

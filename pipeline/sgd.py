@@ -11,7 +11,7 @@ parameters (K·D weights, class by class, then K biases). Parameters and gradien
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import log_softmax
@@ -44,7 +44,7 @@ def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) ->
 
 def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
     """Draw small normal weights from the seed, on the CPU so that every device starts alike; biases are 0. [P]."""
-    generator = torch.Generator().manual_seed(_mix(seed, "weights"))
+    generator = torch.Generator().manual_seed(mix(seed, "weights"))
     params_P = torch.zeros(num_classes * num_values + num_classes)
     params_P[: num_classes * num_values].normal_(std=0.01, generator=generator)
     return params_P
@@ -54,34 +54,6 @@ def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor
     """View parameters, or a gradient, as weights [K, D] and bias [K]."""
     weights_KD = params_P[:-num_classes].view(num_classes, -1)
     return weights_KD, params_P[-num_classes:]
-
-
-def lane_order(seed: int, epoch: int, lane: int, num_images: int) -> torch.Tensor:
-    """Shuffle a lane's images for one epoch: a permutation of 0 to `num_images` - 1, int64, on the CPU."""
-    generator = torch.Generator().manual_seed(_mix(seed, "order", epoch, lane))
-    return torch.randperm(num_images, generator=generator)
-
-
-def batches(orders: Sequence[torch.Tensor], lane_rows: int, num_steps: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Cut the lanes' orders into steps of `lane_rows` rows from each lane.
-
-    Args:
-        orders: For each of Z lanes, the rows in the order of this epoch, int64.
-        lane_rows: Rows that a lane gives to a step.
-        num_steps: Steps of the epoch; a lane that has run out gives fewer rows, or none.
-
-    Yields:
-        The rows of a step, lane after lane, and how many of them belong to each lane.
-    """
-    num_full = min(num_steps, *(len(order) // lane_rows for order in orders))
-    cut = num_full * lane_rows
-    # [Z, steps·rows] -> [steps, Z·rows], once an epoch instead of a concatenation every step.
-    full = torch.stack([order[:cut] for order in orders]).view(len(orders), num_full, lane_rows)
-    for rows_B in full.transpose(0, 1).reshape(num_full, len(orders) * lane_rows).unbind():
-        yield rows_B, [lane_rows] * len(orders)
-    for start in range(cut, num_steps * lane_rows, lane_rows):
-        pieces = [order[start : start + lane_rows] for order in orders]
-        yield torch.cat(pieces), [len(piece) for piece in pieces]
 
 
 def lane_gradients(
@@ -170,6 +142,6 @@ def _aligned_rows(rows_BV: torch.Tensor) -> torch.Tensor:
     return padded_BV[:, :num_values].copy_(rows_BV)
 
 
-def _mix(*parts: object) -> int:
+def mix(*parts: object) -> int:
     """Turn what a random stream is for into a seed; streams of neighbouring seeds or lanes have nothing in common."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,15 +1,21 @@
-"""A listing cut into shards, and shards dealt to lanes and parts: the plan of a job.
+"""A listing cut into shards, images dealt to lanes and parts: the plan of a job.
 
-What enters: the number of images and the options. What leaves: numbered shards, each a range of the sorted listing,
-and the sizes of the groups that they form. Always: the cut depends on the listing and the options alone, never on the
-number of workers, and every image is in exactly one shard.
+What enters: the number of images and the options. What leaves: numbered shards, each some neighbours in the listing,
+and the rule by which an image has its place in a lane. Always: both depend on the listing and the options alone, never
+on the number of workers; every image is in one shard; and how the listing is cut does not change where an image goes.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.config import Config
 from pipeline.decode import Target
@@ -18,32 +24,93 @@ from pipeline.sources import Listing
 from pipeline.splits import Split
 
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
-MAX_SHARD_BYTES = 64 * 2**20
+MAX_SHARD_BYTES = 16 * 2**20
 MAX_PART_IMAGES = 100_000
+# While it is scored, or waits to be, a part is held by its actor.
+MAX_PART_BYTES = 256 * 2**20
+# A part of fewer images is not worth a file of its own.
+_MIN_PART_IMAGES = 2048
+# What is shuffled, and read from disk, at once; two of each lane are in memory where lanes are on disk.
+_CHUNK_BYTES = 8 * 2**20
+# Runs of neighbours are so short that no lane has more than this share of images above another.
+_RUN_SHARE = 1 / 64
+_MAX_RUN = 2048
 # Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.
 _SHARDS_PER_CPU = 4
 # What is in flight may take this share of the object store; more would make Ray write it to disk.
 _STORE_SHARE = 0.25
+# Images may take this share of the memory that Ray counts; the rest is for working with them.
+_MEMORY_SHARE = 0.8
+_DISK_SHARE = 0.9
+
+Storage = Literal["memory", "disk"]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: some rows of one split's listing.
+    """A unit of work: some neighbours in one split's listing, all in one file where the dataset is in archives.
 
     Attributes:
         index: The shard's number, counted through both splits, training first.
         split: Which listing the rows are of.
-        rows: The rows, as a range.
-        group: The lane that a training shard belongs to; the part of the predictions that a validation shard
-            is written to.
-        offset: Where its first row stands among the listed images of the group.
+        start: The first row.
+        stop: The row behind the last one.
+        file: The number of the archive that holds them; 0 for class folders.
+        first: The first row, counted from the archive's first.
+        part: Of a validation shard, the part of the predictions that it is written to.
+        offset: Of a validation shard, where its first row stands in the part.
     """
 
     index: int
     split: Split
-    rows: range
-    group: int
-    offset: int
+    start: int
+    stop: int
+    file: int
+    first: int
+    part: int = 0
+    offset: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """Listed images."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The rule that gives every training image its lane and its place there.
+
+    The listing is dealt in runs of neighbours, a run to each lane in turn: single images where there are few, so that
+    lanes are alike, and as many as a shard where there are many, so that a shard goes to few actors.
+
+    Attributes:
+        num_images: Listed training images.
+        num_lanes: L.
+    """
+
+    num_images: int
+    num_lanes: int
+
+    @property
+    def run(self) -> int:
+        """Neighbours that go to one lane."""
+        return max(1, min(_MAX_RUN, int(self.num_images * _RUN_SHARE) // self.num_lanes))
+
+    @property
+    def lane_sizes(self) -> tuple[int, ...]:
+        """Listed images of each lane."""
+        rounds, rest = divmod(self.num_images, self.run * self.num_lanes)
+        return tuple(
+            rounds * self.run + min(max(rest - lane * self.run, 0), self.run) for lane in range(self.num_lanes)
+        )
+
+    def lanes(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the lanes of rows of the listing, int64 [N]."""
+        return rows_N // self.run % self.num_lanes
+
+    def places(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where rows of the listing stand in their lanes, int64 [N]."""
+        return rows_N // (self.run * self.num_lanes) * self.run + rows_N % self.run
 
 
 @dataclass(frozen=True)
@@ -53,7 +120,7 @@ class Plan:
     Attributes:
         target: Size and mode of the images.
         num_classes: K.
-        lane_sizes: Listed training images of each lane.
+        deal: How training images come to lanes.
         part_sizes: Listed validation images of each part.
         has_training: Whether SGD follows the distances.
         batch_size: Images of a step, over all lanes.
@@ -64,7 +131,7 @@ class Plan:
 
     target: Target
     num_classes: int
-    lane_sizes: tuple[int, ...]
+    deal: Deal
     part_sizes: tuple[int, ...]
     has_training: bool
     batch_size: int
@@ -75,7 +142,21 @@ class Plan:
     @property
     def num_lanes(self) -> int:
         """L, a constant of the job."""
-        return len(self.lane_sizes)
+        return self.deal.num_lanes
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of each lane: every n-th image of it, shuffled together, chunk after chunk in another order."""
+        most_rows = max(1, _CHUNK_BYTES // self.target.num_values)
+        return max(1, -(-max(self.deal.lane_sizes) // most_rows))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the images that all actors hold at one time."""
+        # Without training a part is scored and forgotten when it is complete; the next one fills meanwhile.
+        num_valid = sum(self.part_sizes) if self.has_training else 2 * max(self.part_sizes, default=0)
+        num_train = self.deal.num_images if self.has_training else 0
+        return (num_train + num_valid) * self.target.num_values
 
 
 @dataclass(frozen=True)
@@ -86,23 +167,36 @@ class Fit:
         num_actors: Actors to start.
         gpus_per_actor: The share of a GPU that each asks for; 0 on CPUs.
         max_in_flight: Shards that may be on their way from file to actor at one time.
+        storage: Where actors keep images that are not on a GPU.
     """
 
     num_actors: int
     gpus_per_actor: float
     max_in_flight: int
+    storage: Storage = "memory"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a node that actors are to run on has for images, in bytes, and how many actors come to it."""
+
+    address: str
+    memory_bytes: float
+    disk_bytes: float
+    num_actors: int
 
 
 def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first."""
-    image_bytes = target.num_values
-    train = cut_train(len(listing.train), image_bytes, config.shard_images, config.lanes)
-    valid = cut_valid(len(listing.valid), image_bytes, config.shard_images, config.lanes, len(train))
+    most_images = min(config.shard_images, max(1, MAX_SHARD_BYTES // target.num_values))
+    bounds = part_bounds(len(listing.valid), target.num_values, config.lanes)
+    train = cut_train(listing.row_groups("train"), most_images)
+    valid = cut_valid(listing.row_groups("valid"), most_images, bounds, len(train))
     plan = Plan(
         target=target,
         num_classes=len(listing.classes),
-        lane_sizes=_group_sizes(train, config.lanes),
-        part_sizes=_group_sizes(valid, valid[-1].group + 1),
+        deal=Deal(len(listing.train), config.lanes),
+        part_sizes=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
         has_training=config.epochs > 0,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
@@ -112,52 +206,48 @@ def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, l
     return plan, train + valid
 
 
-def cut_train(num_images: int, image_bytes: int, shard_images: int, lanes: int) -> list[Shard]:
-    """Cut the training listing into shards of every n-th image, dealt to the lanes in turn.
-
-    The listing is sorted by class, so a stride gives every shard all classes in their proportion, and a number of
-    shards that is a multiple of the lanes gives every lane its share of images, to within one per shard.
+def cut_train(row_groups: Sequence[Sequence[int]], most_images: int) -> list[Shard]:
+    """Cut the training listing.
 
     Args:
-        num_images: Images in the listing.
-        image_bytes: Bytes of one decoded image.
-        shard_images: Images that a shard holds at most.
-        lanes: Lanes of the gradient.
+        row_groups: For each file, the rows at which it is best cut, from 0 to the number of its rows.
+        most_images: Images that a shard holds at most.
     """
-    num_shards = -(-_num_shards(num_images, image_bytes, shard_images) // lanes) * lanes
-    filled = [0] * lanes
-    shards = []
-    for index in range(min(num_shards, num_images)):
-        rows = range(index, num_images, num_shards)
-        lane = index % lanes
-        shards.append(Shard(index, "train", rows, lane, filled[lane]))
-        filled[lane] += len(rows)
-    return shards
+    pieces = _cut(row_groups, most_images, [])
+    return [Shard(index, "train", *piece) for index, piece in enumerate(pieces)]
 
 
-def cut_valid(num_images: int, image_bytes: int, shard_images: int, lanes: int, first_index: int) -> list[Shard]:
-    """Cut the validation listing into shards of neighbours, and these into parts of neighbouring shards.
-
-    A part is one prediction file and is computed on one actor: there is one for each lane if the shards suffice,
-    and more, in a multiple of the lanes, where parts would pass `MAX_PART_IMAGES`.
+def cut_valid(
+    row_groups: Sequence[Sequence[int]], most_images: int, bounds: Sequence[int], first_index: int
+) -> list[Shard]:
+    """Cut the validation listing, also where one part ends and the next begins.
 
     Args:
-        num_images: Images in the listing.
-        image_bytes: Bytes of one decoded image.
-        shard_images: Images that a shard holds at most.
-        lanes: Lanes, the most actors that a job can have.
+        row_groups: As for `cut_train`.
+        most_images: Likewise.
+        bounds: As `part_bounds` returns them.
         first_index: The number of the first shard.
     """
-    num_shards = _num_shards(num_images, image_bytes, shard_images)
-    num_parts = min(num_shards, -(-num_images // (MAX_PART_IMAGES * lanes)) * lanes)
-    filled = [0] * num_parts
     shards = []
-    for place in range(num_shards):
-        rows = range(place * num_images // num_shards, (place + 1) * num_images // num_shards)
-        part = place * num_parts // num_shards
-        shards.append(Shard(first_index + place, "valid", rows, part, filled[part]))
-        filled[part] += len(rows)
+    for place, (start, stop, file, first) in enumerate(_cut(row_groups, most_images, bounds)):
+        part = bisect.bisect_right(bounds, start) - 1
+        shards.append(Shard(first_index + place, "valid", start, stop, file, first, part, start - bounds[part]))
     return shards
+
+
+def part_bounds(num_images: int, image_bytes: int, lanes: int) -> list[int]:
+    """Cut the validation listing into parts: one prediction file each, computed on one actor.
+
+    There is one for each lane if the images suffice, and more, in a multiple of the lanes, where parts would pass
+    `MAX_PART_IMAGES` or `MAX_PART_BYTES`.
+
+    Returns:
+        The first row of each part, and at last the number of rows.
+    """
+    most_images = min(MAX_PART_IMAGES, max(1, MAX_PART_BYTES // image_bytes))
+    wanted = -(-num_images // (most_images * lanes)) * lanes
+    num_parts = min(wanted, -(-num_images // min(_MIN_PART_IMAGES, most_images)))
+    return [part * num_images // num_parts for part in range(num_parts)] + [num_images] if num_parts else [0]
 
 
 def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapping[str, float], num_nodes: int) -> Fit:
@@ -169,9 +259,8 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
         config: The options.
         plan: The job's plan.
         shards: All shards.
-        resources: What the whole cluster has, by Ray's names: `CPU`, `GPU`, and `memory` and `object_store_memory`
-            in bytes.
-        num_nodes: Nodes of the cluster.
+        resources: What the whole cluster has, by Ray's names: `CPU`, `GPU`, and `object_store_memory` in bytes.
+        num_nodes: Nodes with CPUs.
 
     Raises:
         ClusterError: If the cluster, even when idle, lacks what the job needs.
@@ -188,18 +277,6 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
             f"{num_gpus:g}; add GPUs, ask for fewer --actors, or give --device cpu"
         )
     is_on_gpu = has_gpus and config.device != "cpu"
-    # Without training a part is scored and forgotten when it is complete; the next one fills meanwhile.
-    num_held = sum(plan.lane_sizes) + sum(plan.part_sizes) if plan.has_training else 2 * max(plan.part_sizes)
-    held_bytes = num_held * plan.target.num_values
-    memory_bytes = resources.get("memory", math.inf)
-    if not is_on_gpu and held_bytes > memory_bytes:
-        advice = (
-            "a smaller --size, --epochs 0, or more nodes" if plan.has_training else "a smaller --size, or more nodes"
-        )
-        raise ClusterError(
-            f"the cluster: expected {held_bytes / 2**30:.1f} GiB of memory to hold the images, got "
-            f"{memory_bytes / 2**30:.1f}; give {advice}"
-        )
     return Fit(
         num_actors=config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes),
         gpus_per_actor=config.gpus_per_actor if is_on_gpu else 0.0,
@@ -212,18 +289,63 @@ def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, floa
 
     More are asked for than there are CPUs to decode them: what waits tells an autoscaler to start nodes.
     """
-    shard_bytes = max(len(shard.rows) for shard in shards) * plan.target.num_values
+    shard_bytes = max(shard.num_images for shard in shards) * plan.target.num_values
     store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
     return int(max(1, min(_SHARDS_PER_CPU * int(resources.get("CPU", 0)), store_bytes // shard_bytes)))
 
 
-def _group_sizes(shards: list[Shard], num_groups: int) -> tuple[int, ...]:
-    sizes = [0] * num_groups
-    for shard in shards:
-        sizes[shard.group] += len(shard.rows)
-    return tuple(sizes)
+def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storage:
+    """Choose memory where the images fit every node's, else disk.
+
+    Args:
+        plan: The job's plan.
+        num_actors: Actors of the job.
+        rooms: Of the nodes that they run on.
+
+    Raises:
+        ClusterError: If a node has room for its actors' images neither in memory nor on disk.
+    """
+    # Lanes and parts are dealt to actors in turn: one may have one more than another.
+    share = -(-plan.num_lanes // num_actors) / plan.num_lanes
+    storage: Storage = "memory"
+    for room in rooms:
+        num_bytes = plan.held_bytes * min(1.0, share * room.num_actors)
+        if num_bytes <= _MEMORY_SHARE * room.memory_bytes:
+            continue
+        # Without training nothing is kept that disk could keep.
+        if not plan.has_training or num_bytes > _DISK_SHARE * room.disk_bytes:
+            advice = "--epochs 0, a smaller --size" if plan.has_training else "a smaller --size"
+            disk = f" or {room.disk_bytes / 2**30:.1f} on disk" if plan.has_training else ""
+            raise ClusterError(
+                f"{room.address}: expected {num_bytes / 2**30:.1f} GiB for the images, got "
+                f"{_MEMORY_SHARE * room.memory_bytes / 2**30:.1f} in memory{disk}; give {advice}, more nodes, or "
+                "another --scratch"
+            )
+        storage = "disk"
+    return storage
 
 
-def _num_shards(num_images: int, image_bytes: int, shard_images: int) -> int:
-    most_images = min(shard_images, max(1, MAX_SHARD_BYTES // image_bytes))
-    return -(-num_images // most_images)
+def _cut(
+    row_groups: Sequence[Sequence[int]], most_images: int, bounds: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Cut files at `bounds` and, in pieces of at most `most_images`, preferably between their row groups.
+
+    Returns:
+        For each piece its first row and the row behind its last, both of the whole listing, the number of its file,
+        and its first row in the file.
+    """
+    pieces = []
+    begin = 0
+    for file, groups in enumerate(row_groups):
+        end = begin + groups[-1]
+        inner = set(bounds[bisect.bisect_right(bounds, begin) : bisect.bisect_left(bounds, end)])
+        cuts = sorted({*(begin + row for row in groups), *inner})
+        start = begin
+        for high, behind in zip(cuts[1:], [*cuts[2:], None], strict=True):
+            if behind is None or high in inner or behind - start > most_images:
+                num_pieces = -(-(high - start) // most_images)
+                steps = [start + piece * (high - start) // num_pieces for piece in range(num_pieces + 1)]
+                pieces += [(left, right, file, left - begin) for left, right in itertools.pairwise(steps)]
+                start = high
+        begin = end
+    return pieces

@@ -1,6 +1,6 @@
-"""What a dataset holds: its splits, its classes and, sorted, the keys of its images.
+"""What a dataset holds: its splits, its classes and the images of each, in one order.
 
-What enters: a location and the options. What leaves: a `Listing`, two Arrow tables of keys and labels. Always: both
+What enters: a location and the options; for archives, what was found inside. What leaves: a `Listing`. Always: both
 splits have the same classes, at least two, each with an image, and the same files give the same listing.
 """
 
@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.files import IMAGE_ENDINGS, Location, display, ending, is_image_name, list_files, list_folder
@@ -22,23 +26,55 @@ _LISTING = pa.schema([("key", pa.binary()), ("label", pa.int32())])
 
 
 @dataclass(frozen=True)
+class ArchiveRows:
+    """One split's images in one archive: counts and a reference, nothing per image.
+
+    Attributes:
+        archive: The file.
+        index: A reference to its rows of this split, a table of `archives.INDEX`, which stays where it was made.
+        labels: The class of the listing that each class of the file is, as a number; -1 for one that is left out.
+        row_groups: Rows at which it is best cut, from 0 to their number.
+    """
+
+    archive: Archive
+    index: Any
+    labels: tuple[int, ...]
+    row_groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ArchivedRows:
+    """One split's images in archives, in their order."""
+
+    files: tuple[ArchiveRows, ...]
+
+    def __len__(self) -> int:
+        return sum(rows.row_groups[-1] for rows in self.files)
+
+
+@dataclass(frozen=True)
 class Listing:
     """What a dataset holds, before any image is opened.
 
-    `train` and `valid` are tables of `key` (binary) and `label` (int32, an index into `classes`), sorted by
-    class and key. `num_ignored` counts the files that are no images by their ending.
+    `train` and `valid` are tables of `key` (binary) and `label` (int32, an index into `classes`), sorted by class and
+    key; or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by their ending.
     """
 
     location: Location
     classes: tuple[str, ...]
-    train: pa.Table
-    valid: pa.Table
+    train: pa.Table | ArchivedRows
+    valid: pa.Table | ArchivedRows
     valid_split: str
     num_ignored: dict[str, int]
 
-    def split(self, name: Split) -> pa.Table:
-        """The table of one split."""
+    def split(self, name: Split) -> pa.Table | ArchivedRows:
+        """The images of one split."""
         return self.train if name == "train" else self.valid
+
+    def row_groups(self, name: Split) -> list[tuple[int, ...]]:
+        """For each file of a split, the rows at which it is best cut; class folders count as one file."""
+        rows = self.split(name)
+        return [file.row_groups for file in rows.files] if isinstance(rows, ArchivedRows) else [(0, len(rows))]
 
     @property
     def num_images(self) -> int:
@@ -47,12 +83,16 @@ class Listing:
 
     @property
     def sha256(self) -> str:
-        """A digest of all keys and labels in order: two listings are equal when their digests are."""
+        """A digest of all keys and labels, or archives, in order: equal listings have equal ones."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
-        for column in (*self.train.columns, *self.valid.columns):
-            for buffer in column.combine_chunks().buffers():
-                if buffer is not None:
-                    digest.update(buffer)
+        for rows in (self.train, self.valid):
+            if isinstance(rows, ArchivedRows):
+                digest.update(repr([(file.archive, file.labels, file.row_groups) for file in rows.files]).encode())
+                continue
+            for chunk in (chunk for column in rows.columns for chunk in column.chunks):
+                for buffer in chunk.buffers():
+                    if buffer is not None:
+                        digest.update(buffer)
         return digest.hexdigest()
 
 
@@ -97,6 +137,59 @@ def list_dataset(location: Location, config: Config) -> Listing:
     )
 
 
+def list_archives(
+    location: Location,
+    found: Sequence[tuple[Archive, Scan, Mapping[Split, Any]]],
+    num_ignored: Counter[str],
+    config: Config,
+) -> Listing:
+    """Put together what scans found in the archives of a dataset, in their order.
+
+    Args:
+        location: The dataset.
+        found: Each archive with its scan and, by split, the reference to its index.
+        num_ignored: Files beside the archives, by ending.
+        config: The options.
+
+    Raises:
+        DataError: If classes or images are missing, or the two splits' classes differ.
+    """
+    counts: dict[Split, Counter[bytes]] = {"train": Counter(), "valid": Counter()}
+    ignored = Counter(num_ignored)
+    split_names: set[str] = set()
+    for archive, scan, _ in found:
+        ignored.update(scan.num_ignored)
+        split_names.update([archive.split_name] if archive.split_name else scan.split_names)
+        for split, num_images in scan.num_images.items():
+            counts[split].update({name.encode(): number for name, number in num_images.items()})
+    names = {display(name) for split in counts.values() for name in split}
+    if missing := [name for name in config.classes if name not in names]:
+        raise DataError(
+            f"--classes: expected classes of {location.root}, got {_enumerate(missing)}, which is not there; look at "
+            "the names in its files"
+        )
+    where = {split: f"the {split} split" for split in ("train", "valid")}
+    classes = tuple(display(name) for name in _check_classes(location, counts["train"], counts["valid"], where))
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def rows(split: Split) -> ArchivedRows:
+        return ArchivedRows(
+            tuple(
+                ArchiveRows(
+                    archive,
+                    index[split],
+                    tuple(numbers.get(name, -1) for name in scan.class_names),
+                    scan.row_groups[split],
+                )
+                for archive, scan, index in found
+                if scan.row_groups[split][-1]
+            )
+        )
+
+    valid_split = next((name for name in sorted(split_names) if name in valid_names(config)), config.valid_split)
+    return Listing(location, classes, rows("train"), rows("valid"), valid_split, dict(sorted(ignored.items())))
+
+
 def _find_valid_split(location: Location, folders: list[bytes], config: Config) -> str:
     names = valid_names(config)
     for name in names:
@@ -108,7 +201,9 @@ def _find_valid_split(location: Location, folders: list[bytes], config: Config) 
     )
 
 
-def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Counter[str]) -> dict[bytes, list[bytes]]:
+def _list_classes(
+    location: Location, prefix: bytes, config: Config, ignored: Counter[str]
+) -> dict[bytes, pa.BinaryArray]:
     """List the image keys of every class folder below `prefix`, sorted, leaving out classes not asked for."""
     folders = [name for name in list_folder(location, prefix, ignored) if not name.startswith(b".")]
     wanted = [os.fsencode(name) for name in config.classes]
@@ -126,27 +221,33 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
                 keys.append(key)
             else:
                 ignored[ending(key)] += 1
-        listed[name] = sorted(keys)
+        keys.sort()
+        # At once: as Python objects the keys of all classes would take several times as much.
+        listed[name] = pa.array(keys, pa.binary())
     return listed
 
 
 def _hold_out(
-    listed: dict[bytes, list[bytes]], fraction: float
-) -> tuple[dict[bytes, list[bytes]], dict[bytes, list[bytes]]]:
+    listed: dict[bytes, pa.BinaryArray], fraction: float
+) -> tuple[dict[bytes, pa.BinaryArray], dict[bytes, pa.BinaryArray]]:
     """Cut each class in two."""
-    valid = {name: [key for key in keys if is_held_out(key, fraction)] for name, keys in listed.items()}
-    train = {name: [key for key in keys if not is_held_out(key, fraction)] for name, keys in listed.items()}
+    train, valid = {}, {}
+    for name, keys in listed.items():
+        is_valid = pa.array([is_held_out(key.as_py(), fraction) for key in keys], pa.bool_())
+        train[name], valid[name] = keys.filter(pc.invert(is_valid)), keys.filter(is_valid)
     return train, valid
 
 
 def _check_classes(
     location: Location,
-    train: dict[bytes, list[bytes]],
-    valid: dict[bytes, list[bytes]],
-    where: dict[str, str],
+    train: Mapping[bytes, Any],
+    valid: Mapping[bytes, Any],
+    where: Mapping[str, str],
 ) -> list[bytes]:
+    """Check classes by what there is of each, keys or a number, and sort them."""
     root = display(os.fsencode(location.root))
-    if not any(train.values()) and not any(valid.values()):
+    is_there = [_count(each) > 0 for listed in (train, valid) for each in listed.values()]
+    if not any(is_there):
         raise DataError(
             f"{root}: expected image files in class folders, got none; "
             f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
@@ -154,7 +255,7 @@ def _check_classes(
     classes = sorted(train.keys() | valid.keys(), key=people_order)
     for name in classes:
         for split, listed in (("train", train), ("valid", valid)):
-            if not listed.get(name):
+            if not _count(listed.get(name, 0)):
                 found = "no image there" if name in listed else "no such folder"
                 raise DataError(
                     f"{root}: expected images of class {display(name)} in {where[split]}, got {found}; "
@@ -168,9 +269,14 @@ def _check_classes(
     return classes
 
 
-def _to_table(classes: list[bytes], listed: dict[bytes, list[bytes]]) -> pa.Table:
-    keys = pa.concat_arrays([pa.array(listed[name], pa.binary()) for name in classes])
-    labels = pa.concat_arrays(
+def _count(images: Any) -> int:
+    return images if isinstance(images, int) else len(images)
+
+
+def _to_table(classes: list[bytes], listed: dict[bytes, pa.BinaryArray]) -> pa.Table:
+    # A chunk a class, so that nothing is copied.
+    keys = pa.chunked_array([listed[name] for name in classes], pa.binary())
+    labels = pa.chunked_array(
         [pa.repeat(pa.scalar(label, pa.int32()), len(listed[name])) for label, name in enumerate(classes)]
     )
     return pa.table([keys, labels], schema=_LISTING)
