@@ -151,7 +151,8 @@ def load(cache: Cache, key: str) -> Decoded | None:
     except _DamagedError as exc:
         logger.warning("%s: expected an entry of the cache as it was written, got %s; decoding again", path, exc)
         with contextlib.suppress(OSError):  # decoding again writes over it, if anything can
-            process.filesystem.delete_file(path)
+            if _is_cache(process):
+                process.filesystem.delete_file(path)
         return None
     if process.is_local:
         with contextlib.suppress(OSError):  # a cache that is only read has no order of use
@@ -308,8 +309,8 @@ def _from_content(content: pa.Buffer, key: str) -> Decoded:
         faults = [(row, Fault(reason, error)) for row, reason, error in json.loads(metadata[b"faults"])]
         num_resized = int(metadata[b"num_resized"])
         stored_key = metadata[b"key"].decode()
-    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as exc:
-        raise _DamagedError(str(exc)) from exc
+    except (pa.ArrowException, OSError, StopIteration, TypeError, KeyError, ValueError) as exc:
+        raise _DamagedError(f"{type(exc).__name__} {exc}") from exc
     if stored_key != key:
         raise _DamagedError("the entry of another key")
     return Decoded(table.replace_schema_metadata(None), faults, num_resized)

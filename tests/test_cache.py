@@ -1,8 +1,10 @@
+import binascii
 import logging
 import os
 import pickle
 import random
 import shutil
+import struct
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -143,6 +145,41 @@ def test_no_damage_is_trusted(cache, caplog):
         assert caplog.messages[0].count("\n") == 0
     store(cache, KEYS[0], make_decoded())
     assert load(cache, KEYS[0]) == make_decoded()
+
+
+def as_stream(metadata, batches):
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([("key", pa.string())], metadata=metadata)
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for keys in batches:
+            writer.write_batch(pa.record_batch([pa.array(keys)], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+METADATA = {"key": KEYS[0], "faults": "[]", "num_resized": "0"}
+OTHER_CONTENTS = {
+    "nothing": b"", "no stream": b"garbage" * 100, "no batch": as_stream(METADATA, []),
+    "no metadata": as_stream(None, [["a"]]), "no faults": as_stream({"key": KEYS[0]}, [["a"]]),
+    "odd faults": as_stream({**METADATA, "faults": "[1]"}, [["a"]]),
+    "odd count": as_stream({**METADATA, "num_resized": "x"}, [["a"]]),
+    "another key": as_stream({**METADATA, "key": KEYS[1]}, [["a"]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_CONTENTS)
+def test_what_has_a_checksum_and_is_no_entry_is_not_trusted(cache, caplog, name):
+    content = OTHER_CONTENTS[name]
+    entry(cache).write_bytes(content + struct.pack("<8sI", b"ibcache1", binascii.crc32(content)))
+    assert load(cache, KEYS[0]) is None
+    assert not entry(cache).exists()
+    assert len(caplog.messages) == 1
+
+
+def test_nothing_is_removed_from_a_folder_that_is_no_cache(tmp_path):
+    cache = Cache(str(tmp_path))
+    entry(cache).write_text("mine")
+    assert load(cache, KEYS[0]) is None
+    assert entry(cache).read_text() == "mine"
 
 
 def test_an_entry_under_another_key_is_not_trusted(cache, caplog):
