@@ -22,7 +22,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import driver_ray, files, storage
+from pipeline import driver_connect, driver_ray, files, storage
 from pipeline.config import Config
 from pipeline.errors import ClusterError, DataError, OutputError
 from pipeline.files import Location
@@ -229,4 +229,4 @@ def _measure_room(scratch: str) -> tuple[float, float | None]:
         disk_bytes: float | None = shutil.disk_usage(scratch).free
     except OSError:
         disk_bytes = None
-    return driver_ray.memory_limit() * (1 - driver_ray.STORE_SHARE), disk_bytes
+    return driver_connect.memory_limit() * (1 - driver_connect.STORE_SHARE), disk_bytes
