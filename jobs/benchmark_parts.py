@@ -68,7 +68,7 @@ def actors_2(part: Part) -> Answer:
     other = multiprocessing.get_context("spawn").Process(target=_run_other, args=(part, host, port))
     other.start()
     try:
-        first.join_group(host, port)
+        first.join_group(host, port, host)
         return _train_actor(part, first)
     finally:
         other.join(30)
@@ -77,7 +77,7 @@ def actors_2(part: Part) -> Answer:
 
 def _run_other(part: Part, host: str, port: int) -> None:
     second = _make_actor(part, 1, 2)
-    second.join_group(host, port)
+    second.join_group(host, port, host)
     second.finish_means()
     second.begin_training(None)
     for epoch in range(part.num_epochs + 1):
@@ -85,20 +85,20 @@ def _run_other(part: Part, host: str, port: int) -> None:
 
 
 def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
-    """Make an actor that holds its lanes: image i belongs to lane i modulo their number."""
+    """Make an actor that holds its lanes."""
     import numpy as np
     import pyarrow as pa
 
     from pipeline.actors import LaneActor
     from pipeline.decode import Target
-    from pipeline.shards import Plan
+    from pipeline.shards import Deal, Plan
 
     images_ND, labels_N = part.load("train_images"), part.load("train_labels")
     target = Target(1, images_ND.shape[1], "L")
     plan = Plan(
         target=target,
         num_classes=int(labels_N.max()) + 1,
-        lane_sizes=tuple(len(labels_N[lane::_NUM_LANES]) for lane in range(_NUM_LANES)),
+        deal=Deal(len(labels_N), _NUM_LANES),
         part_sizes=(),
         has_training=True,
         batch_size=part.batch_size,
@@ -107,11 +107,11 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
         gpus_per_actor=1.0,
     )
     made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
-    for lane in range(rank, _NUM_LANES, num_actors):
-        pixels = np.ascontiguousarray(images_ND[lane::_NUM_LANES])
-        tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(pixels.reshape(-1, 1, target.width))
-        labels = pa.array(labels_N[lane::_NUM_LANES], pa.int32())
-        made.add_train(lane, 0, pa.table({"class": labels, "image": tensors}))
+    lanes_N = plan.deal.lanes(np.arange(len(labels_N)))
+    rows_M = np.flatnonzero(lanes_N % num_actors == rank)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
+    labels = pa.array(labels_N[rows_M], pa.int32())
+    made.add_train(0, pa.table({"row": pa.array(rows_M, pa.int32()), "class": labels, "image": tensors}))
     return made
 
 
@@ -202,12 +202,21 @@ def _centre_and_rate(part: Part) -> tuple[torch.Tensor, float]:
 
 def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
     """Yield the rows of an epoch's steps: those that the lanes of an actor take in the same step."""
-    from pipeline import sgd
+    import numpy as np
+    import torch
 
-    sizes = [len(range(lane, num_images, _NUM_LANES)) for lane in range(_NUM_LANES)]
-    orders = [sgd.lane_order(_SEED, epoch, lane, size) * _NUM_LANES + lane for lane, size in enumerate(sizes)]
+    from pipeline import lanes
+    from pipeline.shards import Deal
+
+    lanes_N = Deal(num_images, _NUM_LANES).lanes(np.arange(num_images))
+    orders = []
+    for lane in range(_NUM_LANES):
+        rows = torch.from_numpy(np.flatnonzero(lanes_N == lane))
+        # A lane of these images is one chunk.
+        orders.append(rows[lanes.shuffled(len(rows), _SEED, epoch, lane, 0)])
     lane_rows = part.batch_size // _NUM_LANES
-    return (rows_B for rows_B, _ in sgd.batches(orders, lane_rows, -(-max(sizes) // lane_rows)))
+    num_steps = -(-max(map(len, orders)) // lane_rows)
+    return (torch.cat([order[step * lane_rows :][:lane_rows] for order in orders]) for step in range(num_steps))
 
 
 def _answer(part: Part, params_P: torch.Tensor, seconds: float) -> Answer:
@@ -240,7 +249,8 @@ def driver(part: Part) -> Answer:
     import psutil
     import ray
 
-    from pipeline import driver_feed, driver_ray
+    from pipeline import driver_connect, driver_feed, driver_ray
+    from pipeline.shards import Shard
 
     def answer_at_once(num_images: int, *_: object) -> tuple[None, None, tuple[int, dict[str, int], int]]:
         return None, None, (num_images, {}, 0)
@@ -256,15 +266,19 @@ def driver(part: Part) -> Answer:
             return None
 
     # It takes the real task's place in this process alone, and is sent the same.
-    decode_shard: Any = lambda *given: decode_nothing.remote(len(given[-1]), *given)  # noqa: E731
-    driver_ray.decode_shard = decode_shard
+    def decode_shard(loader: Any, num_tables: int, shard: Shard, *given: Any) -> tuple[list[Any], Any, Any]:
+        table, skipped, counts = decode_nothing.remote(shard.num_images, loader, shard, *given)
+        return [table], skipped, counts
+
+    task: Any = decode_shard
+    driver_ray.decode_shard = task
     sizes: list[int] = []
 
     def look(done: int) -> None:
         if not sizes and done >= part.num_shards * _SHARD_IMAGES // 4:
             sizes.append(psutil.Process().memory_info().rss)
 
-    with driver_ray.connected("local"):
+    with driver_connect.connected("local"):
         idle: Any = ray.remote(num_cpus=0)(IdleActor)
         actors = [idle.remote()]
         # Workers are up before the clock runs.
@@ -299,13 +313,22 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     listing = Listing(Location("folder", "/nothing"), ("a", "b"), rows, rows, "valid", {})
     plan, shards = make_plan(config, listing, target := Target(28, 28, "L"))
     last = shards[-1]
-    whole = range(_SHARD_IMAGES)
-    many = [Shard(index, "train", whole, index % config.lanes, 0) for index in range(part.num_shards - 1)]
+    many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
     many.append(replace(last, index=part.num_shards - 1))
     resources = {"CPU": float(os.cpu_count() or 1)}
     fit = fit_cluster(config, plan, many, resources, 1)
     return Job(
-        config, listing, target, plan, many, fit, 1, Output("/nothing"), Clock(), lambda progress: look(progress.done)
+        config,
+        listing,
+        target,
+        plan,
+        many,
+        fit,
+        1,
+        Output("/nothing"),
+        None,
+        Clock(),
+        lambda progress: look(progress.done),
     )
 
 
