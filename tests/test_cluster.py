@@ -316,8 +316,12 @@ def test_a_worker_cut_off_while_training_changes_nothing(cluster, local_run):
     cluster.restore()
     job = cluster.submit("training")
     job.wait_for(r"epoch \d+ of 150, step")
-    # One with an actor, so that it is missed; Ray may have put all of them on one worker.
-    cut_off(cluster.switch, next(worker for worker in cluster.workers if "ray::ActorProcess" in _ray_processes(worker)))
+    # One with an actor, so that it is missed.
+    with_actors = [
+        worker for worker in cluster.workers if any("ActorProcess" in line for line in _ray_processes(worker))
+    ]
+    assert with_actors, "expected an actor on a worker, got all on the head, which has no CPU"
+    cut_off(cluster.switch, with_actors[0])
     assert job.end() == 0, job.text()
     assert "starting all actors anew" in job.text()
     assert results(cluster, "training")["results_sha256"] == local_run["results_sha256"]
