@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +42,7 @@ class Node:
 
     node_id: str
     address: str
-    resources: dict[str, float]
+    resources: dict[str, float] = field(hash=False)
 
     @property
     def num_cpus(self) -> float:
