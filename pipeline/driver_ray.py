@@ -129,6 +129,8 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) ->
     Returns:
         The actors; and references to the names of their devices, followed by those of their meeting.
     """
+    if not node_ids:
+        raise ActorLostError("the actors: expected a node with CPUs, got none")
     # The group "watch" answers while an epoch runs.
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": fit.gpus_per_actor, "concurrency_groups": {"watch": 1}}
     actor_class: Any = ray.remote(**options)(ActorProcess)
@@ -136,7 +138,7 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) ->
         actor_class.options(
             scheduling_strategy="DEFAULT"
             if fit.gpus_per_actor > 0
-            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=True)
+            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
         ).remote(
             plan,
             rank,
@@ -305,6 +307,8 @@ def get(ref: Ref, what: str = "a task") -> Any:
                 "more --actors on more devices"
             ) from exc
         raise
+    except ray.exceptions.ActorUnschedulableError as exc:  # its node died before it was up
+        raise ActorLostError(f"an actor: expected its node to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayActorError as exc:
         if exc.actor_init_failed:
             cause = str(exc).strip().splitlines()[-1]

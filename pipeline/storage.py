@@ -9,6 +9,7 @@ S3 is reached by the usual settings: the query of the URI (`region`, `endpoint_o
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -102,8 +103,11 @@ def is_inside(uri: str, root: str) -> bool:
     return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
 
 
+@functools.cache
 def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a URI; nothing is asked of it yet, except an S3 bucket's region where none is given.
+    """Open the file system of a URI, once a process: a client looks for credentials, which can take seconds.
+
+    Nothing else is asked of it yet, except an S3 bucket's region where none is given.
 
     Args:
         option: That it came with, for the error.
