@@ -22,6 +22,7 @@ import ray
 import ray._private.node
 import ray._private.ray_constants
 import ray._private.services
+import ray._private.utils
 
 from pipeline.errors import ClusterError
 
@@ -144,6 +145,8 @@ def _fewer_services() -> Iterator[None]:
         (node, "start_monitor", _do_nothing),
         (node, "start_log_monitor", _do_nothing),
         (services, "get_node", get_node),
+        # With what the dashboard needs, it would load all of that here, a quarter of a second, to say that it can.
+        (ray._private.utils, "get_dashboard_dependency_error", lambda: ImportError("no dashboard is wanted")),
         # Ray sees no control group but the outermost, and would take a share of memory that this process has not.
         (ray._private.ray_constants, "DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", store_bytes),
     ]
