@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ from pipeline.decode import Target
 from pipeline.driver_cluster import Node, wait_for_nodes
 from pipeline.driver_feed import Found, Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
-from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
+from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError, TrainingError
 from pipeline.files import Location
 from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
@@ -88,16 +87,17 @@ def evaluate(
         EvaluationError: One of the tree in `errors`, for everything that a user can mend.
     """
     clock = Clock()
+    # Actors have other working folders.
+    config = replace(config, scratch=storage.absolute_root("--scratch", config.scratch, OptionError))
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
+    data = [] if location.kind == "parquet" else [location.root]
+    if any(storage.is_inside(output.root, root) for root in data):
+        raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     cache = None
     if config.cache is not None:
         cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
-        prepare_cache(cache)
-    if (location.kind == "folder" and Path(output.root).resolve().is_relative_to(location.root)) or (
-        location.kind == "uri" and storage.is_inside(output.root, location.root)
-    ):
-        raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
+        prepare_cache(cache, [*data, output.root])
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
     look = _begin_look(location, config)
