@@ -152,17 +152,14 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
                 raise OutputError(
                     f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
                 ) from exc
-        looks = {
-            node: ray.remote(num_cpus=0)(_look)
+        looks = [
+            ray.remote(num_cpus=0)(_look)
             .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
             .remote(location, images, str(marker) if marker else None)
             for node in nodes
-        }
-        answers = {
-            node: driver_ray.wait_all([look], f"a look at the files from {node.address}", lambda: False)[0]
-            for node, look in looks.items()
-        }
-        for node, (seen_sizes, sees_marker) in answers.items():
+        ]
+        answers = driver_ray.wait_all(looks, "a look at the files from every node", lambda: False)
+        for node, (seen_sizes, sees_marker) in zip(nodes, answers, strict=True):
             if seen_sizes != sizes:
                 raise DataError(
                     f"--data {location.root}: expected the same images on every node, got others or none on "
@@ -216,7 +213,9 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
     rooms = []
     for node, (memory_bytes, disk_bytes) in zip(chosen, answers, strict=True):
         if disk_bytes is None:
-            raise ClusterError(f"--scratch {scratch}: expected a folder on every node, got none on {node.address}")
+            raise ClusterError(
+                f"--scratch {scratch}: expected a folder on every node, got none on {node.address}; choose another"
+            )
         # Ray's figure leaves out its object store; a control group's limit it may not know of.
         memory_bytes = min(node.resources.get("memory", math.inf), memory_bytes)
         rooms.append(Room(node.address, memory_bytes, disk_bytes, num_each))
@@ -224,9 +223,6 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
 
 
 def _measure_room(scratch: str) -> tuple[float, float | None]:
-    """Return the memory that this process's control groups leave, after Ray's own share, and the free disk."""
-    try:
-        disk_bytes: float | None = shutil.disk_usage(scratch).free
-    except OSError:
-        disk_bytes = None
+    """Return the memory that this process's control groups leave, after Ray's own share, and the free disk, if any."""
+    disk_bytes = shutil.disk_usage(scratch).free if Path(scratch).is_dir() else None
     return driver_ray.memory_limit() * (1 - driver_ray.STORE_SHARE), disk_bytes
