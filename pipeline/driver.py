@@ -25,6 +25,7 @@ from pipeline import (
     archives,
     decode,
     driver_cluster,
+    driver_connect,
     driver_feed,
     driver_ray,
     files,
@@ -104,7 +105,7 @@ def evaluate(
     wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
     if look.done():
         look.result()
-    with driver_ray.connected(config.address) as is_joined:
+    with driver_connect.connected(config.address) as is_joined:
         if is_joined:
             wait_for_nodes(config, lambda what, done, total: on_progress(Progress(what, done, total, 0.0)))
             logger.info(driver_cluster.describe(driver_cluster.living_nodes()))

@@ -22,7 +22,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import driver_ray, files, storage
+from pipeline import driver_connect, driver_ray, files, storage
 from pipeline.config import Config
 from pipeline.errors import ClusterError, DataError, OutputError
 from pipeline.files import Location
@@ -225,4 +225,4 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
 def _measure_room(scratch: str) -> tuple[float, float | None]:
     """Return the memory that this process's control groups leave, after Ray's own share, and the free disk, if any."""
     disk_bytes = shutil.disk_usage(scratch).free if Path(scratch).is_dir() else None
-    return driver_ray.memory_limit() * (1 - driver_ray.STORE_SHARE), disk_bytes
+    return driver_connect.memory_limit() * (1 - driver_connect.STORE_SHARE), disk_bytes

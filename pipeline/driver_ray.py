@@ -6,51 +6,40 @@ finished for `STALL_SECONDS` there is an error that names what was waited for.
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.abc import MetaPathFinder
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pyarrow as pa
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import loading, parquets, results, tars
+from pipeline import loading
 from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.decode import Header
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
 from pipeline.files import Location
 from pipeline.loading import Loader, ShardFile
-from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard
 from pipeline.sources import ArchiveRows
 from pipeline.splits import Split
 
+if TYPE_CHECKING:
+    from pipeline.results import Output
+
 # A shard of large photographs from slow storage can take minutes; nothing finished for longer is a fault.
 STALL_SECONDS = 600.0
 _TICK_SECONDS = 0.2
-_CONNECT_SECONDS = 5.0
-_GRACE_SECONDS = 3.0
-# Ray's own share of a node's memory for its object store, and the least that it takes.
-STORE_SHARE = 0.3
-_LEAST_STORE_BYTES = 80 * 2**20
 
 Ref = Any  # ray.ObjectRef, whose type parameter says nothing about what `call` returns
 Actor = Any  # a handle of ActorProcess
@@ -91,6 +80,8 @@ class ActorProcess:
 
     def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
         """Score a part and write its prediction file."""
+        from pipeline import results  # here, because decoding workers load this module too
+
         scored = self._actor.score_part(part)
         table = results.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
         digest = results.write_table(output, f"{results.PREDICTIONS}/part-{part:05d}", table)
@@ -116,127 +107,6 @@ def leave_pandas_out() -> None:
     sys.meta_path.insert(0, finder)
     pa.array([0])
     sys.meta_path.remove(finder)
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[bool]:
-    """Connect to Ray, starting it here if there is none, and leave nothing of it behind.
-
-    Where the caller is connected already, that connection is used and kept.
-
-    Yields:
-        Whether this is a cluster that was there before, which may grow, and no Ray started for this job.
-
-    Raises:
-        ClusterError: If there is no cluster at `address`, or Ray cannot be started.
-    """
-    if ray.is_initialized():
-        yield True
-        return
-    signals = {signal.SIGINT, signal.SIGTERM}
-    is_main = threading.current_thread() is threading.main_thread()
-    # Ray sets a handler of its own, which would end the job without a word.
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    others = set(psutil.Process().children())
-    _check_address(address)
-    try:
-        try:
-            options: dict[str, Any] = {} if address or "RAY_ADDRESS" in os.environ else _store_options()
-            ray.init(
-                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
-            )
-        except (ConnectionError, RuntimeError, ValueError) as exc:
-            where = f"--address {address}" if address else "Ray"
-            raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
-        finally:
-            if is_main:
-                signal.signal(signal.SIGTERM, on_terminate)
-        yield not any(child not in others for child in psutil.Process().children())
-    finally:
-        # A second Ctrl-C at this point would leave Ray's processes behind.
-        if is_main:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        _leave_ray(others)
-        if is_main:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-
-
-def memory_limit() -> float:
-    """Return the bytes of memory that this process and its siblings may take, by the machine and control groups."""
-    limit = float(psutil.virtual_memory().total)
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
-        return limit
-    for _, controllers, path in (line.split(":", 2) for line in groups):
-        # Version 2 has one tree, and version 1 one for memory.
-        base, name = (
-            ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-        )
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        for folder in (Path(base, path.strip("/")), *Path(base, path.strip("/")).parents):
-            with suppress(OSError, ValueError):  # not there, or `max`
-                limit = min(limit, float((folder / name).read_text()))
-    return limit
-
-
-def _store_options() -> dict[str, Any]:
-    """Keep a local Ray's object store below a limit that Ray may not see: that of a control group above its own."""
-    limit = memory_limit()
-    if limit >= psutil.virtual_memory().total:
-        return {}
-    return {"object_store_memory": max(_LEAST_STORE_BYTES, int(STORE_SHARE * limit))}
-
-
-def _check_address(address: str | None) -> None:
-    """Knock at a cluster's door: Ray itself would try for minutes, and could not be interrupted."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except OSError as exc:
-        raise ClusterError(
-            f"--address {address}: expected a cluster that answers, got {exc}; check that it runs"
-        ) from exc
-
-
-def _leave_ray(others: set[psutil.Process]) -> None:
-    """Disconnect, and end whatever this process started except `others`."""
-    started = [child for child in psutil.Process().children() if child not in others]
-    started += [grandchild for child in started for grandchild in _descendants(child)]
-    for process in started:
-        # It ignores the request to end, and Ray would wait a second before it killed it.
-        if "autoscaler/_private/monitor.py" in " ".join(_command(process)):
-            process.kill()
-    # What was itself asked to end, by a signal to the whole process group, can keep Ray waiting for a minute.
-    impatience = threading.Timer(_GRACE_SECONDS, _kill, [started])
-    impatience.start()
-    ray.shutdown()
-    impatience.cancel()
-    # The agents of Ray's node manager outlive it by a moment, or for good if Ray's start was interrupted.
-    _kill(started)
-    psutil.wait_procs(started, timeout=10)
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        return list(process.children(recursive=True))
-    return []
-
-
-def _command(process: psutil.Process) -> list[str]:
-    with suppress(psutil.NoSuchProcess):
-        return list(process.cmdline())
-    return []
 
 
 def cluster_resources() -> dict[str, float]:
@@ -327,6 +197,8 @@ def scan_archive(location: Location, archive: Archive, config: Config) -> tuple[
 @ray.remote(num_returns=3)
 def _scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Scan, pa.Table, pa.Table]:
     leave_pandas_out()
+    from pipeline import parquets, tars  # here, because few datasets need them
+
     filesystem, _ = location.filesystem
     scan = tars.scan if archive.kind == "tar" else parquets.scan
     found, index = scan(filesystem, archive, config)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline import cache, cache_key, decode, files, parquets, tars
+from pipeline import cache, cache_key, decode, files
 from pipeline.archives import Archive
 from pipeline.cache import Cache
 from pipeline.decode import Decoded, Target
@@ -131,6 +131,8 @@ def _read(
 ) -> Iterator[bytes | ReadFault]:
     if archive is None:
         return files.read_images(location, keys)
+    from pipeline import parquets, tars  # here, because few datasets need them, and every decoding process pays
+
     filesystem, _ = location.filesystem
     read_rows = tars.read_rows if archive.kind == "tar" else parquets.read_rows
     return read_rows(filesystem, archive, rows)

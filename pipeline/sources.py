@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.archives import Archive, Scan
 from pipeline.config import Config
@@ -267,8 +267,8 @@ def _hold_out(
     """Cut each class in two."""
     train, valid = {}, {}
     for name, keys in listed.items():
-        is_valid = pa.array([is_held_out(key.as_py(), fraction) for key in keys], pa.bool_())
-        train[name], valid[name] = keys.filter(pc.invert(is_valid)), keys.filter(is_valid)
+        is_valid = np.array([is_held_out(key.as_py(), fraction) for key in keys], np.bool_)
+        train[name], valid[name] = keys.filter(pa.array(~is_valid)), keys.filter(pa.array(is_valid))
     return train, valid
 
 

@@ -68,6 +68,36 @@ def black_and_white(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def noisy_dataset(tmp_path_factory):
+    """Three classes of noise that overlap, so that some images are nearest to another class."""
+    root, random = tmp_path_factory.mktemp("noisy"), np.random.default_rng(0)
+    for split, num_images in (("train", 8), ("valid", 6)):
+        for label, name in enumerate(("2", "10", "b")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(num_images):
+                pixels = random.integers(4 * label, 256 - 4 * (2 - label), (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def naive_pixels(root, split, name):
+    """Decode a class of `noisy_dataset`, one image after another, to 0 to 1."""
+    return [np.array(Image.open(path)) / 255 for path in sorted((root / split / name).iterdir())]
+
+
+def naive_num_correct(root):
+    """Count the images of `noisy_dataset` that are nearest to their own class's mean."""
+    classes = ("2", "10", "b")
+    means = [np.mean(naive_pixels(root, "train", name), axis=0) for name in classes]
+    return sum(
+        int(np.argmin([np.abs(image - mean).mean() for mean in means]) == label)
+        for label, name in enumerate(classes)
+        for image in naive_pixels(root, "valid", name)
+    )
+
+
 def unpack(name, tmp_path_factory):
     archive = DATA / f"{name}.tgz"
     if not archive.exists():

@@ -1,0 +1,346 @@
+"""Parts of this program by themselves, and what they are held against: the steps of SGD, and the driver.
+
+What enters: the name of a part and a request as JSON, on the command line. What leaves: an `Answer` as JSON. Always:
+`phase_s` covers the steps, or the feeding, alone; start-up, loading and a first epoch that warms up are not in it.
+
+Legend: N images, B rows of a step, K classes, D values of one image, P parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark_request import Answer, serve
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+    from pipeline.actors import LaneActor
+    from pipeline.driver_feed import Job
+
+_NUM_LANES = 8
+_SEED = 0
+_SHARD_IMAGES = 2048
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part is given.
+
+    Attributes:
+        arrays: Folder of `train_images.npy` (uint8 [N, D]), `train_labels.npy` (int64 [N]) and the same of `valid`.
+        batch_size: Images of a step.
+        num_epochs: Timed epochs, after one that is not.
+        num_shards: Shards that the driver is to hand out.
+    """
+
+    arrays: str = ""
+    batch_size: int = 256
+    num_epochs: int = 10
+    num_shards: int = 0
+
+    def load(self, name: str) -> npt.NDArray[Any]:
+        """Read one of the arrays."""
+        import numpy as np
+
+        array: npt.NDArray[Any] = np.load(Path(self.arrays, f"{name}.npy"))
+        return array
+
+
+def actor(part: Part) -> Answer:
+    """Train as a `LaneActor` does, in this process, without Ray."""
+    return _train_actor(part, _make_actor(part, 0, 1))
+
+
+def actors_2(part: Part) -> Answer:
+    """Train as two of them do that exchange their lanes by gloo, each a process with one thread."""
+    import multiprocessing
+
+    first = _make_actor(part, 0, 2)
+    host = "127.0.0.1"
+    port = first.open_store(host)
+    other = multiprocessing.get_context("spawn").Process(target=_run_other, args=(part, host, port))
+    other.start()
+    try:
+        first.join_group(host, port, host)
+        return _train_actor(part, first)
+    finally:
+        other.join(30)
+        other.kill()
+
+
+def _run_other(part: Part, host: str, port: int) -> None:
+    second = _make_actor(part, 1, 2)
+    second.join_group(host, port, host)
+    second.finish_means()
+    second.begin_training(None)
+    for epoch in range(part.num_epochs + 1):
+        second.train_epoch(epoch + 1)
+
+
+def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
+    """Make an actor that holds its lanes."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline.actors import LaneActor
+    from pipeline.decode import Target
+    from pipeline.shards import Deal, Plan
+
+    images_ND, labels_N = part.load("train_images"), part.load("train_labels")
+    target = Target(1, images_ND.shape[1], "L")
+    plan = Plan(
+        target=target,
+        num_classes=int(labels_N.max()) + 1,
+        deal=Deal(len(labels_N), _NUM_LANES),
+        part_sizes=(),
+        has_training=True,
+        batch_size=part.batch_size,
+        learning_rate=None,
+        seed=_SEED,
+        gpus_per_actor=1.0,
+    )
+    made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
+    lanes_N = plan.deal.lanes(np.arange(len(labels_N)))
+    rows_M = np.flatnonzero(lanes_N % num_actors == rank)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
+    labels = pa.array(labels_N[rows_M], pa.int32())
+    made.add_train(0, pa.table({"row": pa.array(rows_M, pa.int32()), "class": labels, "image": tensors}))
+    return made
+
+
+def _train_actor(part: Part, first: LaneActor) -> Answer:
+    import torch
+
+    first.finish_means()
+    first.begin_training(None)
+    first.train_epoch(1)
+    started = time.perf_counter()
+    for epoch in range(part.num_epochs):
+        _, params_P = first.train_epoch(epoch + 2)
+    seconds = time.perf_counter() - started
+    return _answer(part, torch.from_numpy(params_P), seconds)
+
+
+def torch_loop(part: Part) -> Answer:
+    """Train by a plain torch loop over a resident tensor, in one thread as an actor: same rows, same arithmetic."""
+    import torch
+
+    torch.set_num_threads(1)
+    return torch_loop_threads(part)
+
+
+def torch_loop_threads(part: Part) -> Answer:
+    """Do the same with as many threads as torch takes of itself."""
+    import torch
+
+    from pipeline import sgd
+
+    images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
+    num_classes = int(labels_N.max()) + 1
+    centre_D, rate = _centre_and_rate(part)
+    params_P = sgd.initial_params(num_classes, images_ND.shape[1], _SEED)
+    weights_KD, bias_K = sgd.split_params(params_P, num_classes)
+    started = 0.0
+    for epoch in range(part.num_epochs + 1):
+        if epoch == 1:
+            started = time.perf_counter()
+        losses, num_correct, norms = [], torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        for rows_B in _epoch_rows(part, epoch + 1, len(labels_N)):
+            labels_B = labels_N[rows_B]
+            inputs_BD = images_ND[rows_B].float().div_(255).sub_(centre_D)
+            logits_BK = torch.addmm(bias_K, inputs_BD, weights_KD.T)
+            num_correct += (logits_BK.argmax(1) == labels_B).sum()
+            log_probabilities_BK = torch.log_softmax(logits_BK, 1)
+            losses.append(-log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1))
+            errors_BK = log_probabilities_BK.exp_()
+            errors_BK[torch.arange(len(labels_B)), labels_B] -= 1
+            errors_BK /= len(labels_B)
+            gradient_KD, gradient_K = errors_BK.T @ inputs_BD, errors_BK.sum(0)
+            norms += torch.hypot(torch.linalg.vector_norm(gradient_KD), torch.linalg.vector_norm(gradient_K))
+            weights_KD.sub_(gradient_KD, alpha=rate)
+            bias_K.sub_(gradient_K, alpha=rate)
+    return _answer(part, params_P, time.perf_counter() - started)
+
+
+def sklearn_sgd(part: Part) -> Answer:
+    """Train scikit-learn's linear model by SGD with log loss, a class against the rest, for as many epochs.
+
+    It has no batches, so that only the time of an epoch compares, and its answer is another one.
+    Source: https://scikit-learn.org/stable/modules/sgd.html
+    """
+    import numpy as np
+    from sklearn.linear_model import SGDClassifier
+
+    inputs_ND, labels_N = part.load("train_images").astype(np.float32) / 255, part.load("train_labels")
+    model = SGDClassifier(loss="log_loss", max_iter=part.num_epochs, tol=None, random_state=_SEED, n_jobs=-1)
+    started = time.perf_counter()
+    model.fit(inputs_ND, labels_N)
+    seconds = time.perf_counter() - started
+    valid_labels_N = part.load("valid_labels")
+    num_correct = int((model.predict(part.load("valid_images").astype(np.float32) / 255) == valid_labels_N).sum())
+    num_images = len(labels_N) + len(valid_labels_N)
+    num_units = part.num_epochs * len(labels_N)
+    return Answer(num_images, num_correct, len(valid_labels_N), phase_s=seconds, num_units=num_units)
+
+
+def _centre_and_rate(part: Part) -> tuple[torch.Tensor, float]:
+    import torch
+
+    from pipeline import distance, sgd
+
+    images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
+    sums_KD, _ = distance.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
+    return sgd.centre_and_rate(sums_KD, len(labels_N), distance.sum_squares(images_ND))
+
+
+def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
+    """Yield the rows of an epoch's steps: those that the lanes of an actor take in the same step."""
+    import numpy as np
+    import torch
+
+    from pipeline import lanes
+    from pipeline.shards import Deal
+
+    lanes_N = Deal(num_images, _NUM_LANES).lanes(np.arange(num_images))
+    orders = []
+    for lane in range(_NUM_LANES):
+        rows = torch.from_numpy(np.flatnonzero(lanes_N == lane))
+        # A lane of these images is one chunk.
+        orders.append(rows[lanes.shuffled(len(rows), _SEED, epoch, lane, 0)])
+    lane_rows = part.batch_size // _NUM_LANES
+    num_steps = -(-max(map(len, orders)) // lane_rows)
+    return (torch.cat([order[step * lane_rows :][:lane_rows] for order in orders]) for step in range(num_steps))
+
+
+def _answer(part: Part, params_P: torch.Tensor, seconds: float) -> Answer:
+    """Score the validation images by trained parameters."""
+    import torch
+
+    from pipeline import sgd
+
+    images_ND, labels_N = (torch.from_numpy(part.load(f"valid_{name}")) for name in ("images", "labels"))
+    num_classes = len(params_P) // (images_ND.shape[1] + 1)
+    centre_D, _ = _centre_and_rate(part)
+    found_N = sgd.log_probabilities(params_P, images_ND, num_classes, centre_D).argmax(1)
+    num_train = len(part.load("train_labels"))
+    return Answer(
+        num_train + len(labels_N),
+        int((found_N == labels_N).sum()),
+        len(labels_N),
+        checksum=float(torch.linalg.vector_norm(params_P)),
+        phase_s=seconds,
+        num_units=part.num_epochs * num_train,
+    )
+
+
+def driver(part: Part) -> Answer:
+    """Have the driver hand out shards whose decoding does nothing to an actor that does nothing.
+
+    All else is what a job does: keys are taken from the listing and sent, and every answer is waited for.
+    """
+    import numpy as np
+    import psutil
+    import ray
+
+    from pipeline import driver_connect, driver_feed, driver_ray
+    from pipeline.shards import Shard
+
+    def answer_at_once(num_images: int, *_: object) -> tuple[None, None, tuple[int, dict[str, int], int]]:
+        return None, None, (num_images, {}, 0)
+
+    decode_nothing: Any = ray.remote(num_returns=3)(answer_at_once)
+
+    class IdleActor:
+        def call(self, method: str, *_: object) -> object:
+            is_last = method == "finish_means"
+            return (np.ones(2, np.int64), np.zeros((2, 784), np.float32)) if is_last else None
+
+        def write_part(self, *_: object) -> None:
+            return None
+
+    # It takes the real task's place in this process alone, and is sent the same.
+    def decode_shard(loader: Any, num_tables: int, shard: Shard, *given: Any) -> tuple[list[Any], Any, Any]:
+        table, skipped, counts = decode_nothing.remote(shard.num_images, loader, shard, *given)
+        return [table], skipped, counts
+
+    task: Any = decode_shard
+    driver_ray.decode_shard = task
+    sizes: list[int] = []
+
+    def look(done: int) -> None:
+        if not sizes and done >= part.num_shards * _SHARD_IMAGES // 4:
+            sizes.append(psutil.Process().memory_info().rss)
+
+    with driver_connect.connected("local"):
+        idle: Any = ray.remote(num_cpus=0)(IdleActor)
+        actors = [idle.remote()]
+        # Workers are up before the clock runs.
+        ray.get([decode_nothing.remote(0)[2] for _ in range(4 * (os.cpu_count() or 1))])
+        ray.get(actors[0].call.remote("warm_up"))
+        job = _make_job(part, look)
+        started = time.perf_counter()
+        tally = driver_feed.feed(job, actors, [])
+        seconds = time.perf_counter() - started
+        driver_ray.end_actors(actors)
+    return Answer(
+        tally.num_decoded.total(), phase_s=seconds, num_units=part.num_shards, quarter_bytes=sizes[0] if sizes else None
+    )
+
+
+def _make_job(part: Part, look: Callable[[int], None]) -> Job:
+    """Make a job of so many shards; all name the same rows, so that the listing is small however many there are."""
+    import pyarrow as pa
+
+    from pipeline.config import Config
+    from pipeline.decode import Target
+    from pipeline.driver_feed import Job
+    from pipeline.files import Location
+    from pipeline.report import Clock
+    from pipeline.results import Output
+    from pipeline.shards import Shard, fit_cluster, make_plan
+    from pipeline.sources import Listing
+
+    config = Config(epochs=0)
+    keys = pa.array([b"train/class/%09d.png" % number for number in range(_SHARD_IMAGES)], pa.binary())
+    rows = pa.table({"key": keys, "label": pa.array([0] * _SHARD_IMAGES, pa.int32())})
+    listing = Listing(Location("folder", "/nothing"), ("a", "b"), rows, rows, "valid", {})
+    plan, shards = make_plan(config, listing, target := Target(28, 28, "L"))
+    last = shards[-1]
+    many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
+    many.append(replace(last, index=part.num_shards - 1))
+    resources = {"CPU": float(os.cpu_count() or 1)}
+    fit = fit_cluster(config, plan, many, resources, 1)
+    return Job(
+        config,
+        listing,
+        target,
+        plan,
+        many,
+        fit,
+        1,
+        Output("/nothing"),
+        None,
+        Clock(),
+        lambda progress: look(progress.done),
+    )
+
+
+PARTS: dict[str, Callable[[Part], Answer]] = {
+    "actor": actor,
+    "actors_2": actors_2,
+    "torch_loop": torch_loop,
+    "torch_loop_threads": torch_loop_threads,
+    "sklearn_sgd": sklearn_sgd,
+    "driver": driver,
+}
+
+
+if __name__ == "__main__":
+    serve(PARTS, Part)

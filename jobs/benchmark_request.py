@@ -1,0 +1,96 @@
+"""What the benchmark asks of a process and what that answers; and the files of a folder of images.
+
+What enters: the name of a peer and a request as JSON, on the command line. What leaves: an `Answer` as JSON, the last
+line on standard output. Always: the same files, in the same order, for everybody.
+"""
+
+# Every peer pays for every import here: only light ones, the others inside the functions.
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# What Ray Data's `read_images` takes when nothing is said, so that all commands read the same files.
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found, and how long its inner phase took.
+
+    Attributes:
+        num_images: Images decoded, of both splits.
+        num_correct: Images of `valid` that are given their own class; None where nothing is classified.
+        num_valid: Of how many.
+        checksum: One figure in which every value has its part: the mean training pixel, 0 to 1, or the norm of the
+            parameters.
+        phase_s: Seconds of the phase that the workload is about: decoding, steps of SGD, feeding; None where a command
+            cannot tell.
+        num_units: Images (an epoch counts each anew) or shards of that phase.
+        quarter_bytes: Resident memory of the process after a quarter of that phase.
+    """
+
+    num_images: int
+    num_correct: int | None = None
+    num_valid: int | None = None
+    checksum: float | None = None
+    phase_s: float | None = None
+    num_units: int | None = None
+    quarter_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """A folder of `train/<class>/` and `valid/<class>/`, and what every image becomes; `mode` is L or RGB."""
+
+    data: str
+    height: int
+    width: int
+    mode: str
+    is_resized: bool
+
+
+def serve(peers: Mapping[str, Callable[[Any], Answer]], request_type: Callable[..., Any]) -> None:
+    """Run the peer that the command line names and write its answer."""
+    _, name, request = sys.argv
+    answer = peers[name](request_type(**json.loads(request)))
+    sys.stdout.write(json.dumps(asdict(answer)) + "\n")
+    if "daft" in sys.modules:
+        # Its threads can abort the interpreter while that ends, after all is done.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def class_names(data: str) -> list[str]:
+    """List the classes as people sort them (2 before 10), which is the order in which a tie is settled."""
+
+    def parts(name: str) -> list[int | str]:
+        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+
+    return sorted((entry.name for entry in os.scandir(Path(data, "train")) if entry.is_dir()), key=parts)
+
+
+def image_paths(data: str, split: str, name: str) -> list[str]:
+    """List a class's images in a split, sorted."""
+    folder = Path(data, split, name)
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    return sorted(entry.path for entry in entries if entry.name.lower().endswith(_IMAGE_ENDINGS))
+
+
+def labelled_paths(data: str, split: str) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """List a split's images, class by class, and their classes' places, int64."""
+    import numpy as np
+
+    by_class = [image_paths(data, split, name) for name in class_names(data)]
+    labels_N = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class])
+    return [path for paths in by_class for path in paths], labels_N

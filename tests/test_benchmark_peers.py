@@ -1,0 +1,84 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import benchmark
+import benchmark_data
+import numpy as np
+import pytest
+from benchmark_request import Answer, class_names
+from conftest import ROOT, naive_num_correct, naive_pixels
+from PIL import Image
+
+DAFT_PYTHON = os.environ.get("DAFT_PYTHON", sys.executable)
+
+
+def _ask(name, images):
+    command = [sys.executable, ROOT / "jobs" / "benchmark_peers.py", name, json.dumps(asdict(images))]
+    if name.startswith("daft"):
+        command[0] = DAFT_PYTHON
+    if reason := benchmark.missing(name, DAFT_PYTHON):
+        pytest.skip(reason)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "RAY_ADDRESS": "local"}
+    )
+    return Answer(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_loop",
+        "dataloader",
+        "daft",
+        pytest.param("ray_data_read_images", marks=pytest.mark.ray),
+        pytest.param("ray_data_tuned", marks=pytest.mark.ray),
+        pytest.param("ray_data_map_batches", marks=pytest.mark.ray),
+    ],
+)
+def test_a_peer_finds_what_numpy_finds(noisy_dataset, name):
+    answer = _ask(name, benchmark_data.look_at(noisy_dataset))
+    assert (answer.num_images, answer.num_correct, answer.num_valid) == (42, naive_num_correct(noisy_dataset), 18)
+    means = [np.mean(naive_pixels(noisy_dataset, "train", label)) for label in class_names(noisy_dataset)]
+    assert answer.checksum == pytest.approx(np.mean(means), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["limit", "daft_decode"])
+def test_what_only_decodes_says_how_many(noisy_dataset, name):
+    assert _ask(name, benchmark_data.look_at(noisy_dataset)).num_images == 42
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_loop", "dataloader", "daft"])
+def test_photographs_become_one_size_and_colour(tmp_path, name):
+    for split in ("train", "valid"):
+        for label, colour in enumerate(("red", "blue")):
+            (tmp_path / split / colour).mkdir(parents=True)
+            for number in range(3):
+                size = (100 + 40 * number, 90)
+                Image.new("RGB", size, colour).save(tmp_path / split / colour / f"{label}.{number}.jpg")
+    answer = _ask(name, benchmark_data.look_at(tmp_path, (16, 24)))
+    assert (answer.num_images, answer.num_correct, answer.num_valid) == (12, 6, 6)
+    assert answer.checksum == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_the_limit_does_not_pass_over_what_it_cannot_decode(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / split / "a" / "0.png")
+    (tmp_path / "valid" / "a" / "1.png").write_text("no image")
+    with pytest.raises(subprocess.CalledProcessError):
+        _ask("limit", benchmark_data.look_at(tmp_path))
+
+
+def test_peers_need_no_library_to_begin():
+    heavy = ("torch", "ray", "numpy", "PIL", "daft", "pyarrow", "pandas")
+    code = f"import benchmark_peers, sys; assert not sys.modules.keys() & set({heavy})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "jobs", check=True)
+
+
+def test_classes_are_sorted_as_people_sort(noisy_dataset):
+    assert class_names(noisy_dataset) == ["2", "10", "b"]
