@@ -16,7 +16,7 @@ import ray
 from PIL import Image
 from test_tar_headers import pack
 
-from pipeline import driver, driver_connect, driver_ray, files, sources
+from pipeline import driver, driver_cluster, driver_connect, driver_ray, files, results, sources
 from pipeline.config import Config
 from pipeline.errors import (
     ActorLostError,
@@ -223,6 +223,14 @@ def test_a_scratch_that_is_no_folder_is_one_line(small_dataset, tmp_path, name):
     ):
         evaluate(small_dataset, tmp_path / "out", scratch=str(tmp_path / name))
     assert not (tmp_path / "out").exists()
+
+
+def test_several_nodes_are_asked_whether_they_see_the_same_files(small_dataset, tmp_path):
+    location = files.Location("folder", str(small_dataset))
+    listing = sources.list_dataset(location, Config())
+    nodes = driver_cluster.living_nodes() * 2
+    driver_cluster.check_paths(nodes, location, listing, results.Output.at(str(tmp_path / "out")))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_another_seed_is_another_result(reference, small_dataset, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import shards
+from pipeline import actors, shards
 from pipeline.decode import Target
 from pipeline.errors import ClusterError
 from pipeline.lanes import Lanes, shuffled
@@ -47,14 +47,14 @@ def label_of(rows_N):
     return np.asarray(rows_N) * 7 % 3
 
 
-def fill(plan, rows_N, lanes=None, scratch=None):
+def fill(plan, rows_N, lanes=None, scratch=None, device=CPU, store=CPU):
     """Put images where they belong, in pieces that come in any order."""
     lanes = range(plan.num_lanes) if lanes is None else lanes
-    made = Lanes(plan, lanes, CPU, CPU, scratch)
+    made = Lanes(plan, lanes, device, store, scratch)
     rows_N = np.asarray([row for row in rows_N if plan.deal.lanes(np.array([row]))[0] in lanes])
     for piece_N in np.array_split(np.random.default_rng(0).permutation(rows_N), 5):
-        images_ND = torch.from_numpy(piece_N.astype("<i4").view(np.uint8).reshape(-1, 4))
-        made.put(piece_N, images_ND, torch.from_numpy(label_of(piece_N)))
+        images_ND = torch.from_numpy(piece_N.astype("<i4").view(np.uint8).reshape(-1, 4)).to(device)
+        made.put(piece_N, images_ND, torch.from_numpy(label_of(piece_N)).to(device))
     return made
 
 
@@ -62,7 +62,8 @@ def steps_of(made, lane_rows, num_steps, epoch=1):
     """The rows of every step, by lane, with the labels checked."""
     steps = []
     for images_BD, labels_B, counts in made.batches(epoch, lane_rows, num_steps):
-        rows_B = images_BD.numpy().view("<i4").ravel()
+        assert images_BD.device == labels_B.device
+        rows_B = images_BD.cpu().numpy().view("<i4").ravel()
         assert (images_BD.dtype, labels_B.dtype) == (torch.uint8, torch.int64)
         assert labels_B.tolist() == label_of(rows_B).tolist()
         steps.append([rows.tolist() for rows in np.split(rows_B, np.cumsum(counts)[:-1])])
@@ -182,3 +183,31 @@ def test_a_disk_without_room_is_one_line_before_any_image_is_there(tmp_path):
 def test_a_scratch_that_is_gone_is_one_line(tmp_path):
     with pytest.raises(ClusterError, match=r"gone: expected .*, got No such file or directory; give another folder"):
         Lanes(make_plan(10), range(8), CPU, CPU, str(tmp_path / "gone"))
+
+
+# On a GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a torch built for it")
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept_in", ["gpu", "memory", "disk"])
+@pytest.mark.parametrize("chunk_images", [5, 1000])
+def test_an_epoch_on_the_gpu_takes_the_images_of_one_on_the_cpu(monkeypatch, tmp_path, kept_in, chunk_images):
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * chunk_images)
+    plan, rows = make_plan(203), [row for row in range(203) if row % 5]
+    gpu = torch.device("cuda", 0)
+    made = fill(plan, rows, None, str(tmp_path) if kept_in == "disk" else None, gpu, gpu if kept_in == "gpu" else CPU)
+    assert {images_BD.device for images_BD, *_ in made.batches(2, 4, 7)} == {gpu}
+    assert steps_of(made, 4, 7, epoch=2) == steps_of(fill(plan, rows), 4, 7, epoch=2)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_room", [True, False])
+def test_an_actor_keeps_images_on_its_gpu_where_there_is_room(monkeypatch, tmp_path, has_room):
+    if not has_room:
+        monkeypatch.setattr(actors, "_GPU_SHARE", 0.0)
+    actor = actors.LaneActor(make_plan(203), 0, 1, is_on_gpu=True, scratch=str(tmp_path))
+    assert actor.describe() == (torch.cuda.get_device_name(0), "gpu" if has_room else "disk")
