@@ -324,8 +324,16 @@ def test_images_are_kept_in_memory_where_they_fit_else_on_disk(memory_bytes, dis
 
 
 def test_one_node_without_the_memory_sends_all_to_disk():
-    rooms = [room(HELD), room(0.1 * HELD, HELD), room(HELD)]
+    rooms = [room(HELD, HELD), room(0.1 * HELD, HELD), room(HELD, HELD)]
     assert choose_storage(plan_of()[0], 3, rooms) == "disk"
+
+
+def test_one_node_with_the_memory_alone_is_refused_where_another_needs_disk():
+    rooms = [room(HELD, 0), room(0.1 * HELD, HELD, address="10.0.0.2")]
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .*; give --epochs 0, .* or another --scratch$"):
+        choose_storage(plan_of()[0], 2, rooms)
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.2: expected "):
+        choose_storage(plan_of(epochs=0)[0], 2, [rooms[0], room(0, HELD, address="10.0.0.2")])
 
 
 @pytest.mark.parametrize(
