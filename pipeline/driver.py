@@ -130,9 +130,11 @@ def evaluate(
         return _run(job)
 
 
-def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node]) -> Fit:
+def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node], *, is_on_disk: bool = False) -> Fit:
     resources = driver_cluster.total_resources(nodes)
     fit = fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
+    if is_on_disk:  # already, and how much of it actors that are ending still take is not to be told
+        return replace(fit, storage="disk")
     rooms = driver_cluster.find_rooms(nodes, fit, config.scratch)
     fit = replace(fit, storage=choose_storage(plan, fit.num_actors, rooms))
     if fit.storage == "disk":
@@ -203,7 +205,8 @@ def _run(job: Job) -> dict[str, Any]:
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
             # What died may have been a node, so what is left is looked at again.
             nodes = driver_cluster.living_nodes()
-            job = replace(job, fit=_fit(job.config, job.plan, job.shards, nodes), num_nodes=len(nodes))
+            fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
+            job = replace(job, fit=fit, num_nodes=len(nodes))
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             _save(job, training, fingerprint)
             raise

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -272,6 +273,25 @@ def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path
     run = evaluate(small_dataset, tmp_path / "out", on_progress, **options)
     assert killed
     assert "starting all actors anew, to go on after epoch" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
+    reference, small_dataset, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(driver_connect, "memory_limit", lambda: 10_000.0)
+    on_progress, killed = kill_once_in_epoch(2, actor_pids)
+
+    def fill_disk_and_kill(progress):
+        on_progress(progress)
+        if killed:  # as the actor that lives, and ends now, does
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+
+    options = {"epochs": 3, "device": "cpu", "actors": 2, "scratch": str(tmp_path)}
+    run = evaluate(small_dataset, tmp_path / "out", fill_disk_and_kill, **options)
+    assert killed
+    assert "starting all actors anew" in caplog.text
+    assert run["actors"]["images_kept_in"] == ["disk"]
     assert run["results_sha256"] == reference["results_sha256"]
 
 
