@@ -228,7 +228,7 @@ class LaneActor:
         losses_SZR = torch.zeros(num_steps, len(self._lanes), lane_rows, device=self._device)
         # Every actor sends as many lanes as the one that has most, so that all send alike.
         num_sent = -(-plan.num_lanes // self._num_actors)
-        gradients_ZP = torch.zeros(num_sent, len(self._params_P), device=self._device)
+        gradients_ZP = sgd.empty_gradients(num_sent, len(self._params_P), self._device)
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
         norm_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         batches = self._train.batches(epoch, lane_rows, num_steps)
@@ -237,8 +237,11 @@ class LaneActor:
                 self._params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], self._centre_D
             )
             num_correct += is_correct_B.sum()
-            for lane_losses_R, lane_losses_B in zip(losses_SZR[place], losses_B.split(counts), strict=True):
-                lane_losses_R[: len(lane_losses_B)] = lane_losses_B
+            if len(losses_B) == losses_SZR[place].numel():
+                losses_SZR[place] = losses_B.view_as(losses_SZR[place])
+            else:
+                for lane_losses_R, lane_losses_B in zip(losses_SZR[place], losses_B.split(counts), strict=True):
+                    lane_losses_R[: len(lane_losses_B)] = lane_losses_B
             num_images = sum(min(max(count - place * lane_rows, 0), lane_rows) for count in lane_counts)
             norm_sum += sgd.step(self._params_P, self._gather_lanes(gradients_ZP), num_images, self._learning_rate)
             self._num_steps_done += 1
@@ -328,7 +331,7 @@ class LaneActor:
         """Bring all actors' lanes together, in the lanes' order: [Z, P] on each of A actors -> [L, P]."""
         if not self._is_in_group:
             return gradients_ZP
-        sent_ZP = gradients_ZP.to(self._exchange_device())
+        sent_ZP = gradients_ZP.to(self._exchange_device()).contiguous()
         num_sent, num_params = sent_ZP.shape
         all_P = torch.empty(self._num_actors * num_sent, num_params, device=sent_ZP.device)
         self._exchange(lambda: dist.all_gather_single(all_P, sent_ZP))

@@ -186,9 +186,10 @@ def _run(job: Job) -> dict[str, Any]:
     num_deaths = 0
     while True:
         num_epochs = len(training.history)
-        node_ids = [node.node_id for node in driver_cluster.working_nodes()]
-        actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids, job.config.scratch)
+        actors: list[Actor] = []
         try:
+            node_ids = [node.node_id for node in driver_cluster.working_nodes()]
+            actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids, job.config.scratch)
             tally = feed(job, actors, started)
             _check_images(job, tally, fingerprint)
             if num_deaths == 0:

@@ -14,8 +14,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -42,7 +43,7 @@ class Node:
 
     node_id: str
     address: str
-    resources: dict[str, float]
+    resources: dict[str, float] = field(hash=False)
 
     @property
     def num_cpus(self) -> float:
@@ -152,14 +153,8 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
                 raise OutputError(
                     f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
                 ) from exc
-        looks = [
-            ray.remote(num_cpus=0)(_look)
-            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
-            .remote(location, images, str(marker) if marker else None)
-            for node in nodes
-        ]
-        answers = driver_ray.wait_all(looks, "a look at the files from every node", lambda: False)
-        for node, (seen_sizes, sees_marker) in zip(nodes, answers, strict=True):
+        answers = _ask(nodes, "a look at the files", _look, location, images, str(marker) if marker else None)
+        for node, (seen_sizes, sees_marker) in answers:
             if seen_sizes != sizes:
                 raise DataError(
                     f"--data {location.root}: expected the same images on every node, got others or none on "
@@ -201,17 +196,11 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
     chosen = sorted(fitting, key=lambda node: -node.num_cpus)[: fit.num_actors]
     num_each = -(-fit.num_actors // len(chosen))
     if len(nodes) == 1:  # this one: no process need be started for it
-        answers = [_measure_room(scratch)]
+        answers = [(chosen[0], _measure_room(scratch))]
     else:
-        looks = [
-            ray.remote(num_cpus=0)(_measure_room)
-            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
-            .remote(scratch)
-            for node in chosen
-        ]
-        answers = driver_ray.wait_all(looks, "a look at the nodes' memory and disks", lambda: False)
+        answers = _ask(chosen, "a look at the nodes' memory and disks", _measure_room, scratch)
     rooms = []
-    for node, (memory_bytes, disk_bytes) in zip(chosen, answers, strict=True):
+    for node, (memory_bytes, disk_bytes) in answers:
         if disk_bytes is None:
             raise ClusterError(
                 f"--scratch {scratch}: expected a folder on every node, got none on {node.address}; choose another"
@@ -220,6 +209,33 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
         memory_bytes = min(node.resources.get("memory", math.inf), memory_bytes)
         rooms.append(Room(node.address, memory_bytes, disk_bytes, num_each))
     return rooms
+
+
+def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: object) -> list[tuple[Node, Any]]:
+    """Call a function on every node; one that dies meanwhile gives no answer."""
+    task: Any = ray.remote(num_cpus=0)(function)
+    asked = {}
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        asked[task.options(scheduling_strategy=strategy).remote(*args)] = node
+    answers = []
+    deadline = time.monotonic() + driver_ray.STALL_SECONDS
+    while asked:
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=_TICK_SECONDS)
+        living = {node.node_id for node in living_nodes()}
+        for ref in ready:
+            node = asked.pop(ref)
+            try:
+                answers.append((node, driver_ray.get(ref, f"{what} of {node.address}")))
+            except ClusterError:
+                if node.node_id in living:
+                    raise
+        asked = {ref: node for ref, node in asked.items() if node.node_id in living}
+        if asked and time.monotonic() > deadline:
+            raise ClusterError(
+                f"{what}: expected an answer of {next(iter(asked.values())).address}, got none; see to it"
+            )
+    return answers
 
 
 def _measure_room(scratch: str) -> tuple[float, float | None]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipeline import decode, driver_ray, loading, sources
 from pipeline.archives import Archive, Scan
@@ -29,7 +28,7 @@ from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard, most_in_flight
-from pipeline.sources import ArchivedRows, Listing
+from pipeline.sources import ArchivedRows, ArchiveRows, Listing
 from pipeline.splits import Split
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
@@ -201,6 +200,7 @@ class _Feeding:
     def __post_init__(self) -> None:
         job = self.job
         self.max_in_flight = job.fit.max_in_flight
+        self._placed: tuple[object, Ref] | None = None
         self._loader = driver_ray.put(
             Loader(job.listing.location, job.target, job.listing.classes, job.plan.deal, len(self.actors), job.cache)
         )
@@ -213,11 +213,10 @@ class _Feeding:
         rows, file = None, None
         if isinstance(listed, ArchivedRows):
             found = listed.files[shard.file]
-            rows, file = found.index, ShardFile(found.archive, found.labels)
+            rows, file = found.index, self._file(shard, found)
             what = f"decoding images {shard.first} to {shard.first + shard.num_images - 1} of {found.archive.path}"
         else:
-            # A copy: what is sent of a slice would be all that it is a slice of.
-            rows = listed.take(pa.array(range(shard.start, shard.stop), pa.int64()))
+            rows = listed.slice(shard.start, shard.num_images)
             first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
             what = f"decoding {display(first)} to {display(last)}"
         owners = [shard.part % len(self.actors)]
@@ -226,6 +225,13 @@ class _Feeding:
         tables, skipped, counts = driver_ray.decode_shard(self._loader, len(owners), shard, rows, file)
         self.num_in_flight += 1
         self.waiting[counts] = (what, partial(self._hand_over, shard, dict(zip(owners, tables, strict=True)), skipped))
+
+    def _file(self, shard: Shard, found: ArchiveRows) -> Ref:
+        """Place what tasks are to know of an archive in the object store; one archive's shards follow each other."""
+        key = (shard.split, shard.file)
+        if self._placed is None or self._placed[0] != key:
+            self._placed = key, driver_ray.put(ShardFile(found.archive, found.labels))
+        return self._placed[1]
 
     def show(self) -> bool:
         """Show how far decoding is, and now and then look at the cluster's size; only a shard is a sign of life."""

@@ -129,6 +129,8 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) ->
     Returns:
         The actors; and references to the names of their devices, followed by those of their meeting.
     """
+    if not node_ids:
+        raise ActorLostError("the actors: expected a node with CPUs, got none")
     # The group "watch" answers while an epoch runs.
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": fit.gpus_per_actor, "concurrency_groups": {"watch": 1}}
     actor_class: Any = ray.remote(**options)(ActorProcess)
@@ -136,7 +138,7 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) ->
         actor_class.options(
             scheduling_strategy="DEFAULT"
             if fit.gpus_per_actor > 0
-            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=True)
+            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
         ).remote(
             plan,
             rank,
@@ -155,7 +157,7 @@ def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) ->
 
 
 def decode_shard(
-    loader: Ref, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: ShardFile | None
+    loader: Ref, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: Ref | None
 ) -> tuple[list[Ref], Ref, Ref]:
     """Start decoding a shard.
 
@@ -163,24 +165,43 @@ def decode_shard(
         loader: A reference to a `Loader`.
         num_tables: How many tables come out: one for each owner of training images, one of validation images.
         shard: The shard.
-        rows: As `loading.load_shard` takes them, or a reference to them.
-        file: Likewise.
+        rows: As `loading.load_shard` takes them; of an archive, a reference to them.
+        file: Of an archive, a reference to its `ShardFile`.
 
     Returns:
         References to the tables of images, to the table of skipped ones or None, and to the counts of images
         decoded, skipped (by reason) and resized.
     """
-    refs: Any = _decode_shard.options(num_returns=num_tables + 2).remote(loader, shard, rows, file)
+    # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
+    sent = _to_bytes(rows) if isinstance(rows, pa.Table) else rows
+    refs: Any = _decode_task(num_tables + 2).remote(loader, list(vars(shard).values()), sent, file)
     *tables, skipped, counts = refs
     return tables, skipped, counts
 
 
-@ray.remote
-def _decode_shard(loader: Loader, shard: Shard, rows: pa.Table, file: ShardFile | None) -> tuple[Any, ...]:
+@cache
+def _decode_task(num_returns: int) -> Any:
+    return ray.remote(num_returns=num_returns)(_decode_shard)
+
+
+def _decode_shard(
+    loader: Loader, shard_fields: list[Any], sent: pa.Table | bytes, file: ShardFile | None
+) -> tuple[Any, ...]:
     leave_pandas_out()
+    shard = Shard(*shard_fields)
+    rows = pa.ipc.open_stream(sent).read_all() if isinstance(sent, bytes) else sent
     tables, skipped, decoded = loading.load_shard(loader, shard, rows, file)
     num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
     return (*tables, skipped, (len(decoded.table), num_skipped, decoded.num_resized))
+
+
+def _to_bytes(rows: pa.Table) -> bytes:
+    """Write rows as an Arrow stream, of a slice no more than what is in it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Ref, dict[Split, Ref]]:
@@ -286,6 +307,8 @@ def get(ref: Ref, what: str = "a task") -> Any:
                 "more --actors on more devices"
             ) from exc
         raise
+    except ray.exceptions.ActorUnschedulableError as exc:  # its node died before it was up
+        raise ActorLostError(f"an actor: expected its node to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayActorError as exc:
         if exc.actor_init_failed:
             cause = str(exc).strip().splitlines()[-1]

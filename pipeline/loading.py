@@ -51,9 +51,10 @@ class ShardFile:
 
 def owners(deal: Deal, num_actors: int, shard: Shard) -> list[int]:
     """Name the actors, by rank, that some of a training shard's images belong to."""
-    # Every image of a run goes to one lane, so the runs' first images tell all lanes.
-    rows_R = np.unique(np.append(np.arange(shard.start, shard.stop, deal.run), shard.stop - 1))
-    return sorted(set((deal.lanes(rows_R) % num_actors).tolist()))
+    # Every image of a run goes to one lane, and after as many runs as there are lanes they come again.
+    first_run, last_run = shard.start // deal.run, (shard.stop - 1) // deal.run
+    last_run = min(last_run, first_run + deal.num_lanes - 1)
+    return sorted({run % deal.num_lanes % num_actors for run in range(first_run, last_run + 1)})
 
 
 def load_shard(

@@ -74,7 +74,7 @@ def lane_gradients(
         images_BD: uint8, lane after lane.
         labels_B: int64.
         lane_counts: Rows of each lane, adding up to B.
-        gradients_ZP: Overwritten, for each lane, with the sum over its rows.
+        gradients_ZP: Overwritten, for each lane, with the sum over its rows; as `empty_gradients` makes it.
         centre_D: Taken off the pixels, both 0 to 1.
 
     Returns:
@@ -92,14 +92,22 @@ def lane_gradients(
     log_probabilities_BK = log_softmax(logits_BK, 1)
     losses_B = -log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1)
     errors_BK = _aligned_rows(log_probabilities_BK.exp_())
-    errors_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
-    for lane_errors_BK, lane_inputs_BD, gradient_P in zip(
-        errors_BK.split(lane_counts), inputs, gradients_ZP.unbind(), strict=True
-    ):
-        gradient_KD, gradient_K = split_params(gradient_P, num_classes)
-        gradient_KD.copy_(torch.mm(lane_errors_BK.T, lane_inputs_BD))
-        torch.sum(lane_errors_BK, 0, out=gradient_K)
+    errors_BK.scatter_add_(1, labels_B[:, None], torch.full_like(losses_B, -1)[:, None])
+    errors = errors_BK.split(lane_counts)
+    for lane_errors_BK, lane_inputs_BD, gradient_P in zip(errors, inputs, gradients_ZP.unbind(), strict=True):
+        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=split_params(gradient_P, num_classes)[0])
+    gradients_ZK = gradients_ZP[:, -num_classes:]
+    if lane_counts.count(lane_counts[0]) == len(lane_counts):
+        # [Z·R, K] -> [Z, R, K] -> [Z, K], the same additions as below in one call.
+        gradients_ZK.copy_(errors_BK.unflatten(0, (len(lane_counts), -1)).sum(1))
+    else:
+        gradients_ZK.copy_(torch.stack([lane_errors_BK.sum(0) for lane_errors_BK in errors]))
     return losses_B, is_correct_B
+
+
+def empty_gradients(num_lanes: int, num_params: int, device: torch.device) -> torch.Tensor:
+    """Make room for gradients, float32 [Z, P], zero: each begins at a multiple of 64 bytes, as products need it."""
+    return torch.zeros(num_lanes, -(-num_params // 16) * 16, device=device)[:, :num_params]
 
 
 def step(params_P: torch.Tensor, gradients_LP: torch.Tensor, num_images: int, learning_rate: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ S3 is reached by the usual settings: the query of the URI (`region`, `endpoint_o
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -88,7 +89,7 @@ def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tup
         EvaluationError: Of `error_class`, if a URI cannot be opened or names nothing, or a folder's is not UTF-8.
     """
     if is_uri(root):
-        return open_uri(option, root, error_class)
+        return open_uri(option, root, error_class)  # type: ignore[arg-type]  # a class is hashable
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
     if shown != root:  # pyarrow's file systems take text alone
         raise error_class(f"{option}: expected a folder whose name is UTF-8, got {shown}; choose another")
@@ -104,8 +105,11 @@ def is_inside(given: str, root: str) -> bool:
     return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
 
 
+@functools.cache
 def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a URI; nothing is asked of it yet, except an S3 bucket's region where none is given.
+    """Open the file system of a URI, once a process: a client looks for credentials, which can take seconds.
+
+    Nothing else is asked of it yet, except an S3 bucket's region where none is given.
 
     Args:
         option: That it came with, for the error.

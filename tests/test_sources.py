@@ -45,6 +45,7 @@ def lay_parquet(folder, keys):
 def lay_mock(keys):
     location = Location("uri", "mock:///bucket/digits")
     filesystem, root = location.filesystem
+    filesystem.delete_dir_contents("bucket", missing_dir_ok=True)  # of the test before: a URI is opened once a process
     for key in keys:
         filesystem.create_dir(f"{root}/{key}".rpartition("/")[0])
         with filesystem.open_output_stream(f"{root}/{key}") as stream:
