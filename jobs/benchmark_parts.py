@@ -321,7 +321,7 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
         plan,
         many,
         fit,
-        1,
+        frozenset(),
         Output("/nothing"),
         None,
         Clock(),

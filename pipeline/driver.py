@@ -126,7 +126,8 @@ def evaluate(
         if len(nodes) > 1:
             driver_cluster.check_paths(nodes, location, listing, output)
         results.prepare(output, overwrite=config.overwrite, resume=config.resume)
-        job = Job(config, listing, target, plan, shards, fit, len(nodes), output, cache, clock, on_progress)
+        node_ids = frozenset(node.node_id for node in nodes)
+        job = Job(config, listing, target, plan, shards, fit, node_ids, output, cache, clock, on_progress)
         return _run(job)
 
 
@@ -188,8 +189,8 @@ def _run(job: Job) -> dict[str, Any]:
         num_epochs = len(training.history)
         actors: list[Actor] = []
         try:
-            node_ids = [node.node_id for node in driver_cluster.working_nodes()]
-            actors, started = driver_ray.start_actors(job.plan, job.fit, node_ids, job.config.scratch)
+            working = [node.node_id for node in driver_cluster.working_nodes()]
+            actors, started = driver_ray.start_actors(job.plan, job.fit, working, job.config.scratch)
             tally = feed(job, actors, started)
             _check_images(job, tally, fingerprint)
             if num_deaths == 0:
@@ -207,7 +208,7 @@ def _run(job: Job) -> dict[str, Any]:
             # What died may have been a node, so what is left is looked at again.
             nodes = driver_cluster.living_nodes()
             fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
-            job = replace(job, fit=fit, num_nodes=len(nodes))
+            job = replace(job, fit=fit, node_ids=frozenset(node.node_id for node in nodes))
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             _save(job, training, fingerprint)
             raise
@@ -363,7 +364,7 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
         "num_shards": len(job.shards),
         "learning_rate": training.learning_rate,
         "stopped_by": metrics.stop_reason(job.config, training.history),
-        "num_nodes": job.num_nodes,
+        "num_nodes": len(job.node_ids),
         "actors": {
             "number": job.fit.num_actors,
             "gpus_each": job.fit.gpus_per_actor,

@@ -22,7 +22,7 @@ from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.decode import Header, Target
 from pipeline.driver_ray import Actor, PartRecord, Ref
-from pipeline.errors import DataError
+from pipeline.errors import ActorLostError, DataError
 from pipeline.files import Location, display
 from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
@@ -47,7 +47,7 @@ class Job:
     plan: Plan
     shards: list[Shard]
     fit: Fit
-    num_nodes: int
+    node_ids: frozenset[str]
     output: Output
     cache: Cache | None
     clock: Clock
@@ -238,6 +238,9 @@ class _Feeding:
         if time.monotonic() - self.looked_at_s > _LOOK_SECONDS:
             self.looked_at_s = time.monotonic()
             self.max_in_flight = most_in_flight(self.job.plan, self.job.shards, driver_ray.cluster_resources())
+            # Ray waits for good with an actor that no node has room for since one died.
+            if len(self.tally.devices) < len(self.actors) and (gone := self.job.node_ids - driver_ray.living_ids()):
+                raise ActorLostError(f"an actor: expected it to start, got the death of {len(gone)} nodes")
         num_done = self.tally.num_decoded.total() + self.tally.num_skipped
         return self.job.show("decode", num_done, self.job.listing.num_images)
 

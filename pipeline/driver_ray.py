@@ -115,6 +115,11 @@ def cluster_resources() -> dict[str, float]:
     return resources
 
 
+def living_ids() -> set[str]:
+    """Return Ray's ids of the living nodes."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) -> tuple[list[Actor], list[Ref]]:
     """Start the actors and let them meet.
 

@@ -89,7 +89,7 @@ def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tup
         EvaluationError: Of `error_class`, if a URI cannot be opened or names nothing, or a folder's is not UTF-8.
     """
     if is_uri(root):
-        return open_uri(option, root, error_class)  # type: ignore[arg-type]  # a class is hashable
+        return open_uri(option, root, error_class)
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
     if shown != root:  # pyarrow's file systems take text alone
         raise error_class(f"{option}: expected a folder whose name is UTF-8, got {shown}; choose another")
@@ -105,11 +105,8 @@ def is_inside(given: str, root: str) -> bool:
     return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
 
 
-@functools.cache
 def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a URI, once a process: a client looks for credentials, which can take seconds.
-
-    Nothing else is asked of it yet, except an S3 bucket's region where none is given.
+    """Open the file system of a URI; nothing is asked of it yet, except an S3 bucket's region where none is given.
 
     Args:
         option: That it came with, for the error.
@@ -119,23 +116,29 @@ def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple
     Returns:
         The file system, and the path on it.
     """
-    parts = urlsplit(uri)
-    query = dict(parse_qsl(parts.query))
-    is_anonymous = query.pop("anonymous", "false").lower() == "true"
     try:
-        if parts.scheme == "s3" and is_anonymous:  # which `from_uri` does not take
-            if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
-                query.setdefault("endpoint_override", endpoint)
-            filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{parts.netloc}{parts.path}"
-        else:
-            plain = parts._replace(query=urlencode(query)).geturl()
-            filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), uri)
+        filesystem, path = _connect(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError) as exc:
         raise error_class(f"{option}: expected a URI that can be opened, got {uri}; {exc}") from exc
-    path = path.rstrip("/")
     if not path:
         raise error_class(f"{option}: expected a URI that can be opened, got {uri}; name a bucket or folder")
     return filesystem, path
+
+
+# Once a process: a client that finds no credentials at hand looks for those of the machine, which can take seconds.
+@functools.cache
+def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
+    parts = urlsplit(uri)
+    query = dict(parse_qsl(parts.query))
+    is_anonymous = query.pop("anonymous", "false").lower() == "true"
+    if parts.scheme == "s3" and is_anonymous:  # which `from_uri` does not take
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+            query.setdefault("endpoint_override", endpoint)
+        filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{parts.netloc}{parts.path}"
+    else:
+        plain = parts._replace(query=urlencode(query)).geturl()
+        filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), uri)
+    return filesystem, path.rstrip("/")
 
 
 def persist(operation: Callable[[], Answer], what: str) -> Answer:
