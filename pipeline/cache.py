@@ -99,12 +99,21 @@ class _DamagedError(ValueError):
     """An entry that is not what was written."""
 
 
-def prepare(cache: Cache) -> None:
+def prepare(cache: Cache, others: Iterable[str] = ()) -> None:
     """Make the folder a cache, or see that it is one.
 
+    Args:
+        cache: The cache.
+        others: Folders and URIs, as of the dataset and the results, that it may be neither in nor around.
+
     Raises:
-        CacheError: If it holds anything else, or cannot be had.
+        CacheError: If it lies so, holds anything else, or cannot be had.
     """
+    for other in others:
+        if storage.is_inside(cache.root, other) or storage.is_inside(other, cache.root):
+            raise CacheError(
+                f"--cache {cache.root}: expected a folder apart from {other}, got one in or around it; choose another"
+            )
     process = _open(cache)
     filesystem, path = process.filesystem, process.path
     try:

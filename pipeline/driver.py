@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ from pipeline.decode import Target
 from pipeline.driver_cluster import Node, wait_for_nodes
 from pipeline.driver_feed import Found, Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
-from pipeline.errors import AccountError, ActorLostError, ClusterError, OutputError, TrainingError
+from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError, TrainingError
 from pipeline.files import Location
 from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
@@ -89,16 +88,17 @@ def evaluate(
         EvaluationError: One of the tree in `errors`, for everything that a user can mend.
     """
     clock = Clock()
+    # Actors have other working folders.
+    config = replace(config, scratch=storage.absolute_root("--scratch", config.scratch, OptionError))
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
+    data = [] if location.kind == "parquet" else [location.root]
+    if any(storage.is_inside(output.root, root) for root in data):
+        raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     cache = None
     if config.cache is not None:
         cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
-        prepare_cache(cache)
-    if (location.kind == "folder" and Path(output.root).resolve().is_relative_to(location.root)) or (
-        location.kind == "uri" and storage.is_inside(output.root, location.root)
-    ):
-        raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
+        prepare_cache(cache, [*data, output.root])
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
     look = _begin_look(location, config)
@@ -131,9 +131,11 @@ def evaluate(
         return _run(job)
 
 
-def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node]) -> Fit:
+def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node], *, is_on_disk: bool = False) -> Fit:
     resources = driver_cluster.total_resources(nodes)
     fit = fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
+    if is_on_disk:  # already, and how much of it actors that are ending still take is not to be told
+        return replace(fit, storage="disk")
     rooms = driver_cluster.find_rooms(nodes, fit, config.scratch)
     fit = replace(fit, storage=choose_storage(plan, fit.num_actors, rooms))
     if fit.storage == "disk":
@@ -205,8 +207,8 @@ def _run(job: Job) -> dict[str, Any]:
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
             # What died may have been a node, so what is left is looked at again.
             nodes = driver_cluster.living_nodes()
-            node_ids = frozenset(node.node_id for node in nodes)
-            job = replace(job, fit=_fit(job.config, job.plan, job.shards, nodes), node_ids=node_ids)
+            fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
+            job = replace(job, fit=fit, node_ids=frozenset(node.node_id for node in nodes))
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             _save(job, training, fingerprint)
             raise

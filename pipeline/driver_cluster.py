@@ -202,7 +202,9 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
     rooms = []
     for node, (memory_bytes, disk_bytes) in answers:
         if disk_bytes is None:
-            raise ClusterError(f"--scratch {scratch}: expected a folder on every node, got none on {node.address}")
+            raise ClusterError(
+                f"--scratch {scratch}: expected a folder on every node, got none on {node.address}; choose another"
+            )
         # Ray's figure leaves out its object store; a control group's limit it may not know of.
         memory_bytes = min(node.resources.get("memory", math.inf), memory_bytes)
         rooms.append(Room(node.address, memory_bytes, disk_bytes, num_each))
@@ -237,9 +239,6 @@ def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: 
 
 
 def _measure_room(scratch: str) -> tuple[float, float | None]:
-    """Return the memory that this process's control groups leave, after Ray's own share, and the free disk."""
-    try:
-        disk_bytes: float | None = shutil.disk_usage(scratch).free
-    except OSError:
-        disk_bytes = None
+    """Return the memory that this process's control groups leave, after Ray's own share, and the free disk, if any."""
+    disk_bytes = shutil.disk_usage(scratch).free if Path(scratch).is_dir() else None
     return driver_connect.memory_limit() * (1 - driver_connect.STORE_SHARE), disk_bytes

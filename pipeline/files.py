@@ -100,7 +100,10 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         from pipeline import download
 
         return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
-    root, pattern = split_glob(storage.plain_path(data))
+    data = storage.plain_path(data)
+    # A path that is there is meant, even if it reads as a pattern.
+    is_there = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111 - of what can be no path, too
+    root, pattern = (data, "") if is_there else split_glob(data)
     if storage.is_uri(root):
         return Location("uri", storage.trimmed(root), pattern)
     try:

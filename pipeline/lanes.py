@@ -101,7 +101,8 @@ class Lanes:
             if len(rest_R):
                 images_ND, labels_N = torch.cat((rest_RD, images_ND)), torch.cat((rest_R, labels_N))
             cut = len(labels_N) // lane_rows * lane_rows
-            yield from zip(images_ND[:cut].split(lane_rows), labels_N[:cut].split(lane_rows), strict=True)
+            if cut:  # of no rows, torch makes one piece all the same
+                yield from zip(images_ND[:cut].split(lane_rows), labels_N[:cut].split(lane_rows), strict=True)
             rest_RD, rest_R = images_ND[cut:], labels_N[cut:]
         if len(rest_R):
             yield rest_RD, rest_R

@@ -295,7 +295,7 @@ def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, floa
 
 
 def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storage:
-    """Choose memory where the images fit every node's, else disk.
+    """Choose memory where the images fit every node's, else disk, for all nodes alike.
 
     Args:
         plan: The job's plan.
@@ -307,13 +307,13 @@ def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storag
     """
     # Lanes and parts are dealt to actors in turn: one may have one more than another.
     share = -(-plan.num_lanes // num_actors) / plan.num_lanes
-    storage: Storage = "memory"
-    for room in rooms:
-        num_bytes = plan.held_bytes * min(1.0, share * room.num_actors)
-        if num_bytes <= _MEMORY_SHARE * room.memory_bytes:
-            continue
+    needed = [plan.held_bytes * min(1.0, share * room.num_actors) for room in rooms]
+    is_short = [num_bytes > _MEMORY_SHARE * room.memory_bytes for room, num_bytes in zip(rooms, needed, strict=True)]
+    if not any(is_short):
+        return "memory"
+    for room, num_bytes, is_it_short in zip(rooms, needed, is_short, strict=True):
         # Without training nothing is kept that disk could keep.
-        if not plan.has_training or num_bytes > _DISK_SHARE * room.disk_bytes:
+        if num_bytes > _DISK_SHARE * room.disk_bytes if plan.has_training else is_it_short:
             advice = "--epochs 0, a smaller --size" if plan.has_training else "a smaller --size"
             disk = f" or {room.disk_bytes / 2**30:.1f} on disk" if plan.has_training else ""
             raise ClusterError(
@@ -321,8 +321,7 @@ def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storag
                 f"{_MEMORY_SHARE * room.memory_bytes / 2**30:.1f} in memory{disk}; give {advice}, more nodes, or "
                 "another --scratch"
             )
-        storage = "disk"
-    return storage
+    return "disk"
 
 
 def _cut(

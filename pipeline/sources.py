@@ -19,7 +19,16 @@ import pyarrow as pa
 from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.errors import DataError
-from pipeline.files import IMAGE_ENDINGS, Location, display, ending, is_image_name, list_files, list_folder
+from pipeline.files import (
+    ARCHIVE_ENDINGS,
+    IMAGE_ENDINGS,
+    Location,
+    display,
+    ending,
+    is_image_name,
+    list_files,
+    list_folder,
+)
 from pipeline.splits import Split, is_held_out, people_order, valid_names
 
 _LISTING = pa.schema([("key", pa.binary()), ("label", pa.int32())])
@@ -100,7 +109,7 @@ def list_dataset(location: Location, config: Config) -> Listing:
     """List every image of both splits, sorted, with the classes as people sort them.
 
     Raises:
-        DataError: If splits, classes or images are missing, or the two splits' classes differ.
+        DataError: If splits, classes or images are missing, the splits' classes differ, or archives lie between them.
     """
     ignored: Counter[str] = Counter()
     folders = list_folder(location, b"", ignored)
@@ -127,6 +136,12 @@ def list_dataset(location: Location, config: Config) -> Listing:
         train, valid = _hold_out(_list_classes(location, b"", config, ignored), config.valid_fraction)
         where = {"train": "the training share", "valid": "the held-out share"}
     classes = _check_classes(location, train, valid, where)
+    if archived := sorted(ignored.keys() & ARCHIVE_ENDINGS):
+        raise DataError(
+            f"{location.root}: expected either class folders of images or archives, got images and "
+            f"{ignored[archived[0]]} {archived[0]} beside them; move one of them elsewhere, or name the archives by a "
+            f"glob such as **/*{archived[0]}"
+        )
     return Listing(
         location,
         tuple(display(name) for name in classes),
@@ -152,14 +167,13 @@ def list_archives(
         config: The options.
 
     Raises:
-        DataError: If classes or images are missing, or the two splits' classes differ.
+        DataError: If classes or images are missing, the two splits' classes differ, or splits go by several names.
     """
     counts: dict[Split, Counter[bytes]] = {"train": Counter(), "valid": Counter()}
     ignored = Counter(num_ignored)
-    split_names: set[str] = set()
-    for archive, scan, _ in found:
+    valid_split = _check_split_names(found, config)
+    for _, scan, _ in found:
         ignored.update(scan.num_ignored)
-        split_names.update([archive.split_name] if archive.split_name else scan.split_names)
         for split, num_images in scan.num_images.items():
             counts[split].update({name.encode(): number for name, number in num_images.items()})
     names = {display(name) for split in counts.values() for name in split}
@@ -186,8 +200,28 @@ def list_archives(
             )
         )
 
-    valid_split = next((name for name in sorted(split_names) if name in valid_names(config)), config.valid_split)
     return Listing(location, classes, rows("train"), rows("valid"), valid_split, dict(sorted(ignored.items())))
+
+
+def _check_split_names(found: Sequence[tuple[Archive, Scan, Any]], config: Config) -> str:
+    """Return what all archives call the validation split; each alone was found to have at most one of each split."""
+    named: dict[str, str] = {}
+    for archive, scan, _ in found:
+        for name in [archive.split_name] if archive.split_name else scan.split_names:
+            named.setdefault(name, archive.path)
+    valid = [name for name in valid_names(config) if name in named]
+    if config.valid_fraction is not None and len(named) > 1:
+        (one, path), (other, other_path), *_ = named.items()
+        raise DataError(
+            f"--valid-fraction: expected a dataset without splits, got folders {one} in {path} and {other} in "
+            f"{other_path}; leave the option out, or choose files by a glob"
+        )
+    if len(valid) > 1:
+        raise DataError(
+            f"--valid-split: expected one name for the split in all files, got {valid[0]} in {named[valid[0]]} and "
+            f"{valid[1]} in {named[valid[1]]}; name the one that is meant, or choose files by a glob"
+        )
+    return valid[0] if valid else config.valid_split
 
 
 def _find_valid_split(location: Location, folders: list[bytes], config: Config) -> str:

@@ -96,9 +96,11 @@ def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tup
     return pafs.LocalFileSystem(), root
 
 
-def is_inside(uri: str, root: str) -> bool:
-    """Say whether a URI is that of `root`, or below it, whatever their queries say."""
-    inner, outer = urlsplit(uri), urlsplit(root)
+def is_inside(given: str, root: str) -> bool:
+    """Say whether a folder or URI is `root`, or below it, whatever links lead there and their queries say."""
+    if not is_uri(given) and not is_uri(root):
+        return Path(given).resolve().is_relative_to(Path(root).resolve())
+    inner, outer = urlsplit(given), urlsplit(root)
     path = f"{inner.path.rstrip('/')}/"
     return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
 

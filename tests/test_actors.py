@@ -1,6 +1,7 @@
 """Actors without Ray: alone in this process, and several in processes of their own that meet through gloo."""
 
 import io
+import itertools
 import os
 import pickle
 import random
@@ -19,14 +20,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from test_lanes import order_in_a_loop
 from torch.nn.functional import cross_entropy
 
-from pipeline import actors, sgd
+from pipeline import actors, sgd, shards
 from pipeline.actors import LaneActor
 from pipeline.config import Config
-from pipeline.decode import Target, decode_shard
+from pipeline.decode import Target
 from pipeline.errors import ActorLostError, EvaluationError
 from pipeline.files import Location
+from pipeline.loading import Loader, load_shard, owners
 from pipeline.metrics import epoch_metric
 from pipeline.shards import make_plan
 from pipeline.sources import Listing
@@ -36,8 +39,9 @@ CLASSES = ("a", "b", "c")
 NUM_TRAIN, NUM_VALID = 203, 41
 TARGET = Target(4, 5, "L")
 # Images that cannot be decoded: among others a whole shard of each split, the first and the last image.
-HOLES = {"train": {0, 7, 8, 9, 50, 100, 202, *range(3, 203, 24)}, "valid": {*range(10), 20, 40}}
+HOLES = {"train": frozenset((0, 6, 7, 8, 9, 10, 202, *range(3, 203, 24))), "valid": frozenset((*range(10), 20, 40))}
 ANSWER_SECONDS = 60
+CHUNK_BYTES = 5 * TARGET.num_values  # so that a lane has several chunks
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +52,17 @@ def _threads():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """As in the other processes."""
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", CHUNK_BYTES)
+
+
 def serve():
     """Be a process with one actor at a time: calls come on standard input, answers go to standard output."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # gloo writes there that it is connected
+    shards._CHUNK_BYTES = CHUNK_BYTES
     actor = None
     while True:
         try:
@@ -62,7 +73,8 @@ def serve():
             if method == "start":
                 if dist.is_initialized():
                     dist.destroy_process_group()
-                actor, answer = LaneActor(*args, is_on_gpu=False), None
+                *plan_and_rank, scratch = args
+                actor, answer = LaneActor(*plan_and_rank, is_on_gpu=False, scratch=scratch), None
             else:
                 answer = getattr(actor, method)(*args)
         except EvaluationError as exc:
@@ -111,14 +123,14 @@ def as_group(actor):
     return [lambda method, *args: partial(getattr(actor, method), *args)]
 
 
-def alone(plan):
+def alone(plan, scratch=None):
     """One actor in this process that holds all lanes."""
-    return as_group(LaneActor(plan, 0, 1, is_on_gpu=False))
+    return as_group(LaneActor(plan, 0, 1, is_on_gpu=False, scratch=scratch))
 
 
-def together(started, plan):
+def together(started, plan, scratch=None):
     """Actors in processes, in one group."""
-    asked = [call(process, "start", plan, rank, len(started)) for rank, process in enumerate(started)]
+    asked = [call(process, "start", plan, rank, len(started), scratch) for rank, process in enumerate(started)]
     assert [answer() for answer in asked] == [None] * len(started)
     group = [partial(call, process) for process in started]
     port = group[0]("open_store", HOST)()
@@ -146,30 +158,41 @@ def make_images(split):
 
 
 @cache
-def make_job(holes=True, **options):
-    """The plan, and for every shard its decoded table; holes are images that cannot be decoded."""
-    tables = {}
+def make_job(num_actors=1, holes=None, **options):
+    """The plan, and for every shard, by rank, the tables that actors get; `holes` are other ones of training."""
+    missing = {**HOLES, "train": HOLES["train"] if holes is None else holes}
+    location, tables = Location("uri", "mock:///data"), {}
+    filesystem, root = location.filesystem
     for split in ("train", "valid"):
-        labels_N = make_images(split)[2]
+        files, _, labels_N = make_images(split)
+        filesystem.create_dir(f"{root}/{split}")
+        for row, data in enumerate(files):
+            with filesystem.open_output_stream(f"{root}/{split}/{row}.png") as stream:
+                stream.write(b"" if row in missing[split] else data)
         keys = pa.array([b"%s/%d.png" % (split.encode(), row) for row in range(len(labels_N))])
         tables[split] = pa.table({"key": keys, "label": pa.array(labels_N, pa.int32())})
-    listing = Listing(Location("folder", "/"), CLASSES, tables["train"], tables["valid"], "valid", {})
+    listing = Listing(location, CLASSES, tables["train"], tables["valid"], "valid", {})
     config = Config(**{"shard_images": 3, "batch_size": 32, "epochs": 2, **options})
-    plan, shards = make_plan(config, listing, TARGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_MIN_PART_IMAGES", 6)
+        plan, cut = make_plan(config, listing, TARGET)
+    loader = Loader(location, TARGET, CLASSES, plan.deal, num_actors, None)
     decoded = []
-    for shard in shards:
-        rows = tables[shard.split].take(pa.array(shard.rows)).combine_chunks()
-        files = make_images(shard.split)[0]
-        data = [b"" if holes and row in HOLES[shard.split] else files[row] for row in shard.rows]
-        made = decode_shard(rows["key"].chunk(0), rows["label"].chunk(0), data, TARGET)
-        assert len(made.table) + len(made.faults) == len(shard.rows)
-        decoded.append((shard, made.table))
+    for shard in cut:
+        is_train = shard.split == "train"
+        ranks = owners(plan.deal, num_actors, shard) if is_train else [shard.part % num_actors]
+        rows = tables[shard.split].slice(shard.start, shard.num_images)
+        given, _, made = load_shard(loader, shard, rows, None)
+        assert len(made.table) + len(made.faults) == shard.num_images
+        decoded.append((shard, dict(zip(ranks, given, strict=True))))
     return plan, decoded
 
 
 def feed(group, decoded):
-    for shard, table in decoded:
-        group[shard.group % len(group)](f"add_{shard.split}", shard.group, shard.offset, table)()
+    for shard, tables in decoded:
+        where = (shard.start,) if shard.split == "train" else (shard.part, shard.offset)
+        for rank, table in tables.items():
+            group[rank](f"add_{shard.split}", *where, table)()
 
 
 def run(group, plan, decoded, num_epochs=2):
@@ -225,23 +248,17 @@ def centre():
     return (kept("train")[0] / 255).mean(0)
 
 
-def train_in_a_loop(plan, decoded, num_epochs):
+def train_in_a_loop(plan, num_epochs):
     """Train as the design says, in float64 and with autograd; the parameters, and of the last epoch its figures."""
     params_P = sgd.initial_params(3, TARGET.num_values, plan.seed).double()
-    lanes = [[] for _ in range(plan.num_lanes)]
-    for shard, _ in decoded:
-        if shard.split == "train":
-            lanes[shard.group] += shard.rows
-    lanes = [kept("train", rows) for rows in lanes]
     lane_rows = plan.batch_size // plan.num_lanes
+    rows = [row for row in range(NUM_TRAIN) if row not in HOLES["train"]]
     mean_squared_norm = ((kept("train")[0] / 255 - centre()) ** 2).sum(1).mean()
     for epoch in range(1, num_epochs + 1):
-        orders = [sgd.lane_order(plan.seed, epoch, lane, len(rows[1])).numpy() for lane, rows in enumerate(lanes)]
+        orders = [order_in_a_loop(plan, rows, lane, epoch, plan.num_chunks) for lane in range(plan.num_lanes)]
         losses, norms, num_correct = 0.0, [], 0
         for start in range(0, max(map(len, orders)), lane_rows):
-            chosen = [order[start : start + lane_rows] for order in orders]
-            images_BD = np.concatenate([images_ND[rows] for (images_ND, _), rows in zip(lanes, chosen, strict=True)])
-            labels_B = np.concatenate([labels_N[rows] for (_, labels_N), rows in zip(lanes, chosen, strict=True)])
+            images_BD, labels_B = kept("train", [row for order in orders for row in order[start : start + lane_rows]])
             params_P.requires_grad_()
             logits_BK = torch.tensor(images_BD / 255 - centre()) @ params_P[:-3].view(3, -1).T + params_P[-3:]
             loss = cross_entropy(logits_BK, torch.tensor(labels_B))
@@ -254,13 +271,12 @@ def train_in_a_loop(plan, decoded, num_epochs):
     return params_P.numpy(), losses / num_images, num_correct / num_images, np.mean(norms), len(norms)
 
 
-def test_the_job_has_whole_shards_missing_and_parts_and_lanes_of_several_shards():
+def test_the_job_has_shards_without_an_image_and_lanes_of_chunks_and_parts_of_shards():
     plan, decoded = make_job()
-    shards = {split: [shard for shard, _ in decoded if shard.split == split] for split in ("train", "valid")}
-    assert {shard.split for shard, table in decoded if len(table) == 0} == {"train", "valid"}
-    assert {len(shard.rows) - len(table) for shard, table in decoded} == {0, 1, 2, 3}
-    assert len(shards["train"]) > plan.num_lanes == 8
-    assert len(shards["valid"]) > len(plan.part_sizes) == 8
+    lost = [(shard.split, shard.num_images - len(table)) for shard, tables in decoded for table in tables.values()]
+    assert set(lost) == set(itertools.product(("train", "valid"), range(4)))
+    assert (plan.num_lanes, plan.num_chunks, len(plan.part_sizes)) == (8, 6, 7)
+    assert any(len(table) == 0 for shard, tables in make_job(3)[1] for table in tables.values() if len(tables) > 1)
 
 
 def test_the_means_are_those_of_numpy_without_the_skipped_images():
@@ -275,10 +291,10 @@ def test_the_means_are_those_of_numpy_without_the_skipped_images():
 @pytest.mark.parametrize("holes", [False, True])
 def test_training_is_that_of_a_plain_loop(monkeypatch, batch_size, holes):
     if not holes:
-        monkeypatch.setitem(HOLES, "train", set())
-    plan, decoded = make_job(holes, batch_size=batch_size)
+        monkeypatch.setitem(HOLES, "train", frozenset())
+    plan, decoded = make_job(holes=HOLES["train"], batch_size=batch_size)
     got = run(alone(plan), plan, decoded)
-    params_P, loss, accuracy, norm, num_steps = train_in_a_loop(plan, decoded, 2)
+    params_P, loss, accuracy, norm, num_steps = train_in_a_loop(plan, 2)
     np.testing.assert_allclose(got["params"][1][0], params_P, atol=1e-5)
     last = got["history"][1]
     assert (last.epoch, last.num_steps, last.train_accuracy) == (2, num_steps, accuracy)
@@ -328,7 +344,7 @@ def test_parts_are_scored_as_a_loop_does():
 
 @pytest.mark.parametrize("num_actors", [2, 3])
 def test_several_actors_give_the_bits_of_one(processes, num_actors):
-    plan, decoded = make_job()
+    plan, decoded = make_job(num_actors)
     got = run(together(processes(num_actors), plan), plan, decoded)
     assert_same(got, reference())
     assert [[params_P is None for params_P in params] for params in got["params"]] == [
@@ -336,10 +352,30 @@ def test_several_actors_give_the_bits_of_one(processes, num_actors):
     ] * 2
 
 
+def test_images_on_disk_give_the_bits_of_memory_and_leave_nothing(tmp_path):
+    plan, decoded = make_job()
+    actor = LaneActor(plan, 0, 1, is_on_gpu=False, scratch=str(tmp_path))
+    assert actor.describe() == ("cpu", "disk")
+    assert_same(run(as_group(actor), plan, decoded), reference())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_actors_give_the_bits_of_one_from_disk(processes, tmp_path):
+    plan, decoded = make_job(2)
+    assert_same(run(together(processes(2), plan, str(tmp_path)), plan, decoded), reference())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_the_listing_is_cut_does_not_change_a_bit():
+    plan, decoded = make_job(shard_images=100)
+    assert_same(run(alone(plan), plan, decoded), reference())
+
+
 def test_an_actor_whose_lane_was_left_empty_takes_part(processes):
-    plan, decoded = make_job(lanes=3, batch_size=48, shard_images=100)
-    decoded = [(shard, table[: 0 if (shard.split, shard.group) == ("train", 2) else None]) for shard, table in decoded]
-    assert_same(run(together(processes(3), plan), plan, decoded), run(alone(plan), plan, decoded))
+    options = {"holes": frozenset(range(2, NUM_TRAIN, 3)), "lanes": 3, "batch_size": 48, "shard_images": 100}
+    plan, decoded = make_job(3, **options)
+    assert {len(tables[2]) for shard, tables in decoded if shard.split == "train"} == {0}
+    assert_same(run(together(processes(3), plan), plan, decoded), run(alone(plan), *make_job(1, **options)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -351,7 +387,7 @@ def test_the_order_in_which_shards_arrive_does_not_change_a_bit(seed):
 
 
 def test_several_actors_give_the_bits_of_one_in_another_order(processes):
-    plan, decoded = make_job()
+    plan, decoded = make_job(2)
     assert_same(run(together(processes(2), plan), plan, decoded[::-1]), reference())
 
 
@@ -383,7 +419,7 @@ def test_another_epoch_has_another_order():
 
 
 def test_records_hold_what_the_actors_own_lanes_and_parts_gave(processes):
-    plan, decoded = make_job()
+    plan, decoded = make_job(3)
     group = together(processes(3), plan)
     feed(group, decoded)
     ask_all(group, "finish_means")
@@ -402,7 +438,7 @@ def test_without_training_parts_have_distances_alone_and_no_training_image_is_ke
     group = as_group(actor)
     feed(group, decoded)
     np.testing.assert_equal(actor.finish_means(), reference()["means"][0])
-    assert actor._train.images_MD.numel() == 0
+    assert actor._train is None
     for part, expected in zip(score(group, plan), reference()["parts"], strict=True):
         assert list(part.scores) == ["nearest_mean_l1", "nearest_mean_rms"]
         np.testing.assert_equal(part.scores["nearest_mean_l1"], expected.scores["nearest_mean_l1"])
@@ -421,7 +457,10 @@ def test_a_part_is_forgotten_once_it_is_scored():
 
 def test_a_part_of_which_nothing_is_left_is_empty():
     plan, decoded = make_job()
-    empty = [(shard, table if shard.split == "train" else table[:0]) for shard, table in decoded]
+    empty = [
+        (shard, tables if shard.split == "train" else {rank: table[:0] for rank, table in tables.items()})
+        for shard, tables in decoded
+    ]
     [actor] = alone(plan)
     feed([actor], empty)
     actor("finish_means")()
@@ -434,7 +473,7 @@ def test_a_part_of_which_nothing_is_left_is_empty():
 
 @pytest.mark.parametrize("method", ["finish_means", "train_epoch"])
 def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
-    plan, decoded = make_job()
+    plan, decoded = make_job(2)
     started = processes(2)
     group = together(started, plan)
     feed(group, decoded)
@@ -474,7 +513,7 @@ def test_peers_that_do_not_come_are_lost_actors(monkeypatch, rank):
 def test_a_pretended_gpu_computes_on_the_cpu():
     plan, decoded = make_job()
     actor = LaneActor(plan, 0, 1, is_on_gpu=True)
-    assert actor.describe_device() == "cpu"
+    assert actor.describe() == ("cpu", "memory")
     assert_same(run(as_group(actor), plan, decoded), reference())
 
 
@@ -487,12 +526,13 @@ def test_an_actor_computes_on_one_thread():
 def test_actors_keep_nothing_of_the_tables_that_they_were_given():
     plan, decoded = make_job()
     [actor] = alone(plan)
-    for shard, table in decoded:
+    for shard, tables in decoded:
+        [table] = tables.values()
         stream = io.BytesIO()
         with pa.ipc.new_stream(stream, table.schema) as writer:
             writer.write_table(table)
         memory = bytearray(stream.getvalue())
-        feed([actor], [(shard, pa.ipc.open_stream(pa.py_buffer(memory)).read_all())])
+        feed([actor], [(shard, {0: pa.ipc.open_stream(pa.py_buffer(memory)).read_all()})])
         memory[:] = bytes(len(memory))  # as when the object store gives the memory to others
     actor("finish_means")()
     actor("begin_training", reference()["params"][1][0])()

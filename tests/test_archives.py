@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, Rows, find_archives, make_index, split_glob
+from pipeline.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, Rows, find_archives, make_index
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.files import split_glob
 from pipeline.splits import is_held_out
 
 LOCAL = pafs.LocalFileSystem()

@@ -253,6 +253,28 @@ def test_another_program_s_cache_is_refused(tmp_path):
         prepare(Cache(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("root", "other"),
+    [
+        ("{tmp}/data", "{tmp}/data"),
+        ("{tmp}/data/cache", "{tmp}/data"),
+        ("{tmp}/link/new/cache", "{tmp}/data"),
+        ("{tmp}", "{tmp}/data"),
+        ("s3://bucket/data/cache", "s3://bucket/data?region=eu-west-1"),
+        ("s3://bucket", "s3://bucket/data"),
+    ],
+)
+def test_a_cache_in_or_around_the_dataset_or_the_results_is_refused(tmp_path, root, other):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    cache = Cache.at(root.format(tmp=tmp_path))
+    with pytest.raises(
+        CacheError, match=r"^--cache .*: expected a folder apart from .*, got one in or around it; choo"
+    ):
+        prepare(cache, ["/elsewhere", other.format(tmp=tmp_path)])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "link"]
+
+
 @pytest.mark.parametrize("leave", ["nothing", "empty folder", "half a marker", "cache"])
 def test_a_new_folder_an_empty_one_and_a_cache_are_prepared(tmp_path, leave):
     root = tmp_path / "a" / "b"

@@ -28,6 +28,7 @@ from pipeline.decode import (
     choose_target,
     decode_image,
     decode_shard,
+    read_headers,
     sample_rows,
     skipped_table,
 )
@@ -36,6 +37,10 @@ from pipeline.files import ReadFault
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROW_OF_FOUR = Target(1, 4, "RGB")
+
+
+def target_of(images, **options):
+    return choose_target(Config(**options), read_headers(images))
 
 
 def save(image, image_format, **options):
@@ -320,7 +325,7 @@ def test_pixels_land_where_a_viewer_shows_them(image_format, orientation):
     pixels, is_resized = decode_image(data, Target(*shown.shape, "L"))
     assert np.abs(np.frombuffer(pixels, np.uint8).reshape(shown.shape) - shown).max() <= 4
     assert not is_resized
-    assert choose_target(Config(mode="L"), [data]) == Target(*shown.shape, "L")
+    assert target_of([data], mode="L") == Target(*shown.shape, "L")
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -399,7 +404,7 @@ def test_broken_metadata_leaves_good_pixels_good(name):
     table, faults, num_resized = decode_all([data], Target(*shown.shape, "L"))
     assert (faults, num_resized) == ([], 0)
     assert np.abs(table["image"].chunk(0).to_numpy_ndarray()[0].astype(int) - shown).max() <= 3
-    assert choose_target(Config(mode="L"), [data]) == Target(*shown.shape, "L")
+    assert target_of([data], mode="L") == Target(*shown.shape, "L")
 
 
 # Animations, sizes
@@ -501,7 +506,7 @@ def test_a_large_jpeg_that_is_cut_off_is_damaged_at_a_reduced_scale_too(kept):
 
 
 def test_the_scale_is_left_to_the_options():
-    assert choose_target(Config(draft=False), [blank(9, 7)]) == Target(9, 7, "L", draft=False)
+    assert target_of([blank(9, 7)], draft=False) == Target(9, 7, "L", draft=False)
     assert choose_target(Config(size="5x6", mode="L", draft=False), []) == Target(5, 6, "L", draft=False)
 
 
@@ -541,8 +546,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_auto_chooses_what_most_images_are(name):
     images, target = CHOICES[name]
-    assert choose_target(Config(), images) == target
-    assert choose_target(Config(), iter(images)) == target
+    assert target_of(images) == target
 
 
 @pytest.mark.parametrize(
@@ -550,20 +554,18 @@ def test_auto_chooses_what_most_images_are(name):
     [({"size": "5x6"}, Target(5, 6, "L")), ({"mode": "RGB"}, Target(9, 7, "RGB")), ({"mode": "L"}, Target(9, 7, "L"))],
 )
 def test_what_is_given_is_not_chosen(options, target):
-    assert choose_target(Config(**options), [blank(9, 7)]) == target
+    assert target_of([blank(9, 7)], **options) == target
 
 
-def test_no_image_is_looked_at_where_nothing_is_auto():
-    images = iter([blank(9, 7)])
-    assert choose_target(Config(size="5x6", mode="RGB"), images) == Target(5, 6, "RGB")
-    assert len(list(images)) == 1
+def test_no_header_is_needed_where_nothing_is_auto():
+    assert choose_target(Config(size="5x6", mode="RGB"), []) == Target(5, 6, "RGB")
 
 
 @pytest.mark.parametrize("images", [[], [b""], [b"no image", ReadFault("unreadable", "Permission denied")]])
 @pytest.mark.parametrize("options", [{}, {"size": "5x6"}, {"mode": "L"}])
 def test_auto_needs_an_image_that_opens(images, options):
     with pytest.raises(DataError, match=r"--size auto: expected an image .*, got none that Pillow can open; .* --mode"):
-        choose_target(Config(**options), images)
+        target_of(images, **options)
 
 
 @pytest.mark.parametrize(
@@ -573,7 +575,7 @@ def test_auto_needs_an_image_that_opens(images, options):
 )
 def test_auto_chooses_by_headers_alone(data):
     # A sample of large PNG files would take the driver many seconds and their pixels' memory.
-    assert choose_target(Config(), [data]) == Target(60, 50, "L")
+    assert target_of([data]) == Target(60, 50, "L")
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 63, 64, 65, 1000, 12_396])
@@ -830,7 +832,7 @@ def test_mnist_is_decoded_as_pillow_and_numpy_do():
     with tarfile.open(DATA / "mnist_png.tgz", "r|gz") as archive:
         members = (member for member in archive if member.name.endswith(".png"))
         images = [archive.extractfile(member).read() for _, member in zip(range(200), members, strict=False)]
-    table, faults, num_resized = decode_all(images, choose_target(Config(), images))
+    table, faults, num_resized = decode_all(images, target_of(images))
     assert (faults, num_resized, len(table)) == ([], 0, 200)
     expected = [np.asarray(Image.open(io.BytesIO(data))) for data in images]
     np.testing.assert_array_equal(table["image"].combine_chunks().to_numpy_ndarray(), expected)

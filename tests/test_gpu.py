@@ -27,13 +27,13 @@ def to_device(*tensors):
 
 
 def train(params_P, images_ND, labels_N, num_epochs):
-    """Train on four lanes, rows dealt in turn, where the tensors are; the moved parameters and the last losses."""
+    """Train on four lanes where the tensors are; the moved parameters and the last losses."""
     params_P, num_images = params_P.clone(), len(images_ND)
     gradients_LP = torch.zeros(4, len(params_P), device=params_P.device)
-    for epoch in range(1, num_epochs + 1):
-        orders = [torch.arange(lane, num_images, 4) for lane in range(4)]
-        orders = [rows[sgd.lane_order(0, epoch, lane, len(rows))] for lane, rows in enumerate(orders)]
-        for rows_B, counts in sgd.batches(orders, 16, -(-len(orders[0]) // 16)):
+    numbers = torch.Generator().manual_seed(0)
+    for _ in range(num_epochs):
+        for rows_B in torch.randperm(num_images, generator=numbers).split(64):
+            counts = [len(rows) for rows in rows_B.tensor_split(4)]
             rows_B = rows_B.to(params_P.device)
             losses_B, _ = sgd.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
             sgd.step(params_P, gradients_LP, len(rows_B), 0.2)

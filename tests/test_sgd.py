@@ -21,8 +21,6 @@ STEPS = [
     (147, 5, [8] * 8),
     (783, 10, [8] * 4),
 ]
-# images of each lane, rows that each gives to a step
-LANES = [([32, 32], 16), ([33, 31, 32], 16), ([5, 0, 2], 2), ([1, 1, 1, 1, 1, 0, 0, 0], 16), ([7], 1), ([0, 9], 4)]
 
 
 @pytest.fixture
@@ -56,22 +54,15 @@ def autograd(params_P, images_BD, labels_B):
     return params_P.grad, losses_B.detach(), logits_BK.argmax(1) == labels_B
 
 
-def orders_of(sizes):
-    return [sgd.lane_order(0, 1, lane, size) + sum(sizes[:lane]) for lane, size in enumerate(sizes)]
-
-
-def steps_of(sizes, lane_rows):
-    return list(sgd.batches(orders_of(sizes), lane_rows, -(-max(sizes) // lane_rows)))
-
-
 def train(images_ND, labels_N, num_classes, num_epochs, *, lane_rows=16, learning_rate=0.5):
-    """Train on four lanes, rows dealt in turn."""
+    """Train on four lanes, in an order of our own."""
     params_P = sgd.initial_params(num_classes, images_ND.shape[1], 0)
     gradients_LP = torch.zeros(4, len(params_P))
-    lanes = [torch.arange(lane, len(images_ND), 4) for lane in range(4)]
-    for epoch in range(1, num_epochs + 1):
-        orders = [rows[sgd.lane_order(0, epoch, lane, len(rows))] for lane, rows in enumerate(lanes)]
-        for rows_B, counts in sgd.batches(orders, lane_rows, -(-len(lanes[0]) // lane_rows)):
+    numbers = torch.Generator().manual_seed(0)
+    for _ in range(num_epochs):
+        order = torch.randperm(len(images_ND), generator=numbers)
+        for rows_B in order.split(4 * lane_rows):
+            counts = [len(rows) for rows in rows_B.tensor_split(4)]
             sgd.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
             sgd.step(params_P, gradients_LP, len(rows_B), learning_rate)
     return params_P
@@ -166,37 +157,12 @@ def test_a_step_adds_lanes_in_their_order_and_leaves_them():
     assert gradients_LP.tolist() == [[1], [1e8], [-1e8], [3]]
 
 
-@pytest.mark.parametrize(("sizes", "lane_rows"), LANES)
-def test_batches_hold_every_row_once(sizes, lane_rows):
-    rows = [row for rows_B, _ in steps_of(sizes, lane_rows) for row in rows_B.tolist()]
-    assert sorted(rows) == list(range(sum(sizes)))
-
-
-@pytest.mark.parametrize(("sizes", "lane_rows"), LANES)
-def test_batches_take_each_lanes_next_rows(sizes, lane_rows):
-    steps = steps_of(sizes, lane_rows)
-    assert len(steps) == -(-max(sizes) // lane_rows)
-    for place, (rows_B, counts) in enumerate(steps):
-        expected = [order[place * lane_rows : (place + 1) * lane_rows] for order in orders_of(sizes)]
-        assert counts == [len(piece) for piece in expected]
-        assert rows_B.tolist() == torch.cat(expected).tolist()
-
-
-def test_lanes_that_ran_out_wait_for_those_of_other_actors():
-    steps = list(sgd.batches(orders_of([5, 3]), 2, 4))
-    assert [counts for _, counts in steps] == [[2, 2], [2, 1], [1, 0], [0, 0]]
-
-
-@pytest.mark.parametrize("num_images", [0, 1, 2, 999])
-def test_an_order_is_a_permutation(num_images):
-    assert sorted(sgd.lane_order(0, 1, 0, num_images).tolist()) == list(range(num_images))
-
-
-def test_orders_differ_by_seed_epoch_and_lane_and_come_again():
-    keys = list(itertools.product((0, 1, 2**63 - 1), (1, 2, 12), (0, 1, 2)))
-    orders = [sgd.lane_order(*key, 50).tolist() for key in keys]
-    assert len(set(map(tuple, orders))) == len(keys)
-    assert [sgd.lane_order(*key, 50).tolist() for key in keys] == orders
+def test_streams_of_neighbours_have_nothing_in_common_and_come_again():
+    keys = list(itertools.product((0, 1, 2**63 - 1), (1, 2, 12), ("weights", "order")))
+    seeds = [sgd.mix(*key) for key in keys]
+    assert len({seed >> 32 for seed in seeds}) == len(keys)
+    assert [sgd.mix(*key) for key in keys] == seeds
+    assert 0 <= min(seeds) <= max(seeds) < 2**63  # what torch takes
 
 
 def test_initial_params_are_small_normal_weights_and_no_bias():
@@ -219,7 +185,6 @@ def test_drawing_leaves_the_random_numbers_of_others_alone():
     expected = torch.rand(3)
     torch.manual_seed(5)
     sgd.initial_params(3, 50, 7)
-    sgd.lane_order(0, 1, 0, 50)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -4,6 +4,7 @@ import pickle
 import resource
 import socket
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.files import Location, ReadFault, display, locate, read_images
-from pipeline.sources import list_dataset
+from pipeline.sources import list_archives, list_dataset
 
 KEYS = [
     f"{split}/{name}/{number}.png" for split in ("train", "valid") for name in ("3", "7") for number in (1, 10, 2)
@@ -43,6 +45,7 @@ def lay_parquet(folder, keys):
 def lay_mock(keys):
     location = Location("uri", "mock:///bucket/digits")
     filesystem, root = location.filesystem
+    filesystem.delete_dir_contents("bucket", missing_dir_ok=True)  # of the test before: a URI is opened once a process
     for key in keys:
         filesystem.create_dir(f"{root}/{key}".rpartition("/")[0])
         with filesystem.open_output_stream(f"{root}/{key}") as stream:
@@ -662,6 +665,91 @@ def test_another_share_held_out_has_another_digest(tmp_path):
     location = lay(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
     digests = {list_dataset(location, Config(valid_fraction=fraction)).sha256 for fraction in (0.2, 0.3, 0.4)}
     assert len(digests) == 3
+
+
+# Archives
+
+
+@pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a.tar"], r"1 \.tar"),
+        (["train/a.TAR", "valid/3/b.tar"], r"2 \.tar"),
+        (["train/7/a.parquet", "b.tar"], r"1 \.parquet"),
+    ],
+)
+def test_archives_beside_images_are_refused(kind, names, found, tmp_path):
+    with pytest.raises(DataError, match=rf"either class folders of images or archives, got images and {found} beside"):
+        list_dataset(lay_as(kind, tmp_path, [*KEYS, *names]), Config())
+
+
+def test_archives_beside_class_folders_without_splits_are_refused(tmp_path):
+    location = lay(tmp_path, ["7/b.tar", *(f"{name}/{number}.png" for name in "37" for number in range(20))])
+    with pytest.raises(DataError, match=r"got images and 1 \.tar beside them; move one of them elsewhere, or name the"):
+        list_dataset(location, UNSPLIT)
+
+
+def make_found(*archives, num_images=3):
+    """Archives with what scans of them found; a name, the split that it says, the splits of folders inside."""
+    found = []
+    for name, split_name, split_names in archives:
+        archive = Archive("tar", f"/data/{name}", name, 0, None, None, split_name)
+        counts = {split: {"3": num_images, "7": num_images} for split in ("train", "valid")}
+        rows = dict.fromkeys(counts, (0, 2 * num_images))
+        found.append((archive, Scan(("3", "7"), counts, rows, split_names, {".txt": 1}), {"train": 0, "valid": 1}))
+    return found
+
+
+def list_found(*archives, **options):
+    return list_archives(Location("folder", "/data"), make_found(*archives), Counter({".md": 1}), Config(**options))
+
+
+@pytest.mark.parametrize(
+    ("archives", "valid_split"),
+    [
+        ([("a.tar", None, ("train", "val")), ("b.tar", None, ("train", "val"))], "val"),
+        ([("a.tar", None, ("train",)), ("b.tar", None, ("test",))], "test"),
+        ([("train.tar", "train", ()), ("validation.tar", "validation", ())], "validation"),
+    ],
+)
+def test_archives_are_put_together_in_their_order(archives, valid_split):
+    listing = list_found(*archives)
+    assert (listing.classes, listing.valid_split) == (("3", "7"), valid_split)
+    assert [rows.archive.name for rows in listing.train.files] == [name for name, _, _ in archives]
+    assert (listing.num_images, listing.row_groups("train")) == (24, [(0, 6), (0, 6)])
+    assert listing.num_ignored == {".md": 1, ".txt": 2}
+
+
+def test_archives_that_call_validation_by_two_names_are_refused():
+    archives = [("a.tar", None, ("train", "val")), ("b.tar", None, ("test",))]
+    with pytest.raises(
+        DataError, match=r"^--valid-split: expected one name .*, got val in /data/a\.tar and test in /data/b\.tar; name"
+    ):
+        list_found(*archives)
+    assert list_found(*archives, valid_split="val").valid_split == "val"
+
+
+@pytest.mark.parametrize("inside", [("train", "test"), ("test", "train"), ("val", "test")])
+def test_holding_out_beside_splits_of_several_archives_is_refused(inside):
+    archives = [(f"{name}.tar", None, (name,)) for name in inside]
+    with pytest.raises(
+        DataError, match=rf"^--valid-fraction: .*, got folders {inside[0]} in /data/{inside[0]}\.tar and"
+    ):
+        list_found(*archives, valid_fraction=0.2)
+
+
+def test_holding_out_of_one_split_of_several_archives_is_fine():
+    assert list_found(("a.tar", None, ("train",)), ("b.tar", None, ("train",)), valid_fraction=0.2).num_images == 24
+
+
+def test_a_path_that_is_there_is_meant_even_if_it_reads_as_a_pattern(tmp_path, monkeypatch):
+    for name in ("a{1,2}*", "b1"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = Location("folder", str((tmp_path / "a{1,2}*").resolve()))
+    assert locate(str(tmp_path / "a{1,2}*")) == locate("~/a{1,2}*") == there
+    assert locate(str(tmp_path / "b{1,2}*")) == Location("folder", str(tmp_path.resolve()), "b{1,2}*")
 
 
 # Between processes

@@ -109,10 +109,23 @@ def test_a_uri_that_cannot_be_opened_is_one_line(uri):
         ("s3://b/database", "s3://b/data", False),
         ("s3://c/data/out", "s3://b/data", False),
         ("gs://b/data/out", "s3://b/data", False),
+        ("/data/out", "s3://b/data", False),
+        ("s3://b/data", "/", False),
+        ("/data/out", "/data/", True),
+        ("/data", "/data", True),
+        ("/database", "/data", False),
+        ("/data/../out", "/data", False),
     ],
 )
-def test_what_is_inside_a_uri(inner, outer, is_inside):
+def test_what_is_inside_a_folder_or_uri(inner, outer, is_inside):
     assert storage.is_inside(inner, outer) is is_inside
+
+
+def test_a_folder_is_inside_another_through_links_too(tmp_path):
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    assert storage.is_inside(f"{tmp_path}/link/inner", f"{tmp_path}/real")
+    assert storage.is_inside(f"{tmp_path}/real/inner/new", f"{tmp_path}/link")
 
 
 @pytest.mark.ray
