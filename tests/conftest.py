@@ -10,8 +10,17 @@ import psutil
 import pytest
 from PIL import Image
 
+from pipeline import storage
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _forget_clients():
+    """A client is kept for a process, which is a whole job; here it would outlast its test."""
+    yield
+    storage._connect.cache_clear()
 
 
 @pytest.fixture(scope="session")
