@@ -157,10 +157,10 @@ class LaneActor:
         sums_KD, counts_K = distance.class_sums(images_ND, labels_N, self._plan.num_classes)
         self._sums_KD += sums_KD
         self._counts_K += counts_K
-        self._num_squares += distance.sum_squares(images_ND)
         lanes_N = torch.from_numpy(self._plan.deal.lanes(rows_N))
         self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
+            self._num_squares += distance.sum_squares(images_ND)
             if self._train is None:
                 self._train = self._make_lanes()
             self._train.put(rows_N, images_ND, labels_N)

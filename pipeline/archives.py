@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline import storage
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.files import ending, is_image_name
@@ -129,7 +130,7 @@ def find_archives(
     """
     root = root.rstrip("/") or "/"
     with reading(root):
-        at_root = filesystem.get_file_info(root)
+        at_root = storage.persist(lambda: filesystem.get_file_info(root), root)
     if at_root.type == pafs.FileType.NotFound:
         raise DataError(f"--data: expected a file or folder at {root}, got nothing; check the name")
     is_folder = at_root.type == pafs.FileType.Directory and not pattern
@@ -212,6 +213,11 @@ def reading(path: str) -> Iterator[None]:
         raise DataError(f"{path}: expected to read it, got {exc}; check the file and the connection") from exc
 
 
+def open_file(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
+    """Open a file to be read at any place."""
+    return storage.persist(lambda: filesystem.open_input_file(path), path)
+
+
 def is_local(filesystem: pafs.FileSystem) -> bool:
     """Say whether a small read costs microseconds, and not a request."""
     return bool(filesystem.type_name == "local")
@@ -238,7 +244,7 @@ def _search(filesystem: pafs.FileSystem, root: str, pattern: str) -> Iterator[tu
 def _list_folder(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, bool, pafs.FileInfo | None]]:
     with reading(path):
         if not is_local(filesystem):
-            for info in filesystem.get_file_info(pafs.FileSelector(path)):
+            for info in storage.persist(lambda: filesystem.get_file_info(pafs.FileSelector(path)), path):
                 yield info.base_name, info.type == pafs.FileType.Directory, info
             return
         # Arrow would look at every file of a class folder, before the first of them says what the folder is.

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 MARKER_FILE = "CACHEDIR.TAG"
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
 _OWNER = b"# Decoded images, kept by image-baseline; `python jobs/cache.py clear` removes them.\n"
-_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.arrow|\.[0-9a-f]{64}\.arrow\.\d+\.tmp")
-_MARKER_TEMPORARY = re.compile(r"\.CACHEDIR\.TAG\.\d+\.tmp")
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.arrow|\.[0-9a-f]{64}\.arrow\.[0-9a-f]+\.tmp")
+_MARKER_TEMPORARY = re.compile(r"\.CACHEDIR\.TAG\.[0-9a-f]+\.tmp")
 # Behind the stream: the layout's name, and zlib.crc32 of all before. Of the standard library's checksums it is the
 # fastest, 4 GB/s where sha256 makes 1.8 and blake2b 0.9, and chance, not malice, is what damages a file here.
 _TRAILER = struct.Struct("<8sI")

@@ -19,6 +19,7 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
+from pipeline import storage
 from pipeline.decode import DECODE_VERSION, Target
 from pipeline.errors import DataError
 from pipeline.files import Location, display
@@ -107,7 +108,8 @@ def _local_stamps(paths: Iterable[bytes]) -> Stamps:
 def _remote_stamps(location: Location, keys: pa.BinaryArray) -> Stamps:
     filesystem, root_path = location.filesystem
     try:
-        infos = filesystem.get_file_info([f"{root_path}/{display(key)}" for key in keys.to_pylist()])
+        paths = [f"{root_path}/{display(key)}" for key in keys.to_pylist()]
+        infos = storage.persist(lambda: filesystem.get_file_info(paths), location.root)
     except OSError as exc:
         raise DataError(
             f"{location.root}: expected to look up files, got {exc}; check the connection and run again"

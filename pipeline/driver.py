@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -117,18 +118,29 @@ def evaluate(
             on_progress(Progress("start", 0, 1, 0.0))
             wait([look], timeout=0.2)
         look_at = look.result()
+        nodes = driver_cluster.living_nodes()
+        if len(nodes) > 1:
+            driver_cluster.check_paths(nodes, location, _some_files(location, look_at), output)
         if isinstance(look_at, Found):
             look_at = driver_feed.list_archives(location, config, look_at, on_progress)
         listing, target = look_at
         plan, shards = make_plan(config, listing, target)
-        nodes = driver_cluster.living_nodes()
         fit = _fit(config, plan, shards, nodes)
-        if len(nodes) > 1:
-            driver_cluster.check_paths(nodes, location, listing, output)
         results.prepare(output, overwrite=config.overwrite, resume=config.resume)
         node_ids = frozenset(node.node_id for node in nodes)
         job = Job(config, listing, target, plan, shards, fit, node_ids, output, cache, clock, on_progress)
         return _run(job)
+
+
+def _some_files(location: Location, look: tuple[Listing, Target] | Found) -> list[bytes]:
+    """Choose some images, or archives, of a local folder by their names below the root."""
+    if location.kind != "folder":
+        return []
+    if isinstance(look, Found):
+        return [os.fsencode(os.path.relpath(look.archives[place].path, location.root)) for place in (0, -1)]
+    rows: Any = look[0].train  # a table, as archives are only found yet
+    keys = rows["key"]
+    return [keys[place].as_py() for place in (0, len(keys) // 2, len(keys) - 1)]
 
 
 def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node], *, is_on_disk: bool = False) -> Fit:
@@ -201,20 +213,29 @@ def _run(job: Job) -> dict[str, Any]:
                 _score(job, actors, tally)
             return _write(job, tally, training)
         except ActorLostError as exc:
+            _save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
-            # What died may have been a node, so what is left is looked at again.
-            nodes = driver_cluster.living_nodes()
-            fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
-            job = replace(job, fit=fit, node_ids=frozenset(node.node_id for node in nodes))
+            job = _fit_again(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             _save(job, training, fingerprint)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
             driver_ray.end_actors(actors)
+
+
+def _fit_again(job: Job) -> Job:
+    """Look at what is left of the cluster, since what died may have been a node."""
+    show = job.on_progress
+    driver_cluster.wait_for_gpus(job.config, lambda what, done, total: show(Progress(what, done, total, 0.0)))
+    nodes = driver_cluster.living_nodes()
+    fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
+    if job.fit.gpus_per_actor > 0 and fit.gpus_per_actor == 0:
+        logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
+    return replace(job, fit=fit, node_ids=frozenset(node.node_id for node in nodes))
 
 
 def _check_images(job: Job, tally: Tally, fingerprint: dict[str, Any]) -> None:
@@ -265,9 +286,9 @@ def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict
                 f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
                 f"{training.learning_rate:g}"
             )
-        training.history.append(row)
-        # Not a reference: it would be lost with the node of the first actor.
+        # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
         training.params = driver_ray.get(refs[0][1])
+        training.history.append(row)
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
             _save(job, training, fingerprint)
             last_saved = time.monotonic()
@@ -304,10 +325,10 @@ def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
         finished = driver_ray.wait_some(
             list(waiting),
             f"{len(waiting)} prediction files",
-            lambda: job.show("score", len(tally.parts), len(job.plan.part_sizes)),
+            lambda: job.show("score", len(tally.digests), len(job.plan.part_sizes)),
         )
         for done in finished:
-            tally.parts[waiting.pop(done)] = driver_ray.get(done)
+            tally.take_part(waiting.pop(done), driver_ray.get(done))
 
 
 def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
@@ -315,21 +336,20 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
     job.clock.enter("write")
     listing, output = job.listing, job.output
     num_train, num_valid = tally.num_decoded["train"], tally.num_decoded["valid"]
-    records = [tally.parts[part] for part in sorted(tally.parts)]
-    confusions = {
-        name: np.sum([record.confusions[name] for record in records], axis=0) for name in records[0].confusions
-    }
+    confusions = tally.confusions
     for name, confusion_KK in confusions.items():
         num_scored = int(confusion_KK.sum())
-        if num_scored != num_valid or num_train + num_valid + tally.num_skipped != listing.num_images:
+        is_right = num_scored == num_valid and int(tally.counts_K.sum()) == num_train
+        if not is_right or num_train + num_valid + tally.num_skipped != listing.num_images:
             raise AccountError(
-                f"{name}: expected {listing.num_images} listed images, got {num_train} trained on, {num_scored} scored "
-                f"and {tally.num_skipped} skipped; this is a fault of the program, please report it"
+                f"{name}: expected {listing.num_images} listed images, got {num_train} to train on "
+                f"({tally.counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
+                f"{tally.num_skipped} skipped; run again, and if it comes again report it"
             )
     rows = [
         row for name, counts_KK in confusions.items() for row in metrics.accuracies(name, listing.classes, counts_KK)
     ]
-    digests = {f"part-{part:05d}": record.digest for part, record in tally.parts.items()}
+    digests = {f"part-{part:05d}": digest for part, digest in tally.digests.items()}
     tables = {
         "metrics": results.metrics_table(rows),
         "confusion": results.confusion_table(listing.classes, confusions),

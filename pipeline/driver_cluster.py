@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,14 +26,12 @@ from pipeline import driver_connect, driver_ray, files, storage
 from pipeline.config import Config
 from pipeline.errors import ClusterError, DataError, OutputError
 from pipeline.files import Location
-from pipeline.results import Output
+from pipeline.results import RUN_FILE, Output
 from pipeline.shards import Fit, Room
-from pipeline.sources import ArchivedRows, Listing
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
-_NUM_SEEN = 3
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,11 @@ def wait_for_nodes(config: Config, on_tick: Callable[[str, int, int], None]) -> 
     if len(working_nodes()) < config.min_nodes:
         bundles = [{"CPU": 0.01}] * config.min_nodes
         _wait_for(config, bundles, "STRICT_SPREAD", lambda: len(working_nodes()), config.min_nodes, "nodes", on_tick)
+    wait_for_gpus(config, on_tick)
+
+
+def wait_for_gpus(config: Config, on_tick: Callable[[str, int, int], None]) -> None:
+    """Wait for the GPUs that `--device cuda` needs, as `wait_for_nodes` does; also after a node with some has died."""
     num_gpus = -(-(config.actors or 1) // int(1 / config.gpus_per_actor))
     if config.device == "cuda" and _num_gpus() < num_gpus:
         _wait_for(config, [{"GPU": 1.0}] * num_gpus, "SPREAD", _num_gpus, num_gpus, "GPUs", on_tick)
@@ -131,21 +133,24 @@ def _wait_for(
         remove_placement_group(group)
 
 
-def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, output: Output) -> None:
+def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes], output: Output) -> None:
     """See that every node finds the same files under a local `--data`, and the driver's under a local `--out`.
+
+    Args:
+        nodes: All of them.
+        location: The dataset.
+        names: Some of its files, below a local root; none for a URI.
+        output: Where the results go.
 
     Raises:
         DataError: If a node lacks images of the dataset.
         OutputError: If a node does not see the results' folder.
     """
-    images = None
-    if location.kind == "folder":
-        images = _some_files(location, listing)
-    sizes = [] if images is None else files.file_sizes(location, images)
+    sizes = files.file_sizes(location, names)
     marker = None
     try:
         if not storage.is_uri(output.root):
-            marker = Path(output.root, f".{secrets.token_hex(8)}.tmp")
+            marker = Path(output.root, f".{RUN_FILE}.{secrets.token_hex(8)}.tmp")
             try:
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
@@ -153,7 +158,7 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
                 raise OutputError(
                     f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
                 ) from exc
-        answers = _ask(nodes, "a look at the files", _look, location, images, str(marker) if marker else None)
+        answers = _ask(nodes, "a look at the files", _look, location, names, str(marker) if marker else None)
         for node, (seen_sizes, sees_marker) in answers:
             if seen_sizes != sizes:
                 raise DataError(
@@ -170,19 +175,8 @@ def check_paths(nodes: Sequence[Node], location: Location, listing: Listing, out
             marker.unlink(missing_ok=True)
 
 
-def _some_files(location: Location, listing: Listing) -> pa.BinaryArray:
-    """Choose some images, or archives, by their names below the root."""
-    if isinstance(listing.train, ArchivedRows):
-        chosen = (listing.train.files[0], listing.train.files[-1])
-        return pa.array([os.path.relpath(rows.archive.path, location.root).encode() for rows in chosen], pa.binary())
-    last = len(listing.train) - 1
-    rows = pa.array(sorted({place * last // (_NUM_SEEN - 1) for place in range(_NUM_SEEN)}))
-    return listing.train["key"].take(rows).combine_chunks()
-
-
-def _look(location: Location, images: pa.BinaryArray | None, marker: str | None) -> tuple[list[int], bool]:
-    sizes = [] if images is None else files.file_sizes(location, images)
-    return sizes, marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
+def _look(location: Location, names: Sequence[bytes], marker: str | None) -> tuple[list[int], bool]:
+    return files.file_sizes(location, names), marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
 
 
 def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:

@@ -23,6 +23,7 @@ import ray._private.node
 import ray._private.ray_constants
 import ray._private.services
 import ray._private.utils
+import ray.exceptions
 
 from pipeline.errors import ClusterError
 
@@ -65,7 +66,7 @@ def connected(address: str | None) -> Iterator[bool]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as exc:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as exc:
             where = f"--address {address}" if address else "Ray"
             raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
         finally:
@@ -117,7 +118,7 @@ def _check_address(address: str | None) -> None:
 
 @contextmanager
 def _fewer_services() -> Iterator[None]:
-    """Have a Ray that is started here do without what no job on one machine asks for.
+    """Have a Ray that is started here listen on this machine alone, and do without what no job on one asks for.
 
     The dashboard (which starts even where it is said not to be included), the autoscaler's monitor and the forwarder of
     logs are Python processes of their own; Ray waits a second for the first, and another for its node to register,
@@ -145,6 +146,8 @@ def _fewer_services() -> Iterator[None]:
         (node, "start_monitor", _do_nothing),
         (node, "start_log_monitor", _do_nothing),
         (services, "get_node", get_node),
+        # By the machine's own address Ray's daemons would be open to its network; nobody there is to reach this one.
+        (ray.util, "get_node_ip_address", lambda: "127.0.0.1"),
         # With what the dashboard needs, it would load all of that here, a quarter of a second, to say that it can.
         (ray._private.utils, "get_dashboard_dependency_error", lambda: ImportError("no dashboard is wanted")),
         # Ray sees no control group but the outermost, and would take a share of memory that this process has not.

@@ -7,7 +7,7 @@ What enters: a `Job` and its actors. What leaves: a `Tally`; the images are with
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from pipeline.files import Location, display
 from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
-from pipeline.shards import Fit, Plan, Shard, most_in_flight
+from pipeline.shards import MAX_PART_BYTES, Fit, Plan, Shard, most_in_flight
 from pipeline.sources import ArchivedRows, ArchiveRows, Listing
 from pipeline.splits import Split
 
@@ -71,7 +71,8 @@ class Tally:
         skipped: References to the tables of skipped images, by shard, where there are any.
         counts_K: Training images of each class, int64.
         means_KD: float32, 0 to 1.
-        parts: The written prediction files.
+        digests: Of the written prediction files, by part.
+        confusions: Counts of all of them together, by classifier, int64 [K, K].
         devices: What the actors compute on.
         stores: Where they keep their images: `gpu`, `memory` or `disk`.
     """
@@ -82,9 +83,16 @@ class Tally:
     skipped: dict[int, Ref] = field(default_factory=dict)
     counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    parts: dict[int, PartRecord] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
+    confusions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     stores: list[str] = field(default_factory=list)
+
+    def take_part(self, part: int, record: PartRecord) -> None:
+        """Note a written prediction file; counts are added up, so that many classes and files take no memory here."""
+        self.digests[part] = record.digest
+        for name, confusion_KK in record.confusions.items():
+            self.confusions[name] = self.confusions.get(name, 0) + confusion_KK
 
     @property
     def num_skipped(self) -> int:
@@ -164,10 +172,10 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
     tally = feeding.tally
     for place, ref in enumerate(started):
         feeding.waiting[ref] = ("starting the actors", feeding.take_description if place < len(actors) else _ignore)
-    shards = iter(job.shards)
+    shards = deque(job.shards)
     while True:
-        while feeding.num_in_flight < feeding.max_in_flight and (shard := next(shards, None)):
-            feeding.decode(shard)
+        while shards and feeding.num_in_flight < feeding.max_in_flight and feeding.has_room_for(shards[0]):
+            feeding.decode(shards.popleft())
         if not feeding.waiting:
             break
         refs = list(feeding.waiting)
@@ -206,6 +214,21 @@ class _Feeding:
         )
         self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
         self._num_part_left = Counter(shard.part for shard in self.job.shards if shard.split == "valid")
+
+    def has_room_for(self, shard: Shard) -> bool:
+        """Say whether a shard may come to its actor, where without training parts wait for the means, and to be scored.
+
+        A few at a time may, so that the validation images are never all held; small ones are not worth waiting for.
+        """
+        plan = self.job.plan
+        if (
+            plan.has_training
+            or shard.split == "train"
+            or sum(plan.part_sizes) * plan.target.num_values < MAX_PART_BYTES
+        ):
+            return True
+        num_begun = shard.part - len(self.tally.digests)
+        return self._num_train_left == 0 and num_begun <= len(self.actors)
 
     def decode(self, shard: Shard) -> None:
         """Start decoding a shard."""
@@ -284,7 +307,7 @@ class _Feeding:
             for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:
                 del self._num_part_left[part]
                 ref = write_part(self.job, self.actors, part)
-                self.waiting[ref] = (f"prediction file {part}", partial(self.tally.parts.__setitem__, part))
+                self.waiting[ref] = (f"prediction file {part}", partial(self.tally.take_part, part))
 
     def _take_means(self, answer: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> None:
         self.tally.counts_K, self.tally.means_KD = answer

@@ -302,16 +302,11 @@ def get(ref: Ref, what: str = "a task") -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as exc:
-        if isinstance(exc.cause, EvaluationError):
-            raise exc.cause from exc
-        if isinstance(exc.cause, ray.exceptions.RayError):  # what it was to work on is lost
-            raise ActorLostError(f"{what}: expected its input, got {_first_line(exc.cause)}") from exc
-        if type(exc.cause).__name__ in ("OutOfMemoryError", "MemoryError"):  # the former is torch's, for GPUs
-            raise ClusterError(
-                f"{what}: expected enough memory, got {_first_line(exc.cause)}; give a smaller --size, --epochs 0, or "
-                "more --actors on more devices"
-            ) from exc
-        raise
+        if (known := _known_cause(exc.cause, what)) is None:
+            raise
+        raise known from exc
+    except ray.exceptions.ObjectLostError as exc:  # with the node that held it
+        raise ActorLostError(f"{what}: expected its result, got {_first_line(exc)}") from exc
     except ray.exceptions.ActorUnschedulableError as exc:  # its node died before it was up
         raise ActorLostError(f"an actor: expected its node to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayActorError as exc:
@@ -324,6 +319,22 @@ def get(ref: Ref, what: str = "a task") -> Any:
             f"{what}: expected it to end well, got {type(exc).__name__} after all its repetitions "
             f"({_first_line(exc)}); look for a node without memory, or an image that crashes its decoder"
         ) from exc
+
+
+def _known_cause(cause: Exception, what: str) -> EvaluationError | None:
+    """Say what a user can do about what a task or actor raised; None if that is unknown."""
+    if isinstance(cause, EvaluationError):
+        return cause
+    if isinstance(cause, ray.exceptions.RayError):  # what it was to work on is lost
+        return ActorLostError(f"{what}: expected its input, got {_first_line(cause)}")
+    # torch's are its own for GPUs, and a plain one for memory.
+    is_out_of_memory = type(cause).__name__ in ("OutOfMemoryError", "MemoryError")
+    if is_out_of_memory or "can't allocate memory" in str(cause):
+        return ClusterError(
+            f"{what}: expected enough memory, got {_first_line(cause)}; give a smaller --size, --epochs 0, or more "
+            "--actors on more devices"
+        )
+    return None
 
 
 def is_finished(ref: Ref) -> bool:

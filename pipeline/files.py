@@ -14,7 +14,7 @@ import re
 import socket
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,13 +158,13 @@ def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | Re
             return (_read_remote(filesystem, f"{root_path}/{display(key)}") for key in keys.to_pylist())
 
 
-def file_sizes(location: Location, keys: pa.BinaryArray) -> list[int]:
-    """Return the sizes in bytes of a local folder's files; -1 for one that is not there."""
-    root = os.fsencode(location.root) + b"/"
+def file_sizes(location: Location, names: Sequence[bytes]) -> list[int]:
+    """Return the sizes in bytes of files below a local root, or of the root where that is one; -1 if not there."""
+    root = os.fsencode(location.root)
     sizes = []
-    for key in keys.to_pylist():
+    for name in names:
         try:
-            sizes.append(os.lstat(root + key).st_size)
+            sizes.append(os.stat(root if name == b"." else root + b"/" + name).st_size)  # noqa: PTH116 - bytes
         except OSError:
             sizes.append(-1)
     return sizes

@@ -20,7 +20,19 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.archives import NO_SPLIT, TRAIN, VALID, Archive, Index, Rows, Scan, is_local, make_index, reading
+from pipeline.archives import (
+    NO_SPLIT,
+    TRAIN,
+    VALID,
+    Archive,
+    Index,
+    Rows,
+    Scan,
+    is_local,
+    make_index,
+    open_file,
+    reading,
+)
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.files import MAX_FILE_BYTES, ReadFault
@@ -50,7 +62,7 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
         DataError: If the file is no such Parquet file, a row has no class or one that has no name, or it cannot be
             read.
     """
-    with reading(archive.path), filesystem.open_input_file(archive.path) as source:
+    with reading(archive.path), open_file(filesystem, archive.path) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
         image, has_path = _find_image(archive, file.schema_arrow)
         label, names = _find_label(archive, file.schema_arrow)
@@ -93,7 +105,7 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
     """
     wanted = rows["offset"].to_numpy()
     buffer_bytes = _LOCAL_BUFFER_BYTES if is_local(filesystem) else _REMOTE_BUFFER_BYTES
-    with reading(archive.path), filesystem.open_input_file(archive.path) as source:
+    with reading(archive.path), open_file(filesystem, archive.path) as source:
         # Through a buffer, no more of a row group is in memory than a page and a batch; else it would be all of it.
         file = pq.ParquetFile(source, buffer_size=buffer_bytes, pre_buffer=False)
         image, _ = _find_image(archive, file.schema_arrow)

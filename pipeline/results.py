@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from pipeline import storage
 from pipeline.decode import Target
 from pipeline.errors import OutputError
 from pipeline.metrics import EpochMetric, Metric
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.parquet"
@@ -108,12 +112,29 @@ def write_table(output: Output, name: str, table: pa.Table) -> str:
     Raises:
         OutputError: If it cannot be written.
     """
-    return write_tables(output, name, table.schema, [table])
+    digest = hashlib.sha256()
+    _write_parquet(output, name, table.schema, [table], lambda table: _update_digest(digest, table))
+    return digest.hexdigest()
 
 
 def write_tables(output: Output, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> str:
-    """Write tables of one schema one after another into `<name>.parquet`; otherwise as `write_table`."""
-    digest = hashlib.sha256()
+    """Write tables of one schema one after another into `<name>.parquet`; otherwise as `write_table`.
+
+    The digest is that of the rows, however they are parted into tables.
+    """
+    digest = hashlib.sha256(str(schema).encode())
+
+    def note(table: pa.Table) -> None:
+        for row in table.to_pylist():
+            digest.update(json.dumps(row).encode())
+
+    _write_parquet(output, name, schema, tables, note)
+    return digest.hexdigest()
+
+
+def _write_parquet(
+    output: Output, name: str, schema: pa.Schema, tables: Iterable[pa.Table], note: Callable[[pa.Table], None]
+) -> None:
     # Scores hardly repeat, so a dictionary of them only costs time.
     texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name != "key"]
 
@@ -121,14 +142,16 @@ def write_tables(output: Output, name: str, schema: pa.Schema, tables: Iterable[
         with pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=texts) as writer:
             for table in tables:
                 writer.write_table(table)
-                _update_digest(digest, table)
+                note(table)
 
     _write_file(output, f"{name}.parquet", write)
-    return digest.hexdigest()
 
 
 def write_run(output: Output, run: Mapping[str, Any]) -> None:
-    """Write `run.json`, the mark of a finished run."""
+    """Write `run.json`, the mark of a finished run, after removing what writers that were killed have left."""
+    if not storage.is_uri(output.root):
+        for temporary in Path(output.root).glob("**/.*.tmp"):
+            temporary.unlink(missing_ok=True)
     # A path whose bytes are not UTF-8 comes out as JSON escapes, and back from them unchanged.
     content = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False)
     _write_file(output, RUN_FILE, lambda stream: stream.write(content.encode(errors="backslashreplace")))
@@ -179,7 +202,10 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
 def delete_checkpoint(output: Output) -> None:
     """Remove what only an unfinished run needs."""
     filesystem, root = output.filesystem
-    storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
+    try:
+        storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
+    except OSError as exc:  # the results are whole all the same
+        logger.warning("%s/%s: expected to remove it, got %s", output.root, CHECKPOINT_FILE, storage.reason(exc))
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:

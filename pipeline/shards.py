@@ -189,7 +189,9 @@ class Room:
 def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first."""
     most_images = min(config.shard_images, max(1, MAX_SHARD_BYTES // target.num_values))
-    bounds = part_bounds(len(listing.valid), target.num_values, config.lanes)
+    # Two distances and a probability for each class, beside the pixels.
+    scored_bytes = target.num_values + 12 * len(listing.classes)
+    bounds = part_bounds(len(listing.valid), scored_bytes, config.lanes)
     train = cut_train(listing.row_groups("train"), most_images)
     valid = cut_valid(listing.row_groups("valid"), most_images, bounds, len(train))
     plan = Plan(
@@ -237,6 +239,8 @@ def cut_valid(
 
 def part_bounds(num_images: int, image_bytes: int, lanes: int) -> list[int]:
     """Cut the validation listing into parts: one prediction file each, computed on one actor.
+
+    `image_bytes` are those of an image's pixels and scores.
 
     There is one for each lane if the images suffice, and more, in a multiple of the lanes, where parts would pass
     `MAX_PART_IMAGES` or `MAX_PART_BYTES`.

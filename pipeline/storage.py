@@ -14,7 +14,9 @@ import logging
 import os
 import random
 import re
+import socket
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -166,6 +168,13 @@ def persist(operation: Callable[[], Answer], what: str) -> Answer:
     raise AssertionError("unreachable: the last try returns or raises")
 
 
+def temporary_beside(path: str) -> Path:
+    """Name the file that this process writes before it takes the name of `path`."""
+    # Processes of two hosts that share the folder may have the same id.
+    host = zlib.crc32(socket.gethostname().encode())
+    return Path(path).with_name(f".{Path(path).name}.{os.getpid()}{host:08x}.tmp")
+
+
 def write_whole(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], object]) -> None:
     """Have `write` fill a file that appears under its name when it is complete, and else not at all.
 
@@ -178,7 +187,7 @@ def write_whole(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.Nati
         write(content)
         persist(lambda: _put(filesystem, path, content.getvalue()), path)
         return
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with filesystem.open_output_stream(str(temporary)) as stream:
             write(stream)

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from pipeline import storage
 from pipeline.archives import (
     LEFT_OUT,
     NO_SPLIT,
@@ -31,6 +33,7 @@ from pipeline.archives import (
     Scan,
     is_local,
     make_index,
+    open_file,
     reading,
 )
 from pipeline.config import Config
@@ -103,7 +106,7 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
     """
     ignored: Counter[str] = Counter()
     window_bytes = _LOCAL_WINDOW_BYTES if is_local(filesystem) else _REMOTE_WINDOW_BYTES
-    with reading(archive.path), filesystem.open_input_file(archive.path) as file:
+    with reading(archive.path), open_file(filesystem, archive.path) as file:
         found = walk(file, archive.path, window_bytes, _SIDE_ENDINGS[:2], ignored)
         members = _collect(found, os.fsencode(archive.name) + b"/", ignored)
     keys = pa.chunked_array([*members.chunks, pa.array(members.keys, pa.binary())])
@@ -156,7 +159,7 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
     most_bytes, most_between = (
         (_LOCAL_RUN_BYTES, _LOCAL_WINDOW_BYTES) if is_local(filesystem) else (_REMOTE_RUN_BYTES, _REMOTE_WINDOW_BYTES)
     )
-    with reading(archive.path), filesystem.open_input_file(archive.path) as file:
+    with reading(archive.path), open_file(filesystem, archive.path) as file:
         last = 0
         while last < len(offsets):
             first, start = last, offsets[last]
@@ -172,7 +175,7 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
             ):
                 end = offsets[last] + sizes[last]
                 last += 1
-            block = file.read_at(end - start, start)
+            block = storage.persist(partial(file.read_at, end - start, start), archive.path)
             if len(block) != end - start:
                 raise DataError(
                     f"{archive.path}: expected the {archive.size_bytes} bytes that were listed, got fewer; "

@@ -18,6 +18,7 @@ from jobs.cache import main
 from pipeline.cache import MARKER_FILE, Cache, Usage, clear, load, prepare, store, usage
 from pipeline.decode import Decoded, Fault, Target, decode_shard
 from pipeline.errors import CacheError
+from pipeline.storage import temporary_beside
 
 KEYS = [f"{number:064x}" for number in range(32)]
 IMAGE = pa.fixed_shape_tensor(pa.uint8(), [4, 5])
@@ -204,7 +205,7 @@ def test_damage_that_cannot_be_removed_is_written_over(cache, caplog):
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(cache, caplog):
     for key in KEYS[:3]:
-        (Path(cache.root) / f".{key}.arrow.{os.getpid()}.tmp").symlink_to("/dev/full")
+        temporary_beside(f"{cache.root}/{key}.arrow").symlink_to("/dev/full")
         store(cache, key, make_decoded(10_000))
     assert len(caplog.messages) == 1
     assert "expected to use it, got " in caplog.text

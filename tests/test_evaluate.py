@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 import uuid
 
@@ -100,6 +101,22 @@ def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path):
     os.close(screen)
     assert process.returncode == 0, shown
     assert json.loads(stdout)["results_sha256"] == first["results_sha256"]
+
+
+@pytest.mark.ray
+def test_a_local_job_listens_on_this_machine_alone(small_dataset, tmp_path):
+    mark = str(uuid.uuid4())
+    screen, terminal = os.openpty()
+    options = ("--data", small_dataset, "--epochs", 1_000_000, "--actors", 2, "--address", "local")
+    process = command(*options, "--out", tmp_path / "out", stderr=terminal, **{MARK: mark})
+    os.close(terminal)
+    read_until(screen, rb"epoch \d+ of 1000000, step .*loss \d")
+    sockets = [open_ for each in processes_with(MARK, mark) for open_ in each.net_connections()]
+    os.kill(process.pid, signal.SIGINT)
+    threading.Thread(target=read_until, args=(screen, rb"interrupted: .*"), daemon=True).start()
+    process.communicate(timeout=60)
+    addresses = {open_.laddr.ip.removeprefix("::ffff:") for open_ in sockets if open_.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
 
 
 def read_until(screen, pattern):

@@ -32,6 +32,7 @@ from pipeline.results import (
     write_table,
     write_tables,
 )
+from pipeline.storage import temporary_beside
 
 CLASSES = ("3", "7", "ä")
 TARGET = Target(2, 3, "RGB")
@@ -257,7 +258,7 @@ def test_a_file_is_there_under_its_name_only_when_it_is_complete(output):
 
     seen = []
     write_tables(output, "means", NUMBERS.schema, tables())
-    assert seen == [[f".means.parquet.{os.getpid()}.tmp"]]
+    assert seen == [[temporary_beside("means.parquet").name]]
     assert names_in(output) == ["means.parquet"]
 
 
@@ -284,8 +285,7 @@ def test_a_place_that_is_gone_is_said_in_one_line(tmp_path, write):
 
 def test_a_full_disk_is_said_in_one_line(output):
     # A device that is always full stands where the file should go.
-    full = Path(output.root) / f".means.parquet.{os.getpid()}.tmp"
-    full.symlink_to("/dev/full")
+    temporary_beside(f"{output.root}/means.parquet").symlink_to("/dev/full")
     table = pa.table({"a": np.random.default_rng(0).random(10**6)})
     with pytest.raises(
         OutputError, match=r"means\.parquet: expected to write it, got .*No space left on device.*; make"
@@ -543,3 +543,15 @@ def test_a_path_that_is_no_text_is_written_and_read_back(tmp_path):
     path = os.fsdecode(b"/data/im\xe9ges")
     write_run(Output.at(str(tmp_path)), {"root": path, "ä": 1})
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"root": path, "ä": 1}
+
+
+def test_rows_that_are_parted_otherwise_have_the_same_digest(output):
+    whole = write_tables(output, "skipped", NUMBERS.schema, [NUMBERS])
+    assert write_tables(output, "skipped", NUMBERS.schema, [NUMBERS[:1], NUMBERS[1:]]) == whole
+    assert write_tables(output, "skipped", NUMBERS.schema, [NUMBERS[1:], NUMBERS[:1]]) != whole
+
+
+def test_what_killed_writers_left_is_gone_when_a_run_is_finished(output):
+    (Path(output.root) / "predictions" / ".part-00000.parquet.123.tmp").write_bytes(b"half")
+    write_run(output, {})
+    assert names_in(output) == ["run.json"]

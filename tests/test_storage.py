@@ -1,7 +1,6 @@
 """URIs and object storage: what is opened, what is tried again and what is not."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from conftest import command
 from pipeline import files, sources, storage
 from pipeline.config import Config
 from pipeline.errors import CacheError, DataError, OutputError
-from pipeline.storage import absolute_root, open_root, write_whole
+from pipeline.storage import absolute_root, open_root, temporary_beside, write_whole
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +173,7 @@ def test_a_local_file_is_written_beside_its_name(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     seen = []
     write_whole(pafs.LocalFileSystem(), f"{tmp_path}/a", lambda stream: seen.extend(write_and_look(tmp_path, stream)))
-    assert seen == [f".a.{os.getpid()}.tmp", "a"]
+    assert seen == [temporary_beside("a").name, "a"]
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
 
 
