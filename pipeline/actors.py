@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline import distance, sgd
 from pipeline.errors import ActorLostError
-from pipeline.lanes import Lanes, empty_images
+from pipeline.lanes import Lanes, empty_images, put_images
 from pipeline.metrics import CLASSIFIERS, EpochRecord
 from pipeline.shards import Plan
 
@@ -364,7 +364,7 @@ class _Part:
         """Copy a shard's images to their places, int64 [N] in rising order."""
         if not len(rows_N):
             return
-        self._images_MD[torch.from_numpy(rows_N).to(self._images_MD.device)] = images_ND
+        put_images(self._images_MD, rows_N, images_ND)
         self._labels_M[rows_N] = labels_N.cpu()
         self._is_filled_M[rows_N] = True
         # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
@@ -385,8 +385,12 @@ class _Part:
             num_rows = len(block_N)
             # Without a gap they are a view, of which nothing is copied.
             is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1
-            rows = slice(int(block_N[0]), int(block_N[-1]) + 1) if is_run else block_N.to(self._images_MD.device)
-            yield self._images_MD[rows].to(device), self._labels_M[block_N].to(device)
+            images_ND = (
+                self._images_MD[int(block_N[0]) : int(block_N[-1]) + 1]
+                if is_run
+                else self._images_MD.index_select(0, block_N.to(self._images_MD.device))
+            )
+            yield images_ND.to(device), self._labels_M[block_N].to(device)
 
 
 def _interface_of(address: str) -> str | None:

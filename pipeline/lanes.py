@@ -72,9 +72,8 @@ class Lanes:
         # [lane][chunk][row of the chunk]: the p-th image of a lane is in chunk p modulo their number.
         positions_N = starts_L[deal.lanes(rows_N)] + places_N % self._num_chunks * self._chunk_rows
         positions_N += places_N // self._num_chunks
-        index_N = torch.from_numpy(positions_N).to(self._images_MD.device)
-        self._images_MD.index_copy_(0, index_N, images_ND.to(self._images_MD.device))
-        self._labels_M[index_N] = labels_N.to(self._labels_M)
+        put_images(self._images_MD, positions_N, images_ND)
+        self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
         self._is_filled_M[positions_N] = True
 
     def batches(self, epoch: int, lane_rows: int, num_steps: int) -> Iterator[tuple[torch.Tensor, Any, list[int]]]:
@@ -130,7 +129,9 @@ class Lanes:
         images_ND = self._images_MD[start:stop]
         if self._is_on_disk:
             images_ND = images_ND.clone()  # from front to back, as a disk is read best
-        return images_ND[rows_N].to(self._device), self._labels_M[start:stop][rows_N].long().to(self._device)
+        # Many times as fast as indexing by brackets, which copies byte by byte.
+        chosen_ND = images_ND.index_select(0, rows_N)
+        return chosen_ND.to(self._device), self._labels_M[start:stop][rows_N].long().to(self._device)
 
 
 def empty_images(num_images: int, num_values: int, device: torch.device, scratch: str | None) -> torch.Tensor:
@@ -154,6 +155,15 @@ def empty_images(num_images: int, num_values: int, device: torch.device, scratch
             f"{exc.strerror}; give another folder, a smaller --size, or more nodes"
         ) from exc
     return torch.from_numpy(images_MD)
+
+
+def put_images(images_MD: torch.Tensor, positions_N: npt.NDArray[np.int64], images_ND: torch.Tensor) -> None:
+    """Copy images, uint8 [N, D], to their positions in [M, D]."""
+    if images_MD.device.type == "cpu":
+        # By NumPy, which copies rows at once: torch goes byte by byte, at a tenth of the speed.
+        images_MD.numpy()[positions_N] = images_ND.cpu().numpy()
+    else:
+        images_MD[torch.from_numpy(positions_N).to(images_MD.device)] = images_ND.to(images_MD.device)
 
 
 def shuffled(num_images: int, *parts: object) -> torch.Tensor:
