@@ -31,8 +31,8 @@ from pipeline.shards import Plan
 
 # A peer that answers none of a step's exchanges for so long is taken for dead.
 _EXCHANGE_TIMEOUT = timedelta(seconds=120)
-# Rows of a part that are scored at once; a multiple of the rows that `sgd` scores by one product.
-_BLOCK_ROWS = 8192
+# Products of `sgd` over which a part's images are brought to the device at once.
+_BLOCK_PRODUCTS = 8
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
 
@@ -205,6 +205,7 @@ class LaneActor:
         self._params_P = initial_P.to(self._device)
         return self._learning_rate
 
+    @torch.inference_mode()
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:
         """Train for one epoch together with all actors, and measure on the validation images.
 
@@ -381,7 +382,7 @@ class _Part:
     def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
         rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
-        for block_N in rows_N.split(_BLOCK_ROWS):
+        for block_N in rows_N.split(_BLOCK_PRODUCTS * sgd.score_rows(self._images_MD.shape[1])):
             num_rows = len(block_N)
             # Without a gap they are a view, of which nothing is copied.
             is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1

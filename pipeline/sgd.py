@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import log_softmax
 
-# Rows scored at once, a fixed number: products of another shape may differ in the last bit.
-_SCORE_ROWS = 1024
+# Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
+_MAX_SCORE_ROWS = 1024
+_SCORE_BYTES = 32 * 2**20
 
 
 def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) -> tuple[torch.Tensor, float]:
@@ -131,6 +132,11 @@ def step(params_P: torch.Tensor, gradients_LP: torch.Tensor, num_images: int, le
     return norm
 
 
+def score_rows(num_values: int) -> int:
+    """Return how many images of D values are scored by one product; their float32 copy bounds the memory."""
+    return max(1, min(_MAX_SCORE_ROWS, _SCORE_BYTES // (4 * num_values)))
+
+
 def log_probabilities(
     params_P: torch.Tensor, images_ND: torch.Tensor, num_classes: int, centre_D: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
@@ -138,7 +144,7 @@ def log_probabilities(
     weights_KD, bias_K = split_params(params_P, num_classes)
     blocks = [
         log_softmax(torch.addmm(bias_K, block_ND.float().div_(255).sub_(centre_D), weights_KD.T), 1)
-        for block_ND in images_ND.split(_SCORE_ROWS)
+        for block_ND in images_ND.split(score_rows(images_ND.shape[1]))
     ]
     return torch.cat(blocks)
 
