@@ -68,13 +68,6 @@ def test_another_form_is_for_this_program_alone(noisy_dataset, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_run_is_held_against_the_first(noisy_dataset, tmp_path):
-    if (
-        "--cache"
-        not in subprocess.run(
-            [sys.executable, ROOT / "jobs" / "evaluate.py", "--help"], capture_output=True, text=True, check=True
-        ).stdout
-    ):
-        pytest.skip("jobs/evaluate.py has no --cache")
     arguments = ["--data", noisy_dataset, "--runs", 1, "--warm-ups", 0, "--out", tmp_path / "runs.parquet"]
     result = _invoke("--workload", "cache", *arguments)
     assert result.exit_code == 0, result.output
