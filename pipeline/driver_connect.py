@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,25 @@ from pipeline.errors import ClusterError
 
 _CONNECT_SECONDS = 5.0
 _GRACE_SECONDS = 3.0
+_END_SECONDS = 10.0
 # Ray's own share of a node's memory for its object store, and the least that it takes.
 STORE_SHARE = 0.3
 _LEAST_STORE_BYTES = 80 * 2**20
 _REGISTER_SECONDS = 10.0
 _POLL_SECONDS = 0.02
+# Ray's node manager wants two agents that live as long as it does, and to be told where they listen: these do nothing
+# until their input, its end of a pipe, is closed, whatever arguments they get; and nobody asks them anything.
+_NO_AGENT = "sh -c 'exec cat'"
+_NO_AGENTS = {
+    "--dashboard_agent_command": _NO_AGENT,
+    "--runtime_env_agent_command": _NO_AGENT,
+    "--metrics-agent-port": "1",
+    "--metrics_export_port": "1",
+    "--runtime_env_agent_port": "1",
+    "--dashboard_agent_listen_port": "1",
+}
+# What is only there for the dashboard to show; read by all of Ray's processes.
+_NO_REPORTS = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
 
 
 @contextmanager
@@ -120,15 +134,15 @@ def _check_address(address: str | None) -> None:
 def _fewer_services() -> Iterator[None]:
     """Have a Ray that is started here listen on this machine alone, and do without what no job on one asks for.
 
-    The dashboard (which starts even where it is said not to be included), the autoscaler's monitor and the forwarder of
-    logs are Python processes of their own; Ray waits a second for the first, and another for its node to register,
-    because it looks for that once a second. Without all that, Ray's start takes about half the time. None of it has a
-    public option in Ray 2.60.
+    The dashboard (which starts even where it is said not to be included), its agent and that for runtime environments,
+    the autoscaler's monitor and the forwarder of logs are Python processes of their own, for some of which Ray waits;
+    and it waits for its node to register, for which it looks once a second. Without all that, Ray's start takes about a
+    quarter of the time. None of it has a public option in Ray 2.60.
     """
     node: Any = ray._private.node.Node
     services: Any = ray._private.services
     raylet: Any = ray._raylet
-    wait_for_node = services.get_node
+    wait_for_node, start_process = services.get_node, services.start_ray_process
     store_bytes = max(_LEAST_STORE_BYTES, int(STORE_SHARE * memory_limit()))
 
     def start_no_dashboard(self: Any, **_: object) -> None:
@@ -141,11 +155,20 @@ def _fewer_services() -> Iterator[None]:
             time.sleep(_POLL_SECONDS)
         return wait_for_node(address, node_id)
 
+    def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
+        if process_type == ray._private.ray_constants.PROCESS_TYPE_RAYLET:
+            kept = [argument for argument in command if argument.partition("=")[0] not in _NO_AGENTS]
+            command = [*kept, *(f"{name}={value}" for name, value in _NO_AGENTS.items())]
+        for name, value in _NO_REPORTS.items():
+            os.environ.setdefault(name, value)  # here, as a cluster that is only joined has a dashboard
+        return start_process(command, process_type, **options)
+
     replacements: list[tuple[Any, str, Any]] = [
         (node, "start_api_server", start_no_dashboard),
         (node, "start_monitor", _do_nothing),
         (node, "start_log_monitor", _do_nothing),
         (services, "get_node", get_node),
+        (services, "start_ray_process", start_ray_process),
         # By the machine's own address Ray's daemons would be open to its network; nobody there is to reach this one.
         (ray.util, "get_node_ip_address", lambda: "127.0.0.1"),
         # With what the dashboard needs, it would load all of that here, a quarter of a second, to say that it can.
@@ -153,14 +176,13 @@ def _fewer_services() -> Iterator[None]:
         # Ray sees no control group but the outermost, and would take a share of memory that this process has not.
         (ray._private.ray_constants, "DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", store_bytes),
     ]
-    originals: list[tuple[Any, str, Any]] = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    unset = [name for name in _NO_REPORTS if name not in os.environ]
     try:
-        for owner, name, replacement in replacements:
-            setattr(owner, name, replacement)
-        yield
+        with _replaced(replacements):
+            yield
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        for name in unset:
+            os.environ.pop(name, None)
 
 
 def _do_nothing(self: object) -> None:
@@ -170,24 +192,61 @@ def _do_nothing(self: object) -> None:
 def _leave_ray(others: set[psutil.Process]) -> None:
     """Disconnect, and end whatever this process started except `others`."""
     started = [child for child in psutil.Process().children() if child not in others]
-    started += [grandchild for child in started for grandchild in _descendants(child)]
+    ended: set[psutil.Process] = set()
+    node: Any = ray._private.node.Node
+
+    def end_at_once(self: Any, **_: object) -> None:
+        """Stand for Ray's orderly end, which takes up to two seconds and has nothing left to save."""
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.suspend()  # so that it starts no other while its own are looked for
+        ended.update(_family(started))
+        _kill(ended)
+
     # What was itself asked to end, by a signal to the whole process group, can keep Ray waiting for a minute.
-    impatience = threading.Timer(_GRACE_SECONDS, _kill, [started])
+    impatience = threading.Timer(_GRACE_SECONDS, lambda: _kill(_family(started)))
     impatience.start()
-    ray.shutdown()
+    with _replaced([(node, "kill_all_processes", end_at_once)]):
+        ray.shutdown()
     impatience.cancel()
-    # The agents of Ray's node manager outlive it by a moment, or for good if Ray's start was interrupted.
-    _kill(started)
-    psutil.wait_procs(started, timeout=10)
+    ended.update(_family(started))  # all of it, if Ray's start was interrupted and there was nothing to shut down
+    _kill(ended)
+    psutil.wait_procs(started, timeout=_END_SECONDS)
+    deadline = time.monotonic() + _END_SECONDS
+    while any(_is_living(process) for process in ended) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
-def _kill(processes: Sequence[psutil.Process]) -> None:
+def _is_living(process: psutil.Process) -> bool:
+    """Say whether a process may yet do anything; a dead one stays listed until its parent, or an init, sees to it."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _family(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    family = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
+    return family
+
+
+@contextmanager
+def _replaced(replacements: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Have other values stand for attributes, given as owner, name and value, for a while."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    try:
+        for owner, name, replacement in replacements:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        return list(process.children(recursive=True))
-    return []
