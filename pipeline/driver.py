@@ -103,7 +103,7 @@ def evaluate(
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
     look = _begin_look(location, config)
-    wait([look], timeout=0.1)  # a small folder's faults need not wait for Ray
+    wait([look], timeout=0.03)  # a small folder's faults need not wait for Ray
     if look.done():
         look.result()
     with driver_connect.connected(config.address) as is_joined:

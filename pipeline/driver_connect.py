@@ -157,8 +157,13 @@ def _fewer_services() -> Iterator[None]:
 
     def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
         if process_type == ray._private.ray_constants.PROCESS_TYPE_RAYLET:
-            kept = [argument for argument in command if argument.partition("=")[0] not in _NO_AGENTS]
-            command = [*kept, *(f"{name}={value}" for name, value in _NO_AGENTS.items())]
+            given = dict(argument.partition("=")[::2] for argument in command)
+            # One for each CPU, which decodes, and one for an actor, which Ray would only start when all are wanted.
+            num_workers = str(int(given["--num_prestart_python_workers"]) + 1)
+            workers = dict.fromkeys(("--num_prestart_python_workers", "--maximum_startup_concurrency"), num_workers)
+            changed = _NO_AGENTS | workers
+            kept = [argument for argument in command if argument.partition("=")[0] not in changed]
+            command = [*kept, *(f"{name}={value}" for name, value in changed.items())]
         for name, value in _NO_REPORTS.items():
             os.environ.setdefault(name, value)  # here, as a cluster that is only joined has a dashboard
         return start_process(command, process_type, **options)

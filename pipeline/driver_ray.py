@@ -6,6 +6,7 @@ finished for `STALL_SECONDS` there is an error that names what was waited for.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import Counter
@@ -62,8 +63,11 @@ class ActorProcess:
 
     def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None) -> None:
         leave_pandas_out()
+        gc.disable()  # what torch's import leaves is there to stay: looking it through takes a seventh of its time
         from pipeline.actors import LaneActor
 
+        gc.freeze()
+        gc.enable()
         self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu, scratch=scratch)
 
     def call(self, method: str, *args: object) -> Any:
