@@ -132,7 +132,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS.device, help="What they compute on.")
 @click.option("--gpus-per-actor", type=float, default=_DEFAULTS.gpus_per_actor, help="Share of a GPU for each.")
 @click.option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
-@click.option("--shard-images", type=int, default=_DEFAULTS.shard_images, help="Images of a shard, at most.")
+@click.option("--shard-images", default="auto", callback=_number_or_auto, help="Images of a shard, at most.")
 @click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
 @click.option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
 @click.option("--cache-gib", type=float, help="What it may hold; what was not used for longest goes.")

@@ -48,7 +48,7 @@ class Config:
     device: str = "auto"
     gpus_per_actor: float = 1.0
     lanes: int = 8
-    shard_images: int = 2048
+    shard_images: int | None = None
     address: str | None = None
     min_nodes: int = 1
     wait_seconds: float = 300.0
@@ -132,8 +132,8 @@ class Config:
             f"the nearest is {nearest}",
         )
         _expect(
-            self.shard_images >= 1,
-            f"--shard-images: expected 1 or more, got {self.shard_images}; the default is 2048",
+            self.shard_images is None or self.shard_images >= 1,
+            f"--shard-images: expected auto, or 1 or more, got {self.shard_images}; auto fits the dataset",
         )
         _expect(
             self.actors is None or self.actors >= 1,

@@ -23,6 +23,11 @@ from pipeline.errors import ClusterError
 from pipeline.sources import Listing
 from pipeline.splits import Split
 
+# A shard is of so many images; of up to so many where they are small, as each costs some milliseconds besides decoding.
+_SHARD_IMAGES = 2048
+_MOST_SHARD_IMAGES = 8192
+# A larger one still leaves so many shards to share the work.
+_LEAST_SHARDS = 16
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
 MAX_SHARD_BYTES = 16 * 2**20
 MAX_PART_IMAGES = 100_000
@@ -188,7 +193,8 @@ class Room:
 
 def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first."""
-    most_images = min(config.shard_images, max(1, MAX_SHARD_BYTES // target.num_values))
+    num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
+    most_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
     # Two distances and a probability for each class, beside the pixels.
     scored_bytes = target.num_values + 12 * len(listing.classes)
     bounds = part_bounds(len(listing.valid), scored_bytes, config.lanes)
@@ -206,6 +212,14 @@ def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, l
         gpus_per_actor=config.gpus_per_actor,
     )
     return plan, train + valid
+
+
+def _shard_images(num_images: int, config: Config) -> int:
+    """Choose the size of a shard, a power of two, by the number of listed images."""
+    if config.height_width:  # a given size says nothing of the files', and large ones are long in decoding
+        return _SHARD_IMAGES
+    most_images = max(1, num_images // _LEAST_SHARDS)
+    return min(_MOST_SHARD_IMAGES, max(_SHARD_IMAGES, 1 << most_images.bit_length() - 1))
 
 
 def cut_train(row_groups: Sequence[Sequence[int]], most_images: int) -> list[Shard]:

@@ -51,7 +51,7 @@ REFUSED = [
     ({"batch_size": 100}, r"--batch-size: expected a multiple of --lanes 8, got 100; the nearest is (96|104)"),
     ({"batch_size": 130}, r"--batch-size: expected a multiple of --lanes 8, got 130; the nearest is 128"),
     ({"batch_size": 128, "lanes": 3}, r"--batch-size: expected a multiple of --lanes 3, got 128; the nearest is 129"),
-    ({"shard_images": 0}, r"--shard-images: expected 1 or more, got 0;"),
+    ({"shard_images": 0}, r"--shard-images: expected auto, or 1 or more, got 0;"),
     ({"actors": 0}, r"--actors: expected auto, or 1 or more, got 0;"),
     ({"actors": -2}, r"--actors: expected auto, or 1 or more, got -2;"),
     ({"actors": 9}, r"--actors: expected at most one for each of 8 lanes, got 9; raise --lanes"),

@@ -279,6 +279,23 @@ def test_the_plan_cuts_by_the_bytes_of_the_target():
     assert (len(small), len(large)) == (2, 200)  # of 48 MiB, so that no two fit a shard
 
 
+@pytest.mark.parametrize(
+    ("num_images", "options", "most_images"),
+    [
+        (1000, {}, 2048),
+        (65_535, {}, 2048),
+        (65_536, {}, 4096),
+        (300_000, {}, 8192),
+        (300_000, {"size": "28x28"}, 2048),
+        (300_000, {"shard_images": 100}, 100),
+    ],
+)
+def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, most_images):
+    _, shards = make_plan(Config(**options), make_listing(num_images - 10, 10), Target(28, 28, "L"))
+    largest = max(shard.num_images for shard in shards)
+    assert min(num_images - 10, most_images // 2 + 1) <= largest <= most_images
+
+
 @pytest.mark.parametrize(("side", "num_chunks"), [(28, 1), (1024, 16), (4096, 125)])
 def test_lanes_have_as_many_chunks_as_8_mib_hold_images(side, num_chunks):
     plan, _ = plan_of((1000, 10), side)  # 125 images a lane
