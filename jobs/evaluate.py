@@ -6,6 +6,7 @@ Runs on this machine as `python jobs/evaluate.py`, and on a cluster as `ray subm
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -175,6 +176,7 @@ def main(is_json: bool, **options: Any) -> None:
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received or signal.SIGTERM])
     screen.clear()
+    gc.freeze()  # to look all through once more before the end takes a tenth of a second
     # A path may hold bytes that are no text.
     click.echo(json.dumps(run) if is_json else summary(run).encode(errors="backslashreplace").decode())
 

@@ -6,6 +6,7 @@ stays, however the job ends.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -46,8 +47,15 @@ _NO_AGENTS = {
     "--runtime_env_agent_port": "1",
     "--dashboard_agent_listen_port": "1",
 }
-# What is only there for the dashboard to show; read by all of Ray's processes.
-_NO_REPORTS = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+# Read by all of Ray's processes, unless the user says otherwise.
+_SETTINGS = {
+    # Only there for the dashboard to show.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    # As long as by default, but not a second at a time: Ray's node manager knocks at its own store before that listens.
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",
+    "RAY_raylet_client_num_connect_attempts": "500",
+}
 
 
 @contextmanager
@@ -71,6 +79,8 @@ def connected(address: str | None) -> Iterator[bool]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     others = set(psutil.Process().children())
     _check_address(address)
+    # Ray loads this when the first object is sent; while its services start there is time for it.
+    threading.Thread(target=importlib.import_module, args=("ray._common.pydantic_compat",), daemon=True).start()
     try:
         try:
             with _fewer_services():
@@ -164,7 +174,7 @@ def _fewer_services() -> Iterator[None]:
             changed = _NO_AGENTS | workers
             kept = [argument for argument in command if argument.partition("=")[0] not in changed]
             command = [*kept, *(f"{name}={value}" for name, value in changed.items())]
-        for name, value in _NO_REPORTS.items():
+        for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)  # here, as a cluster that is only joined has a dashboard
         return start_process(command, process_type, **options)
 
@@ -181,7 +191,7 @@ def _fewer_services() -> Iterator[None]:
         # Ray sees no control group but the outermost, and would take a share of memory that this process has not.
         (ray._private.ray_constants, "DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", store_bytes),
     ]
-    unset = [name for name in _NO_REPORTS if name not in os.environ]
+    unset = [name for name in _SETTINGS if name not in os.environ]
     try:
         with _replaced(replacements):
             yield
