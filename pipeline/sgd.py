@@ -19,6 +19,8 @@ from torch.nn.functional import log_softmax
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
 _SCORE_BYTES = 32 * 2**20
+# Rows of a step that are taken through all its operations at once: more do not stay in a processor's cache.
+_STEP_ROWS = 512
 
 
 def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) -> tuple[torch.Tensor, float]:
@@ -81,6 +83,34 @@ def lane_gradients(
     Returns:
         The losses [B], float32 in nats, and whether each row was predicted right [B], bool.
     """
+    num_lanes = max(1, _STEP_ROWS // max(1, *lane_counts))
+    losses, is_correct, start = [], [], 0
+    for first in range(0, len(lane_counts), num_lanes):
+        counts = lane_counts[first : first + num_lanes]
+        stop = start + sum(counts)
+        some_losses_B, is_some_correct_B = _some_gradients(
+            params_P,
+            images_BD[start:stop],
+            labels_B[start:stop],
+            counts,
+            gradients_ZP[first : first + num_lanes],
+            centre_D,
+        )
+        losses.append(some_losses_B)
+        is_correct.append(is_some_correct_B)
+        start = stop
+    return torch.cat(losses), torch.cat(is_correct)
+
+
+def _some_gradients(
+    params_P: torch.Tensor,
+    images_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    lane_counts: Sequence[int],
+    gradients_ZP: torch.Tensor,
+    centre_D: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `lane_gradients` does for some of its lanes, with the same results."""
     num_classes = params_P.shape[0] // (images_BD.shape[1] + 1)
     weights_KD, bias_K = split_params(params_P, num_classes)
     inputs_BD = _aligned_rows(images_BD).div_(255).sub_(centre_D)
@@ -95,8 +125,9 @@ def lane_gradients(
     errors_BK = _aligned_rows(log_probabilities_BK.exp_())
     errors_BK.scatter_add_(1, labels_B[:, None], torch.full_like(losses_B, -1)[:, None])
     errors = errors_BK.split(lane_counts)
-    for lane_errors_BK, lane_inputs_BD, gradient_P in zip(errors, inputs, gradients_ZP.unbind(), strict=True):
-        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=split_params(gradient_P, num_classes)[0])
+    gradients = gradients_ZP[:, :-num_classes].unflatten(1, weights_KD.shape).unbind()
+    for lane_errors_BK, lane_inputs_BD, gradient_KD in zip(errors, inputs, gradients, strict=True):
+        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=gradient_KD)
     gradients_ZK = gradients_ZP[:, -num_classes:]
     if lane_counts.count(lane_counts[0]) == len(lane_counts):
         # [Z·R, K] -> [Z, R, K] -> [Z, K], the same additions as below in one call.

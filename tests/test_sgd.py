@@ -20,6 +20,8 @@ STEPS = [
     (192, 7, [2, 33, 0, 64]),
     (147, 5, [8] * 8),
     (783, 10, [8] * 4),
+    (50, 7, [300, 300, 17, 300]),  # not all of them go through the operations at once
+    (33, 3, [700, 1, 600]),
 ]
 
 
@@ -40,7 +42,7 @@ def draw(num_values, num_classes, lane_counts, seed=0):
 
 
 def lane_gradients(params_P, images_BD, labels_B, lane_counts):
-    gradients_ZP = torch.full((len(lane_counts), len(params_P)), torch.nan)
+    gradients_ZP = sgd.empty_gradients(len(lane_counts), len(params_P), params_P.device).fill_(torch.nan)
     return gradients_ZP, *sgd.lane_gradients(params_P, images_BD, labels_B, lane_counts, gradients_ZP)
 
 
