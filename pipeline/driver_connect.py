@@ -55,6 +55,8 @@ _SETTINGS = {
     # As long as by default, but not a second at a time: Ray's node manager knocks at its own store before that listens.
     "RAY_raylet_client_connect_timeout_milliseconds": "20",
     "RAY_raylet_client_num_connect_attempts": "500",
+    # While a long listing is read, workers have nothing to do, and would be ended and started again.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
 }
 
 
