@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,14 +25,13 @@ import torch.distributed as dist
 
 from pipeline import distance, sgd
 from pipeline.errors import ActorLostError
-from pipeline.lanes import Lanes, empty_images, put_images
+from pipeline.lanes import Lanes
 from pipeline.metrics import CLASSIFIERS, EpochRecord
+from pipeline.parts import Part
 from pipeline.shards import Plan
 
 # A peer that answers none of a step's exchanges for so long is taken for dead.
 _EXCHANGE_TIMEOUT = timedelta(seconds=120)
-# Products of `sgd` over which a part's images are brought to the device at once.
-_BLOCK_PRODUCTS = 8
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
 
@@ -85,7 +84,7 @@ class LaneActor:
         self._lanes = list(range(rank, plan.num_lanes, num_actors))
         self._store_device, self._scratch = self._choose_store(scratch)
         self._train: Lanes | None = None
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, Part] = {}
         self._params_P = torch.empty(0)
         self._centre_D = torch.empty(0)
         self._learning_rate = 0.0
@@ -176,7 +175,7 @@ class LaneActor:
         if part not in self._parts:
             size, num_values = self._plan.part_sizes[part], self._plan.target.num_values
             scratch = self._scratch if self._plan.has_training else None
-            self._parts[part] = _Part(size, num_values, self._store_device, scratch)
+            self._parts[part] = Part(size, num_values, self._store_device, scratch)
         rows_N = offset + table["row"].to_numpy().astype(np.int64)
         self._parts[part].put(rows_N, table["key"], *_to_tensors(table, self._store_device))
 
@@ -348,50 +347,6 @@ class LaneActor:
 
     def _exchange_device(self) -> torch.device:
         return self._device if self._backend == "nccl" else torch.device("cpu")
-
-
-class _Part:
-    """Images of one part at their places; those of skipped images stay empty."""
-
-    def __init__(self, num_places: int, num_values: int, device: torch.device, scratch: str | None) -> None:
-        self._images_MD = empty_images(num_places, num_values, device, scratch)
-        self._labels_M = torch.empty(num_places, dtype=torch.int64)
-        self._is_filled_M = np.zeros(num_places, np.bool_)
-        self._keys: dict[int, pa.StringArray] = {}
-
-    def put(
-        self, rows_N: npt.NDArray[np.int64], keys: pa.ChunkedArray, images_ND: torch.Tensor, labels_N: torch.Tensor
-    ) -> None:
-        """Copy a shard's images to their places, int64 [N] in rising order."""
-        if not len(rows_N):
-            return
-        put_images(self._images_MD, rows_N, images_ND)
-        self._labels_M[rows_N] = labels_N.cpu()
-        self._is_filled_M[rows_N] = True
-        # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
-        self._keys[int(rows_N[0])] = pa.array(keys.to_pylist(), pa.string())
-
-    def keys(self) -> pa.StringArray:
-        """Keys of all images, in the order of the listing."""
-        return pa.concat_arrays([pa.array([], pa.string()), *(self._keys[row] for row in sorted(self._keys))])
-
-    def labels(self) -> torch.Tensor:
-        """Labels of all images, int64 [N], on the CPU."""
-        return self._labels_M[torch.from_numpy(np.flatnonzero(self._is_filled_M))]
-
-    def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
-        rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
-        for block_N in rows_N.split(_BLOCK_PRODUCTS * sgd.score_rows(self._images_MD.shape[1])):
-            num_rows = len(block_N)
-            # Without a gap they are a view, of which nothing is copied.
-            is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1
-            images_ND = (
-                self._images_MD[int(block_N[0]) : int(block_N[-1]) + 1]
-                if is_run
-                else self._images_MD.index_select(0, block_N.to(self._images_MD.device))
-            )
-            yield images_ND.to(device), self._labels_M[block_N].to(device)
 
 
 def _interface_of(address: str) -> str | None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline import (
     __version__,
@@ -29,6 +26,7 @@ from pipeline import (
     driver_connect,
     driver_feed,
     driver_ray,
+    driver_train,
     files,
     loading,
     metrics,
@@ -44,27 +42,17 @@ from pipeline.decode import Target
 from pipeline.driver_cluster import Node, wait_for_nodes
 from pipeline.driver_feed import Found, Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
-from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError, TrainingError
+from pipeline.driver_train import Training
+from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError
 from pipeline.files import Location
-from pipeline.metrics import EpochMetric
 from pipeline.report import Clock, Progress
-from pipeline.results import Checkpoint, Output
+from pipeline.results import Output
 from pipeline.shards import Fit, Plan, Shard, choose_storage, fit_cluster, make_plan
 from pipeline.sources import Listing
 
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
-_CHECKPOINT_SECONDS = 5.0
-
-
-@dataclass
-class _Training:
-    """Training as it stands, which outlives the actors; `params` is float32 [P], or None before the first epoch."""
-
-    history: list[EpochMetric]
-    params: npt.NDArray[np.float32] | None
-    learning_rate: float | None = None
 
 
 def evaluate(
@@ -186,11 +174,11 @@ def _look(location: Location, config: Config) -> tuple[Listing, Target] | Found:
 
 def _run(job: Job) -> dict[str, Any]:
     """Run with actors started anew, going on from the last finished epoch, as often as they die."""
-    fingerprint = _fingerprint(job)
+    fingerprint = driver_train.describe(job)
     checkpoint = results.read_checkpoint(job.output, fingerprint) if job.config.resume else None
-    training = _Training([], None)
+    training = Training([], None)
     if checkpoint:
-        training, fingerprint = _Training(checkpoint.history, checkpoint.params_P), checkpoint.fingerprint
+        training, fingerprint = Training(checkpoint.history, checkpoint.params_P), checkpoint.fingerprint
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
@@ -208,19 +196,18 @@ def _run(job: Job) -> dict[str, Any]:
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, tally)
             if job.plan.has_training:
-                _train(job, actors, training, fingerprint)
-                _say_if_it_only_guesses(job, training)
+                driver_train.train(job, actors, training, fingerprint)
                 _score(job, actors, tally)
             return _write(job, tally, training)
         except ActorLostError as exc:
-            _save(job, training, fingerprint)
+            driver_train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
             job = _fit_again(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
-            _save(job, training, fingerprint)
+            driver_train.save(job, training, fingerprint)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
@@ -256,67 +243,6 @@ def _say_where_gpus_are_missing(job: Job, tally: Tally) -> None:
         )
 
 
-def _say_if_it_only_guesses(job: Job, training: _Training) -> None:
-    loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
-    if loss > guessing:
-        logger.warning(
-            "sgd_linear: expected a training loss below %.4g, that of guessing, got %.4g; give a smaller "
-            "--learning-rate than %g",
-            guessing, loss, training.learning_rate,
-        )  # fmt: skip
-
-
-def _train(job: Job, actors: list[Actor], training: _Training, fingerprint: dict[str, Any]) -> None:
-    """Train epoch by epoch until one of the four rules says stop; `training` is kept up to date."""
-    job.clock.enter("train")
-    last_saved = time.monotonic()
-    begun = [actor.call.remote("begin_training", training.params) for actor in actors]
-    num_steps = -(-max(job.plan.deal.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
-    epoch = len(training.history) + 1
-    rates = driver_ray.wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
-    training.learning_rate = rates[0]
-    while metrics.stop_reason(job.config, training.history) is None:
-        epoch = len(training.history) + 1
-        refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
-        watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
-        records = driver_ray.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
-        row = metrics.epoch_metric(records)
-        if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
-            raise TrainingError(
-                f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
-                f"{training.learning_rate:g}"
-            )
-        # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
-        training.params = driver_ray.get(refs[0][1])
-        training.history.append(row)
-        if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
-            _save(job, training, fingerprint)
-            last_saved = time.monotonic()
-
-
-def _save(job: Job, training: _Training, fingerprint: dict[str, Any]) -> None:
-    if training.params is not None:
-        results.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, training.params))
-
-
-def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
-    """Return a function that shows how far an epoch is and says whether its steps go on."""
-    asked, last_count = driver_ray.count_steps(actor), 0
-    loss = history[-1].train_loss if history else None
-
-    def look() -> bool:
-        nonlocal asked, last_count
-        count = last_count
-        if driver_ray.is_finished(asked):
-            count = driver_ray.get(asked)
-            asked = driver_ray.count_steps(actor)
-        job.show("train", count, num_steps, epoch=epoch, loss=loss)
-        has_moved, last_count = count != last_count, count
-        return has_moved
-
-    return look
-
-
 def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
     """Have every part scored by all classifiers and written."""
     job.clock.enter("score")
@@ -331,7 +257,7 @@ def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
             tally.take_part(waiting.pop(done), driver_ray.get(done))
 
 
-def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
+def _write(job: Job, tally: Tally, training: Training) -> dict[str, Any]:
     """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
     job.clock.enter("write")
     listing, output = job.listing, job.output
@@ -401,17 +327,3 @@ def _write(job: Job, tally: Tally, training: _Training) -> dict[str, Any]:
     results.write_run(output, run)
     results.delete_checkpoint(output)
     return run
-
-
-def _fingerprint(job: Job) -> dict[str, Any]:
-    """Say what training depends on: with these equal, it can go on where it stopped."""
-    config = job.config
-    return {
-        "listing": job.listing.sha256,
-        "target": f"{job.target.height}x{job.target.width} {job.target.mode}",
-        "--draft": config.draft,
-        "--learning-rate": config.learning_rate,
-        "--batch-size": config.batch_size,
-        "--seed": config.seed,
-        "--lanes": config.lanes,
-    }

@@ -17,7 +17,7 @@ import ray
 from PIL import Image
 from test_tar_headers import pack
 
-from pipeline import driver, driver_cluster, driver_connect, driver_ray, files, results, sources
+from pipeline import driver, driver_cluster, driver_connect, driver_ray, driver_train, files, results, sources
 from pipeline.config import Config
 from pipeline.errors import (
     ActorLostError,
@@ -326,7 +326,7 @@ def resume(data, out):
 
 
 def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(driver_train, "_CHECKPOINT_SECONDS", 0.0)
 
     def stop_in_epoch_3(progress):
         if progress.phase == "train" and progress.epoch == 3:
@@ -343,7 +343,7 @@ def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, m
 
 
 def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(driver_train, "_CHECKPOINT_SECONDS", 0.0)
 
     def stop_in_epoch_2(progress):
         if progress.phase == "train" and progress.epoch == 2:
