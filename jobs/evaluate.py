@@ -164,7 +164,8 @@ def main(is_json: bool, **options: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             run = driver.evaluate(config, screen.show, screen.show_download)
     except OptionError as exc:
-        raise click.UsageError(str(exc)) from exc
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(2)
     except EvaluationError as exc:
         screen.clear()
         click.echo(f"error: {exc}", err=True)

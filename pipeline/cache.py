@@ -245,7 +245,7 @@ def _existing_entries(cache: Cache) -> tuple[_Process, list[pafs.FileInfo]]:
     process = _open(cache)
     try:
         if not _is_cache(process):
-            raise CacheError(f"--cache {cache.root}: expected a cache of this program, got none; check the name")
+            raise CacheError(f"{cache.root}: expected a cache of this program, got none; check the name")
         return process, process.entries()
     except OSError as exc:
         raise CacheError(

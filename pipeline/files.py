@@ -115,7 +115,10 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         found = "no such user"
     except OSError as exc:
         found = exc.strerror or "nothing"
-    raise DataError(f"--data: expected a folder at {data}, got {found}; give a folder of class folders")
+    raise DataError(
+        f"--data: expected a folder at {data}, got {found}; give a folder with train and valid, or with class folders "
+        "and --valid-fraction, or archives"
+    )
 
 
 def split_glob(data: str) -> tuple[str, str]:

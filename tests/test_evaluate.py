@@ -59,8 +59,8 @@ def test_a_missing_dataset_exits_with_1_and_one_line(tmp_path):
     code, stdout, stderr = run("--data", tmp_path / "none", "--out", tmp_path / "out")
     assert (code, stdout) == (1, "")
     assert (
-        stderr
-        == f"error: --data: expected a folder at {tmp_path / 'none'}, got nothing; give a folder of class folders\n"
+        stderr == f"error: --data: expected a folder at {tmp_path / 'none'}, got nothing; "
+        "give a folder with train and valid, or with class folders and --valid-fraction, or archives\n"
     )
 
 

@@ -508,7 +508,13 @@ def test_there_is_no_checkpoint_before_an_epoch_or_after_its_deletion(output):
     assert read_checkpoint(output, FINGERPRINT) is None
 
 
-@pytest.mark.parametrize("change", [{"listing": "x"}, {"--learning-rate": 0.2}, {"--seed": 0}, {"--lanes": 8}])
+def test_a_checkpoint_of_other_files_is_refused(output):
+    write_checkpoint(output, Checkpoint(FINGERPRINT, HISTORY, np.zeros(3, np.float32)))
+    with pytest.raises(OutputError, match=r"^--resume: expected the files, with which .* was begun, got others; run"):
+        read_checkpoint(output, {**FINGERPRINT, "listing": "x"})
+
+
+@pytest.mark.parametrize("change", [{"--learning-rate": 0.2}, {"--seed": 0}, {"--lanes": 8}])
 def test_a_checkpoint_of_other_options_is_refused(output, change):
     write_checkpoint(output, Checkpoint(FINGERPRINT, HISTORY, np.zeros(3, np.float32)))
     [(name, value)] = change.items()

@@ -434,7 +434,7 @@ def test_a_path_without_a_folder_is_refused(data, found, tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DataError, match=rf"--data: expected a folder at .*, got {found}; give a folder of class folders"
+        DataError, match=rf"--data: expected a folder at .*, got {found}; give a folder with train and valid"
     ):
         locate(data)
 
