@@ -148,6 +148,8 @@ def main(is_json: bool, **options: Any) -> None:
 
     Writes accuracies and one row per image as Parquet. Exit status: 0 done, 1 failed, 2 bad usage.
     """
+    # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     signals = _Signals()

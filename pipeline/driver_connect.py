@@ -34,11 +34,11 @@ _END_SECONDS = 10.0
 # Ray's own share of a node's memory for its object store, and the least that it takes.
 STORE_SHARE = 0.3
 _LEAST_STORE_BYTES = 80 * 2**20
-_REGISTER_SECONDS = 10.0
+_REGISTER_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 # Ray's node manager wants two agents that live as long as it does, and to be told where they listen: these do nothing
 # until their input, its end of a pipe, is closed, whatever arguments they get; and nobody asks them anything.
-_NO_AGENT = "sh -c 'exec cat'"
+_NO_AGENT = "/bin/sh -c 'read _'"
 _NO_AGENTS = {
     "--dashboard_agent_command": _NO_AGENT,
     "--runtime_env_agent_command": _NO_AGENT,
@@ -163,7 +163,12 @@ def _fewer_services() -> Iterator[None]:
     def get_node(address: str, node_id: str) -> Any:
         client = raylet.GcsClient(address=address)
         deadline = time.monotonic() + _REGISTER_SECONDS
-        while not client.get_all_node_info() and time.monotonic() < deadline:
+        while not client.get_all_node_info():
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"Ray: expected it to start within {_REGISTER_SECONDS:.0f} s, got no node; see raylet.err and "
+                    "raylet.out in the newest session's logs, by default /tmp/ray/session_latest/logs"
+                )
             time.sleep(_POLL_SECONDS)
         return wait_for_node(address, node_id)
 

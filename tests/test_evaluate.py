@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -101,6 +103,33 @@ def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path):
     os.close(screen)
     assert process.returncode == 0, shown
     assert json.loads(stdout)["results_sha256"] == first["results_sha256"]
+
+
+@pytest.mark.ray
+def test_a_closed_stream_is_written_to_by_nobody(small_dataset, tmp_path):
+    script = f"{sys.executable} {ROOT}/jobs/evaluate.py --data {small_dataset} --epochs 1 --out {tmp_path}/out 2>&-"
+    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, timeout=180, check=True)
+    assert last_line(done.stdout).split()[0] == "sha256"
+
+
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_is_one_line():
+    script = """
+from pipeline import driver_connect, errors
+driver_connect._REGISTER_SECONDS = 2.0
+driver_connect._NO_AGENTS["--dashboard_agent_command"] = ""  # of which Ray's node manager dies
+try:
+    with driver_connect.connected("local"):
+        pass
+except errors.ClusterError as exc:
+    print(exc)
+"""
+    mark = str(uuid.uuid4())
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, MARK: mark}
+    )
+    assert done.stdout.startswith("Ray: expected it to start within 2 s, got no node; see raylet.err"), done.stderr
+    assert processes_with(MARK, mark) == []
 
 
 @pytest.mark.ray
