@@ -313,8 +313,7 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     last = shards[-1]
     many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
     many.append(replace(last, index=part.num_shards - 1))
-    resources = {"CPU": float(os.cpu_count() or 1)}
-    fit = fit_cluster(config, plan, many, resources, 1)
+    fit = fit_cluster(config, {"CPU": float(os.cpu_count() or 1)}, 1)
     return Job(
         config,
         listing,
@@ -322,6 +321,7 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
         plan,
         many,
         fit,
+        "memory",
         frozenset(),
         Output("/nothing"),
         None,

@@ -154,6 +154,8 @@ def main(is_json: bool, **options: Any) -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     signals = _Signals()
     screen = _Screen(signals)
+    # NumPy's own threads, for which nothing here has work, spin while they start: a tenth of a second in each process.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         has_default = ("out", "scratch")  # that of Config, which differs from run to run
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})

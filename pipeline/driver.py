@@ -47,7 +47,7 @@ from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionEr
 from pipeline.files import Location
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
-from pipeline.shards import Fit, Plan, Shard, choose_storage, fit_cluster, make_plan
+from pipeline.shards import Fit, Plan, Storage, choose_storage, fit_cluster, make_plan
 from pipeline.sources import Listing
 
 logger = logging.getLogger(__name__)
@@ -95,29 +95,51 @@ def evaluate(
     if look.done():
         look.result()
     with driver_connect.connected(config.address) as is_joined:
-        if is_joined:
-            wait_for_nodes(config, lambda what, done, total: on_progress(Progress(what, done, total, 0.0)))
-            logger.info(driver_cluster.describe(driver_cluster.living_nodes()))
-        elif config.min_nodes > 1:
-            raise ClusterError(
-                f"--min-nodes {config.min_nodes}: expected a cluster, got none, so Ray was started here; give --address"
-            )
-        while not look.done():
-            on_progress(Progress("start", 0, 1, 0.0))
-            wait([look], timeout=0.2)
-        look_at = look.result()
-        nodes = driver_cluster.living_nodes()
-        if len(nodes) > 1:
-            driver_cluster.check_paths(nodes, location, _some_files(location, look_at), output)
-        if isinstance(look_at, Found):
-            look_at = driver_feed.list_archives(location, config, look_at, on_progress)
-        listing, target = look_at
-        plan, shards = make_plan(config, listing, target)
-        fit = _fit(config, plan, shards, nodes)
-        results.prepare(output, overwrite=config.overwrite, resume=config.resume)
-        node_ids = frozenset(node.node_id for node in nodes)
-        job = Job(config, listing, target, plan, shards, fit, node_ids, output, cache, clock, on_progress)
-        return _run(job)
+        nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
+        fit = _fit(config, nodes)
+        actors = _start_actors(config, fit)  # which import torch while the listing is read
+        try:
+            listing, target = _finish_look(look, location, config, nodes, output, on_progress)
+            plan, shards = make_plan(config, listing, target)
+            kept_in = _choose_storage(config, plan, fit, nodes)
+            results.prepare(output, overwrite=config.overwrite, resume=config.resume)
+            node_ids = frozenset(node.node_id for node in nodes)
+            job = Job(config, listing, target, plan, shards, fit, kept_in, node_ids, output, cache, clock, on_progress)
+            return _run(job, actors)
+        finally:
+            driver_ray.end_actors(actors)
+
+
+def _meet_nodes(config: Config, on_progress: Callable[[Progress], None], *, is_joined: bool) -> list[Node]:
+    """Return the cluster's nodes, waiting for those that were asked for."""
+    if is_joined:
+        wait_for_nodes(config, lambda what, done, total: on_progress(Progress(what, done, total, 0.0)))
+        logger.info(driver_cluster.describe(driver_cluster.living_nodes()))
+    elif config.min_nodes > 1:
+        raise ClusterError(
+            f"--min-nodes {config.min_nodes}: expected a cluster, got none, so Ray was started here; give --address"
+        )
+    return driver_cluster.living_nodes()
+
+
+def _finish_look(
+    look: Future[tuple[Listing, Target] | Found],
+    location: Location,
+    config: Config,
+    nodes: list[Node],
+    output: Output,
+    on_progress: Callable[[Progress], None],
+) -> tuple[Listing, Target]:
+    """Wait for the look at the dataset, see that all nodes have the same, and have archives indexed."""
+    while not look.done():
+        on_progress(Progress("start", 0, 1, 0.0))
+        wait([look], timeout=0.2)
+    look_at = look.result()
+    if len(nodes) > 1:
+        driver_cluster.check_paths(nodes, location, _some_files(location, look_at), output)
+    if isinstance(look_at, Found):
+        return driver_feed.list_archives(location, config, look_at, on_progress)
+    return look_at
 
 
 def _some_files(location: Location, look: tuple[Listing, Target] | Found) -> list[bytes]:
@@ -131,19 +153,24 @@ def _some_files(location: Location, look: tuple[Listing, Target] | Found) -> lis
     return [keys[place].as_py() for place in (0, len(keys) // 2, len(keys) - 1)]
 
 
-def _fit(config: Config, plan: Plan, shards: list[Shard], nodes: list[Node], *, is_on_disk: bool = False) -> Fit:
+def _fit(config: Config, nodes: list[Node]) -> Fit:
     resources = driver_cluster.total_resources(nodes)
-    fit = fit_cluster(config, plan, shards, resources, sum(node.num_cpus > 0 for node in nodes))
-    if is_on_disk:  # already, and how much of it actors that are ending still take is not to be told
-        return replace(fit, storage="disk")
-    rooms = driver_cluster.find_rooms(nodes, fit, config.scratch)
-    fit = replace(fit, storage=choose_storage(plan, fit.num_actors, rooms))
-    if fit.storage == "disk":
+    return fit_cluster(config, resources, sum(node.num_cpus > 0 for node in nodes))
+
+
+def _start_actors(config: Config, fit: Fit) -> list[Actor]:
+    node_ids = [node.node_id for node in driver_cluster.working_nodes()]
+    return driver_ray.start_actors(fit, node_ids, has_training=config.epochs > 0)
+
+
+def _choose_storage(config: Config, plan: Plan, fit: Fit, nodes: list[Node]) -> Storage:
+    chosen = choose_storage(plan, fit.num_actors, driver_cluster.find_rooms(nodes, fit, config.scratch))
+    if chosen == "disk":
         logger.info(
             "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
             config.scratch,
         )  # fmt: skip
-    return fit
+    return chosen
 
 
 def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target] | Found]:
@@ -172,8 +199,8 @@ def _look(location: Location, config: Config) -> tuple[Listing, Target] | Found:
     return listing, decode.choose_target(config, loading.read_headers(location, listing.train, None, places))
 
 
-def _run(job: Job) -> dict[str, Any]:
-    """Run with actors started anew, going on from the last finished epoch, as often as they die."""
+def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
+    """Run with these actors, and with others, going on from the last finished epoch, as often as they die."""
     fingerprint = driver_train.describe(job)
     checkpoint = results.read_checkpoint(job.output, fingerprint) if job.config.resume else None
     training = Training([], None)
@@ -187,11 +214,10 @@ def _run(job: Job) -> dict[str, Any]:
     num_deaths = 0
     while True:
         num_epochs = len(training.history)
-        actors: list[Actor] = []
         try:
-            working = [node.node_id for node in driver_cluster.working_nodes()]
-            actors, started = driver_ray.start_actors(job.plan, job.fit, working, job.config.scratch)
-            tally = feed(job, actors, started)
+            actors = actors or _start_actors(job.config, job.fit)
+            scratch = job.config.scratch if job.storage == "disk" else None
+            tally = feed(job, actors, driver_ray.begin(actors, job.plan, job.fit, scratch))
             _check_images(job, tally, fingerprint)
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, tally)
@@ -212,6 +238,7 @@ def _run(job: Job) -> dict[str, Any]:
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
             driver_ray.end_actors(actors)
+            actors = []
 
 
 def _fit_again(job: Job) -> Job:
@@ -219,10 +246,12 @@ def _fit_again(job: Job) -> Job:
     show = job.on_progress
     driver_cluster.wait_for_gpus(job.config, lambda what, done, total: show(Progress(what, done, total, 0.0)))
     nodes = driver_cluster.living_nodes()
-    fit = _fit(job.config, job.plan, job.shards, nodes, is_on_disk=job.fit.storage == "disk")
+    fit = _fit(job.config, nodes)
     if job.fit.gpus_per_actor > 0 and fit.gpus_per_actor == 0:
         logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
-    return replace(job, fit=fit, node_ids=frozenset(node.node_id for node in nodes))
+    # Once on disk, on disk: how much of it actors that are ending still take is not to be told.
+    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, fit, nodes)
+    return replace(job, fit=fit, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
 
 
 def _check_images(job: Job, tally: Tally, fingerprint: dict[str, Any]) -> None:

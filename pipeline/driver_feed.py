@@ -1,7 +1,7 @@
 """From files to the actors: shards are decoded by tasks and handed to the actor that owns their lane or part.
 
 What enters: a `Job` and its actors. What leaves: a `Tally`; the images are with the actors then. Always: no more than
-`Fit.max_in_flight` shards are between their files and their actor, and whatever finishes first is handled first.
+`most_in_flight` shards are between their files and their actor, and whatever finishes first is handled first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.files import Location, display
 from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
-from pipeline.shards import MAX_PART_BYTES, Fit, Plan, Shard, most_in_flight
+from pipeline.shards import MAX_PART_BYTES, Fit, Plan, Shard, Storage, most_in_flight
 from pipeline.sources import ArchivedRows, ArchiveRows, Listing
 from pipeline.splits import Split
 
@@ -39,7 +39,7 @@ _MAX_SCANS = 256
 
 @dataclass(frozen=True)
 class Job:
-    """What all phases know."""
+    """What all phases know; `storage` is where actors keep images that are not on a GPU."""
 
     config: Config
     listing: Listing
@@ -47,6 +47,7 @@ class Job:
     plan: Plan
     shards: list[Shard]
     fit: Fit
+    storage: Storage
     node_ids: frozenset[str]
     output: Output
     cache: Cache | None
@@ -152,7 +153,7 @@ def _sample_headers(listing: Listing, on_tick: Callable[[], bool]) -> list[Heade
     return [header for headers in answers for header in headers]
 
 
-def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
+def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> Tally:
     """Decode all shards, hand them to the actors, and have the class means computed.
 
     Without training, parts are scored as well, each as soon as it is complete, so that the validation images are
@@ -161,7 +162,7 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
     Args:
         job: The job.
         actors: As `driver_ray.start_actors` returns them, perhaps still starting.
-        started: Likewise.
+        begun: As `driver_ray.begin` returns them.
 
     Raises:
         ActorLostError: If an actor dies.
@@ -170,7 +171,7 @@ def feed(job: Job, actors: list[Actor], started: list[Ref]) -> Tally:
     job.clock.enter("decode")
     feeding = _Feeding(job, actors)
     tally = feeding.tally
-    for place, ref in enumerate(started):
+    for place, ref in enumerate(begun):
         feeding.waiting[ref] = ("starting the actors", feeding.take_description if place < len(actors) else _ignore)
     shards = deque(job.shards)
     while True:
@@ -207,11 +208,12 @@ class _Feeding:
 
     def __post_init__(self) -> None:
         job = self.job
-        self.max_in_flight = job.fit.max_in_flight
+        self.max_in_flight = most_in_flight(job.plan, job.shards, driver_ray.cluster_resources())
         self._placed: tuple[object, Ref] | None = None
         self._loader = driver_ray.put(
             Loader(job.listing.location, job.target, job.listing.classes, job.plan.deal, len(self.actors), job.cache)
         )
+        self._num_to_decode = len(job.shards)
         self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
         self._num_part_left = Counter(shard.part for shard in self.job.shards if shard.split == "valid")
 
@@ -264,6 +266,8 @@ class _Feeding:
             # Ray waits for good with an actor that no node has room for since one died.
             if len(self.tally.devices) < len(self.actors) and (gone := self.job.node_ids - driver_ray.living_ids()):
                 raise ActorLostError(f"an actor: expected it to start, got the death of {len(gone)} nodes")
+        if self._num_to_decode == 0:
+            return self.job.show("means", len(self.tally.digests), len(self.job.plan.part_sizes))
         num_done = self.tally.num_decoded.total() + self.tally.num_skipped
         return self.job.show("decode", num_done, self.job.listing.num_images)
 
@@ -281,6 +285,9 @@ class _Feeding:
         tally.num_decoded[shard.split] += num_decoded
         tally.num_skipped_by_reason.update(num_skipped_by_reason)
         tally.num_resized += num_resized
+        self._num_to_decode -= 1
+        if self._num_to_decode == 0:
+            self.job.clock.enter("means")
         if num_skipped_by_reason:
             tally.skipped[shard.index] = skipped
         where = (shard.start,) if shard.split == "train" else (shard.part, shard.offset)

@@ -7,6 +7,7 @@ finished for `STALL_SECONDS` there is an error that names what was waited for.
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 import time
 from collections import Counter
@@ -61,14 +62,16 @@ class ActorProcess:
     the writing of results here, because the modules below do not know of each other.
     """
 
-    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None) -> None:
+    def __init__(self, *, has_training: bool) -> None:
         leave_pandas_out()
-        gc.disable()  # what torch's import leaves is there to stay: looking it through takes a seventh of its time
+        _import_torch(has_training=has_training)
+
+    def begin(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None) -> tuple[str, str]:
+        """Become one of a job's actors; name its device and where it keeps its images."""
         from pipeline.actors import LaneActor
 
-        gc.freeze()
-        gc.enable()
         self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu, scratch=scratch)
+        return self._actor.describe()
 
     def call(self, method: str, *args: object) -> Any:
         """Call a method of the actor."""
@@ -113,6 +116,20 @@ def leave_pandas_out() -> None:
     sys.meta_path.remove(finder)
 
 
+def _import_torch(*, has_training: bool) -> None:
+    """Import torch; for distances alone, in two thirds of the time that it takes of itself."""
+    # How operators act on tensors without data, for compilers, and on random numbers, for training.
+    unused = "torch._meta_registrations"
+    if not has_training:
+        sys.modules.setdefault(unused, ModuleType(unused))
+    gc.disable()  # what the import leaves is there to stay, and need not be looked through
+    importlib.import_module("torch")
+    gc.freeze()
+    gc.enable()
+    if not has_training:
+        del sys.modules[unused]
+
+
 def cluster_resources() -> dict[str, float]:
     """Return what the whole cluster has, by Ray's names."""
     resources: dict[str, float] = ray.cluster_resources()
@@ -124,45 +141,52 @@ def living_ids() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def start_actors(plan: Plan, fit: Fit, node_ids: Sequence[str], scratch: str) -> tuple[list[Actor], list[Ref]]:
-    """Start the actors and let them meet.
-
-    Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
+def start_actors(fit: Fit, node_ids: Sequence[str], *, has_training: bool) -> list[Actor]:
+    """Start the actors' processes, which import torch; nothing is waited for.
 
     Args:
-        plan: The job's plan.
-        fit: How it fits the cluster.
+        fit: How the job fits the cluster.
         node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
-        scratch: The folder for images that memory cannot hold.
-
-    Returns:
-        The actors; and references to the names of their devices, followed by those of their meeting.
+        has_training: Whether SGD follows the distances.
     """
     if not node_ids:
         raise ActorLostError("the actors: expected a node with CPUs, got none")
     # The group "watch" answers while an epoch runs.
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": fit.gpus_per_actor, "concurrency_groups": {"watch": 1}}
     actor_class: Any = ray.remote(**options)(ActorProcess)
-    actors = [
+    return [
         actor_class.options(
             scheduling_strategy="DEFAULT"
             if fit.gpus_per_actor > 0
             else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
-        ).remote(
-            plan,
-            rank,
-            fit.num_actors,
-            is_on_gpu=fit.gpus_per_actor > 0,
-            scratch=scratch if fit.storage == "disk" else None,
-        )
+        ).remote(has_training=has_training)
         for rank in range(fit.num_actors)
     ]
-    started = [actor.call.remote("describe") for actor in actors]
+
+
+def begin(actors: Sequence[Actor], plan: Plan, fit: Fit, scratch: str | None) -> list[Ref]:
+    """Give actors their job and let them meet.
+
+    Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
+
+    Args:
+        actors: As `start_actors` returns them.
+        plan: The job's plan.
+        fit: As they were started by.
+        scratch: The folder for images that memory cannot hold; None where it can.
+
+    Returns:
+        References to the names of their devices, followed by those of their meeting.
+    """
+    begun = [
+        actor.begin.remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0, scratch=scratch)
+        for rank, actor in enumerate(actors)
+    ]
     if fit.num_actors > 1:
         host = actors[0].address.remote()
         port = actors[0].call.remote("open_store", host)
-        started += [actor.join_group.remote(host, port) for actor in actors]
-    return actors, started
+        begun += [actor.join_group.remote(host, port) for actor in actors]
+    return begun
 
 
 def decode_shard(
@@ -352,7 +376,7 @@ def count_steps(actor: Actor) -> Ref:
 
 
 def end_actors(actors: Sequence[Actor]) -> None:
-    """End actors at once."""
+    """End actors at once; those that are ended already stay so."""
     for actor in actors:
         ray.kill(actor)
 

@@ -23,7 +23,7 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `decode`, `train` or `score`.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `decode`, `means`, `train` or `score`.
         done: Nodes or GPUs that are there, archives indexed, images decoded or skipped, steps of the epoch, or parts
             written.
         total: Of how many.
@@ -92,6 +92,8 @@ def progress_line(progress: Progress) -> str:
             rate = progress.done / max(progress.seconds, 1e-9)
             left = _duration((progress.total - progress.done) / rate)
             return f"decoded {progress.done:,} of {progress.total:,} images, {rate:,.0f} a second, {left} left"
+        case "means":
+            return "all images are decoded, computing the class means"
         case "train":
             loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
             return (

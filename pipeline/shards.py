@@ -40,8 +40,9 @@ _CHUNK_BYTES = 8 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
-# Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.
-_SHARDS_PER_CPU = 4
+# Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor, which may be about
+# to start while a small dataset is decoded.
+_SHARDS_PER_CPU = 8
 # What is in flight may take this share of the object store; more would make Ray write it to disk.
 _STORE_SHARE = 0.25
 # Images may take this share of the memory that Ray counts; the rest is for working with them.
@@ -171,14 +172,10 @@ class Fit:
     Attributes:
         num_actors: Actors to start.
         gpus_per_actor: The share of a GPU that each asks for; 0 on CPUs.
-        max_in_flight: Shards that may be on their way from file to actor at one time.
-        storage: Where actors keep images that are not on a GPU.
     """
 
     num_actors: int
     gpus_per_actor: float
-    max_in_flight: int
-    storage: Storage = "memory"
 
 
 @dataclass(frozen=True)
@@ -268,16 +265,14 @@ def part_bounds(num_images: int, image_bytes: int, lanes: int) -> list[int]:
     return [part * num_images // num_parts for part in range(num_parts)] + [num_images] if num_parts else [0]
 
 
-def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapping[str, float], num_nodes: int) -> Fit:
-    """Choose the number of actors and bound the work in flight by bytes.
+def fit_cluster(config: Config, resources: Mapping[str, float], num_nodes: int) -> Fit:
+    """Choose the number of actors and what they compute on.
 
     Actors ask for no CPU, so that however many they are they never keep decoding from its own.
 
     Args:
         config: The options.
-        plan: The job's plan.
-        shards: All shards.
-        resources: What the whole cluster has, by Ray's names: `CPU`, `GPU`, and `object_store_memory` in bytes.
+        resources: What the whole cluster has, by Ray's names: `CPU` and `GPU`.
         num_nodes: Nodes with CPUs.
 
     Raises:
@@ -298,7 +293,6 @@ def fit_cluster(config: Config, plan: Plan, shards: list[Shard], resources: Mapp
     return Fit(
         num_actors=config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes),
         gpus_per_actor=config.gpus_per_actor if is_on_gpu else 0.0,
-        max_in_flight=most_in_flight(plan, shards, resources),
     )
 
 

@@ -136,6 +136,7 @@ def test_devices_are_counted_by_name():
         (Progress("decode", 0, 5000, 9.0), "starting to decode 5,000 images"),
         (Progress("decode", 2000, 5000, 1.0), "decoded 2,000 of 5,000 images, 2,000 a second, 2 s left"),
         (Progress("decode", 5000, 5000, 2.0), "decoded 5,000 of 5,000 images, 2,500 a second, 0 s left"),
+        (Progress("means", 0, 8, 0.0), "all images are decoded, computing the class means"),
         (Progress("train", 0, 97, 1.0, epoch=1, num_epochs=3), "epoch 1 of 3, step 0 of 97"),
         (Progress("train", 1500, 9700, 1.0, 2, 30, 0.123456), "epoch 2 of 30, step 1,500 of 9,700, loss 0.1235"),
         (Progress("train", 9, 97, 1.0, 2, 30, 0.0), "epoch 2 of 30, step 9 of 97, loss 0.0000"),

@@ -22,6 +22,7 @@ from pipeline.shards import (
     cut_valid,
     fit_cluster,
     make_plan,
+    most_in_flight,
     part_bounds,
 )
 from pipeline.sources import Listing
@@ -85,8 +86,8 @@ def plan_of(sizes=(10_000, 5_000), side=28, **options):
     return make_plan(Config(**options), make_listing(*sizes), Target(side, side, "L"))
 
 
-def fit(resources, num_nodes=1, sizes=(10_000, 5_000), side=28, **options):
-    return fit_cluster(Config(**options), *plan_of(sizes, side, **options), resources, num_nodes)
+def fit(resources, num_nodes=1, **options):
+    return fit_cluster(Config(**options), resources, num_nodes)
 
 
 def deal_in_a_loop(num_images, num_lanes, run):
@@ -392,17 +393,17 @@ def test_without_training_no_training_image_and_not_all_validation_images_are_he
 @pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
-    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 160)
+    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0)
 
 
 @pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
-    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, 16)
+    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1)
 
 
 def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
-    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0, 16)
+    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0)
 
 
 @pytest.mark.parametrize(
@@ -435,12 +436,12 @@ def test_the_message_about_gpus_says_how_many():
 
 @pytest.mark.parametrize("actors", [1, 3, 8])
 def test_actors_that_were_asked_for_are_started(actors):
-    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 8)
-    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 8)
+    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0)
+    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1)
 
 
 def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():
-    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0, 8)
+    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0)
 
 
 @pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": 0.5}, {"GPU": 8}])
@@ -453,13 +454,13 @@ def test_a_cluster_without_a_cpu_is_refused(resources):
 
 @pytest.mark.parametrize(
     ("num_cpus", "store_mib", "max_in_flight"),
-    [(1, 16_000, 4), (2, 16_000, 8), (64, 16_000, 256), (64, 600, 10), (64, 599, 9), (64, 1, 1), (64, 0, 1)],
+    [(1, 16_000, 8), (2, 16_000, 16), (64, 16_000, 266), (64, 600, 10), (64, 599, 9), (64, 1, 1), (64, 0, 1)],
 )
 def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(num_cpus, store_mib, max_in_flight):
     # The largest shard has 15 images of 1 MiB.
     resources = {"CPU": num_cpus, "object_store_memory": store_mib * 2**20}
-    assert fit(resources, sizes=(1000, 1000), side=1024, shard_images=15).max_in_flight == max_in_flight
+    assert most_in_flight(*plan_of((1000, 1000), side=1024, shard_images=15), resources) == max_in_flight
 
 
 def test_without_a_known_object_store_only_the_cpus_bound():
-    assert fit({"CPU": 2.9}).max_in_flight == 8
+    assert most_in_flight(*plan_of(), {"CPU": 2.9}) == 16
