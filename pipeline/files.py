@@ -29,7 +29,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 
 # Formats that Pillow recognises by their first bytes; a file of another ending is counted and left alone.
-IMAGE_ENDINGS = frozenset(
+IMAGE_ENDINGS = tuple(
     b".png .apng .jpg .jpeg .jpe .jfif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif .tiff .webp .jp2 .j2k .jpx "
     b".avif".split()
 )
@@ -199,7 +199,9 @@ def list_files(location: Location, prefix: bytes) -> list[bytes]:
                 root = os.fsencode(location.root) + b"/"
                 folders = prefix.split(b"/")[:-1]
                 above = frozenset(_identity(root + b"/".join(folders[:depth])) for depth in range(len(folders)))
-                return list(_walk(root, prefix, above))
+                keys: list[bytes] = []
+                _walk(root, prefix, above, keys)
+                return keys
         case "parquet":
             return [key for key in _parquet_keys(location) if key.startswith(prefix) and not _is_in_hidden(key, prefix)]
         case "uri":
@@ -218,7 +220,7 @@ def is_image_name(key: bytes) -> bool:
     """Say by its ending whether a file counts as an image."""
     name = key[key.rfind(b"/") + 1 :]
     # A leading dot marks what a file manager keeps for itself, ._7.png beside 7.png among them.
-    return not name.startswith(b".") and name[name.rfind(b".") :].lower() in IMAGE_ENDINGS
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(b".")
 
 
 def ending(key: bytes) -> str:
@@ -275,18 +277,28 @@ def _one_line_faults(location: Location) -> Iterator[None]:
         raise DataError(f"{where}: expected to list it, got {exc.strerror}; check the folder's rights") from exc
 
 
-def _walk(root: bytes, prefix: bytes, parents: frozenset[tuple[int, int]]) -> Iterator[bytes]:
+def _walk(root: bytes, prefix: bytes, parents: frozenset[tuple[int, int]], keys: list[bytes]) -> None:
     # Links to folders are followed, as others' image folders do; a link to one of its own parents is not.
     identity = _identity(root + prefix)
     if identity in parents:
         return
+    folders = []
     with os.scandir(root + prefix) as entries:
-        for entry in entries:
-            if _is_folder(entry):
-                if not entry.name.startswith(b"."):
-                    yield from _walk(root, prefix + entry.name + b"/", parents | {identity})
+        for entry in entries:  # a call less for each of a million files is a tenth of a second
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                # A link that leads nowhere is one bad image; behind a closed folder there may be any number of them.
+                if not is_image_name(entry.name):
+                    raise
+                is_folder = False
+            if is_folder:
+                folders.append(entry.name)
             else:
-                yield prefix + entry.name
+                keys.append(prefix + entry.name)
+    for name in folders:
+        if not name.startswith(b"."):
+            _walk(root, prefix + name + b"/", parents | {identity}, keys)
 
 
 def _is_in_hidden(key: bytes, prefix: bytes) -> bool:
@@ -296,16 +308,6 @@ def _is_in_hidden(key: bytes, prefix: bytes) -> bool:
 def _identity(path: bytes) -> tuple[int, int]:
     status = os.stat(path)  # noqa: PTH116 - names are bytes
     return status.st_dev, status.st_ino
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        # A link that leads nowhere is one bad image; behind a closed folder there may be any number of them.
-        if is_image_name(entry.name):
-            return False
-        raise
 
 
 def _list_remote(location: Location, prefix: bytes, *, recursive: bool) -> list[pafs.FileInfo]:

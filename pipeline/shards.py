@@ -25,7 +25,7 @@ from pipeline.splits import Split
 
 # A shard is of so many images; of up to so many where they are small, as each costs some milliseconds besides decoding.
 _SHARD_IMAGES = 2048
-_MOST_SHARD_IMAGES = 8192
+_MOST_SHARD_IMAGES = 16384
 # A larger one still leaves so many shards to share the work.
 _LEAST_SHARDS = 16
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.

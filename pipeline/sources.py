@@ -249,13 +249,10 @@ def _list_classes(
         )
     listed = {}
     for name in wanted or folders:
-        keys = []
-        for key in list_files(location, prefix + name + b"/"):
-            if is_image_name(key):
-                keys.append(key)
-            else:
-                ignored[ending(key)] += 1
-        keys.sort()
+        files = list_files(location, prefix + name + b"/")
+        keys = sorted(filter(is_image_name, files))
+        if len(keys) < len(files):
+            ignored.update(ending(file) for file in files if not is_image_name(file))
         # At once: as Python objects the keys of all classes would take several times as much.
         listed[name] = pa.array(keys, pa.binary())
     return listed
