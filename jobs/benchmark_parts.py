@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from benchmark_request import Answer, serve
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import numpy.typing as npt
     import torch
 
     from pipeline.actors import LaneActor
     from pipeline.driver_feed import Job
+    from pipeline.exchange import Address
 
 _NUM_LANES = 8
 _SEED = 0
@@ -59,25 +62,32 @@ def actor(part: Part) -> Answer:
 
 
 def actors_2(part: Part) -> Answer:
-    """Train as two of them do that exchange their lanes by gloo, each a process with one thread."""
+    """Train as two of them do that exchange their lanes, each a process with one thread."""
     import multiprocessing
+    import secrets
+
+    from pipeline.exchange import TOKEN_BYTES
 
     first = _make_actor(part, 0, 2)
-    host = "127.0.0.1"
-    port = first.open_store(host)
-    other = multiprocessing.get_context("spawn").Process(target=_run_other, args=(part, host, port))
+    address = first.listen("127.0.0.1")
+    token = secrets.token_bytes(TOKEN_BYTES)
+    context = multiprocessing.get_context("spawn")
+    told, tell = context.Pipe(duplex=False)
+    other = context.Process(target=_run_other, args=(part, address, token, tell))
     other.start()
     try:
-        first.join_group(host, port, host)
+        first.join_group(token, address, told.recv())
         return _train_actor(part, first)
     finally:
         other.join(30)
         other.kill()
 
 
-def _run_other(part: Part, host: str, port: int) -> None:
+def _run_other(part: Part, address: Address, token: bytes, tell: Connection) -> None:
     second = _make_actor(part, 1, 2)
-    second.join_group(host, port, host)
+    own_address = second.listen("127.0.0.1")
+    tell.send(own_address)
+    second.join_group(token, address, own_address)
     second.finish_means()
     second.begin_training(None)
     for epoch in range(part.num_epochs + 1):

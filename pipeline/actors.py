@@ -12,9 +12,10 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +26,15 @@ import torch.distributed as dist
 
 from pipeline import distance, sgd
 from pipeline.errors import ActorLostError
+from pipeline.exchange import TIMEOUT_SECONDS, Address, Exchange
 from pipeline.lanes import Lanes
 from pipeline.metrics import CLASSIFIERS, EpochRecord
 from pipeline.parts import Part
 from pipeline.shards import Plan
 
-# A peer that answers none of a step's exchanges for so long is taken for dead.
-_EXCHANGE_TIMEOUT = timedelta(seconds=120)
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class LaneActor:
         self._params_P = torch.empty(0)
         self._centre_D = torch.empty(0)
         self._learning_rate = 0.0
-        self._is_in_group = False
-        self._backend = ""
+        self._exchange: Exchange | None = None
+        self._has_nccl = False
 
     def describe(self) -> tuple[str, str]:
         """Name the device that this actor computes on, and where it keeps its images: `gpu`, `memory` or `disk`."""
@@ -97,52 +98,29 @@ class LaneActor:
         is_on_gpu = self._store_device.type == "cuda"
         return device, "gpu" if is_on_gpu else "memory" if self._scratch is None else "disk"
 
-    def open_store(self, host: str) -> int:
-        """Open the meeting point of the process group on `host`, this actor's own address; return its port."""
-        # Of itself the store would listen on every address of the machine.
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family, backlog=1024)
-        port = int(listener.getsockname()[1])
-        self._store = dist.TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=_EXCHANGE_TIMEOUT,
-            master_listen_fd=listener.detach(),
-        )
-        return port
+    def listen(self, host: str) -> Address:
+        """Wait for the others' calls on `host`, this actor's own address; return where they reach it."""
+        self._exchange = Exchange(host)
+        return self._exchange.address
 
-    def join_group(self, host: str, port: int, address: str) -> None:
-        """Join the process group of all actors at the meeting point that the first of them opened.
+    def join_group(self, token: bytes, *addresses: Address) -> None:
+        """Connect with all other actors.
 
         Args:
-            host: Of the meeting point.
-            port: Likewise.
-            address: This actor's own; others reach it, and it listens, there alone.
+            token: What only they know.
+            addresses: What `listen` returned to all of them, by rank.
 
         Raises:
             ActorLostError: If not all of them come in time.
         """
-        # NCCL takes no two members on one GPU; they exchange through the CPU instead.
-        is_sharing = self._plan.gpus_per_actor < 1
-        self._backend = "nccl" if self._device.type == "cuda" and not is_sharing else "gloo"
-        # Of themselves both take the interface that the host's name leads to, which may be another or a public one.
-        if interface := _interface_of(address):
-            os.environ.setdefault(f"{self._backend.upper()}_SOCKET_IFNAME", interface)
+        assert self._exchange is not None
         try:
-            if self._rank > 0:
-                self._store = dist.TCPStore(host, port, is_master=False, timeout=_EXCHANGE_TIMEOUT)
-            dist.init_process_group(
-                self._backend,
-                store=self._store,
-                rank=self._rank,
-                world_size=self._num_actors,
-                timeout=_EXCHANGE_TIMEOUT,
-            )
-        except RuntimeError as exc:
+            self._exchange.connect(self._rank, addresses, token)
+            # NCCL takes no two members on one GPU; they exchange through the CPU instead.
+            if self._device.type == "cuda" and self._plan.gpus_per_actor >= 1:
+                self._join_nccl(self._exchange, addresses)
+        except (OSError, RuntimeError) as exc:
             raise ActorLostError(f"actor {self._rank}: expected {self._num_actors} actors to meet, got {exc}") from exc
-        self._is_in_group = True
 
     def add_train(self, start: int, table: pa.Table) -> None:
         """Count training images into the class sums and keep them, if there is training.
@@ -319,34 +297,58 @@ class LaneActor:
             losses[part] = math.fsum(block_losses)
         return losses, total_KK.cpu().numpy()
 
+    def _join_nccl(self, exchange: Exchange, addresses: Sequence[Address]) -> None:
+        """Form the process group by which GPUs exchange; the first actor keeps its meeting point."""
+        host = addresses[0][0]
+        timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        port = 0
+        if self._rank == 0:
+            # Of itself the store would listen on every address of the machine.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, 0), family=family, backlog=1024)
+            port = int(listener.getsockname()[1])
+            self._store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+            )
+        port = int(exchange.gather(np.array(port))[0])
+        if self._rank > 0:
+            self._store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        # Of itself NCCL takes the interface that the host's name leads to, which may be another or a public one.
+        if interface := _interface_of(addresses[self._rank][0]):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        dist.init_process_group(
+            "nccl", store=self._store, rank=self._rank, world_size=self._num_actors, timeout=timeout
+        )
+        self._has_nccl = True
+
     def _add_up(self, counts: torch.Tensor) -> torch.Tensor:
         """Add up whole numbers over all actors."""
-        if not self._is_in_group:
+        if self._exchange is None:
             return counts
-        total = counts.to(self._exchange_device())
-        self._exchange(lambda: dist.all_reduce(total))
-        return total.to(counts.device)
+        exchange = self._exchange
+        total = self._answer_of_all(lambda: exchange.add_up(counts.cpu().numpy()))
+        return torch.from_numpy(total).to(counts.device)
 
-    def _gather_lanes(self, gradients_ZP: torch.Tensor) -> torch.Tensor:
-        """Bring all actors' lanes together, in the lanes' order: [Z, P] on each of A actors -> [L, P]."""
-        if not self._is_in_group:
-            return gradients_ZP
-        sent_ZP = gradients_ZP.to(self._exchange_device()).contiguous()
-        num_sent, num_params = sent_ZP.shape
-        all_P = torch.empty(self._num_actors * num_sent, num_params, device=sent_ZP.device)
-        self._exchange(lambda: dist.all_gather_single(all_P, sent_ZP))
-        # Lane l is the (l // A)-th of actor l % A: [A, Z, P] -> [Z, A, P] -> [Z·A, P], its tail without lanes cut off.
-        by_actor = all_P.view(self._num_actors, num_sent, num_params)
-        return by_actor.transpose(0, 1).reshape(-1, num_params)[: self._plan.num_lanes].to(gradients_ZP.device)
+    def _gather_lanes(self, gradients_ZP: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Bring all actors' lanes together, in the lanes' order: [Z, P] on each of A actors -> L times [P]."""
+        if self._exchange is None:
+            return gradients_ZP.unbind()
+        if self._has_nccl:
+            sent_ZP = gradients_ZP.contiguous()
+            all_AZP = torch.empty(self._num_actors, *sent_ZP.shape, device=sent_ZP.device)
+            self._answer_of_all(lambda: dist.all_gather_single(all_AZP.flatten(0, 1), sent_ZP))
+        else:
+            exchange = self._exchange
+            gathered = self._answer_of_all(lambda: exchange.gather(gradients_ZP.cpu().numpy()))
+            all_AZP = torch.from_numpy(gathered).to(gradients_ZP.device)
+        # Lane l is the (l // A)-th of actor l % A.
+        return [all_AZP[lane % self._num_actors, lane // self._num_actors] for lane in range(self._plan.num_lanes)]
 
-    def _exchange(self, collective: Callable[[], object]) -> None:
+    def _answer_of_all(self, ask: Callable[[], T]) -> T:
         try:
-            collective()
-        except RuntimeError as exc:
+            return ask()
+        except (OSError, RuntimeError) as exc:
             raise ActorLostError(f"actor {self._rank}: expected the other actors to answer, got {exc}") from exc
-
-    def _exchange_device(self) -> torch.device:
-        return self._device if self._backend == "nccl" else torch.device("cpu")
 
 
 def _interface_of(address: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import secrets
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.decode import Header
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
+from pipeline.exchange import TOKEN_BYTES, Address
 from pipeline.files import Location
 from pipeline.loading import Loader, ShardFile
 from pipeline.shards import Fit, Plan, Shard
@@ -77,13 +79,9 @@ class ActorProcess:
         """Call a method of the actor."""
         return getattr(self._actor, method)(*args)
 
-    def address(self) -> str:
-        """Return the address of this actor's node."""
-        return str(ray.util.get_node_ip_address())
-
-    def join_group(self, host: str, port: int) -> None:
-        """Join the other actors, by this node's own address."""
-        self._actor.join_group(host, port, self.address())
+    def listen(self) -> Address:
+        """Wait for the other actors' calls on this node's own address, and return where they reach this one."""
+        return self._actor.listen(str(ray.util.get_node_ip_address()))
 
     def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
         """Score a part and write its prediction file."""
@@ -183,9 +181,9 @@ def begin(actors: Sequence[Actor], plan: Plan, fit: Fit, scratch: str | None) ->
         for rank, actor in enumerate(actors)
     ]
     if fit.num_actors > 1:
-        host = actors[0].address.remote()
-        port = actors[0].call.remote("open_store", host)
-        begun += [actor.join_group.remote(host, port) for actor in actors]
+        addresses = [actor.listen.remote() for actor in actors]
+        token = secrets.token_bytes(TOKEN_BYTES)
+        begun += [actor.call.remote("join_group", token, *addresses) for actor in actors]
     return begun
 
 

@@ -10,7 +10,7 @@
     ├── CacheError         the cache's folder cannot be used
     └── ClusterError       Ray cannot give, or no longer gives, what the job needs
         ├── StalledError   no work was finished for a set time
-        └── ActorLostError an actor or its process group died; the driver starts the actors anew
+        └── ActorLostError an actor, or one that it waited for, died; the driver starts the actors anew
 
 Every message is one line, `<where>: expected <x>, got <y>; <what to do>`. Every class takes that one
 line alone, so that an error crosses Ray by pickle unchanged.
@@ -61,4 +61,4 @@ class StalledError(ClusterError):
 
 
 class ActorLostError(ClusterError):
-    """An actor or its process group died in the middle of its work."""
+    """An actor, or one that it waited for, died in the middle of its work."""

@@ -142,7 +142,9 @@ def empty_gradients(num_lanes: int, num_params: int, device: torch.device) -> to
     return torch.zeros(num_lanes, -(-num_params // 16) * 16, device=device)[:, :num_params]
 
 
-def step(params_P: torch.Tensor, gradients_LP: torch.Tensor, num_images: int, learning_rate: float) -> torch.Tensor:
+def step(
+    params_P: torch.Tensor, gradients_LP: Sequence[torch.Tensor], num_images: int, learning_rate: float
+) -> torch.Tensor:
     """Add the lanes' gradients in order and move the parameters, in place, against their mean.
 
     Args:

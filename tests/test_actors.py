@@ -1,4 +1,4 @@
-"""Actors without Ray: alone in this process, and several in processes of their own that meet through gloo."""
+"""Actors without Ray: alone in this process, and several in processes of their own that meet."""
 
 import io
 import itertools
@@ -10,24 +10,22 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache, partial
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from test_lanes import order_in_a_loop
 from torch.nn.functional import cross_entropy
 
-from pipeline import actors, sgd, shards
+from pipeline import exchange, sgd, shards
 from pipeline.actors import LaneActor
 from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.errors import ActorLostError, EvaluationError
+from pipeline.exchange import TOKEN_BYTES
 from pipeline.files import Location
 from pipeline.loading import Loader, load_shard, owners
 from pipeline.metrics import epoch_metric
@@ -35,6 +33,7 @@ from pipeline.shards import make_plan
 from pipeline.sources import Listing
 
 HOST = "127.0.0.1"
+TOKEN = bytes(range(TOKEN_BYTES))
 CLASSES = ("a", "b", "c")
 NUM_TRAIN, NUM_VALID = 203, 41
 TARGET = Target(4, 5, "L")
@@ -61,7 +60,7 @@ def _small_chunks(monkeypatch):
 def serve():
     """Be a process with one actor at a time: calls come on standard input, answers go to standard output."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # gloo writes there that it is connected
+    os.dup2(2, 1)  # what a library prints is no answer
     shards._CHUNK_BYTES = CHUNK_BYTES
     actor = None
     while True:
@@ -71,8 +70,8 @@ def serve():
             return
         try:
             if method == "start":
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                if actor and actor._exchange:
+                    actor._exchange.close()
                 *plan_and_rank, scratch = args
                 actor, answer = LaneActor(*plan_and_rank, is_on_gpu=False, scratch=scratch), None
             else:
@@ -133,8 +132,7 @@ def together(started, plan, scratch=None):
     asked = [call(process, "start", plan, rank, len(started), scratch) for rank, process in enumerate(started)]
     assert [answer() for answer in asked] == [None] * len(started)
     group = [partial(call, process) for process in started]
-    port = group[0]("open_store", HOST)()
-    ask_all(group, "join_group", HOST, port, HOST)
+    ask_all(group, "join_group", TOKEN, *ask_all(group, "listen", HOST))
     return group
 
 
@@ -491,22 +489,16 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
     started[1].wait(10)
 
 
-def test_the_meeting_point_listens_on_its_own_address_alone():
-    actor = LaneActor(make_job()[0], 0, 2, is_on_gpu=False)
-    port = actor.open_store(HOST)
-    listening = [open_.laddr for open_ in psutil.Process().net_connections() if open_.status == psutil.CONN_LISTEN]
-    assert [address.ip for address in listening if address.port == port] == [HOST]
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_peers_that_do_not_come_are_lost_actors(monkeypatch, rank):
-    monkeypatch.setattr(actors, "_EXCHANGE_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(exchange, "TIMEOUT_SECONDS", 1.0)
     actor = LaneActor(make_job()[0], rank, 2, is_on_gpu=False)
-    port = actor.open_store(HOST) if rank == 0 else 1
+    own_address, nobody = actor.listen(HOST), (HOST, 1)
+    addresses = (own_address, nobody) if rank == 0 else (nobody, own_address)
     with pytest.raises(ActorLostError, match=rf"^actor {rank}: expected 2 actors to meet, got ") as caught:
-        actor.join_group(HOST, port, HOST)
+        actor.join_group(TOKEN, *addresses)
     assert "\n" not in str(caught.value)
-    assert not dist.is_initialized()
+    actor._exchange.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine, or a torch, without CUDA")

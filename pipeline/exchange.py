@@ -1,0 +1,180 @@
+"""What actors tell each other while they compute, each connected with every other by TCP.
+
+What enters: an array of every actor, of one shape. What leaves: at every actor, all of them in the actors' order.
+Always: an actor that is gone is an error at once, and one that is silent is an error after `TIMEOUT_SECONDS`.
+
+The sockets are those of the thread that computes. A library that has threads of its own for them, gloo for one, wakes
+several for each exchange, which took 1.6 ms between steps of 4 ms on two cores, where this takes 0.2.
+
+Legend: A actors.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# A peer that moves not a byte for so long is taken for dead.
+TIMEOUT_SECONDS = 120.0
+# A caller that does not say at once who it is, is a stranger.
+_HELLO_SECONDS = 10.0
+TOKEN_BYTES = 16
+# Who calls: the token of this job's actors, and the caller's rank.
+_HELLO = struct.Struct(f"<{TOKEN_BYTES}sI")
+# Sums of whole numbers are exchanged piece by piece, so that those of all actors are never in memory together.
+_PIECE_BYTES = 2**24
+
+Address = tuple[str, int]
+
+
+class Exchange:
+    """One actor's connections with all others.
+
+    Args:
+        host: This actor's own address, and the only one on which it listens.
+    """
+
+    def __init__(self, host: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self._rank = 0
+        self._peers: dict[int, socket.socket] = {}
+
+    @property
+    def address(self) -> Address:
+        """Where the others reach this actor: host and port."""
+        host, port = self._listener.getsockname()[:2]
+        return str(host), int(port)
+
+    def connect(self, rank: int, addresses: Sequence[Address], token: bytes) -> None:
+        """Connect with all others; all do so at the same time.
+
+        Args:
+            rank: This actor's number.
+            addresses: Of all actors, by rank.
+            token: `TOKEN_BYTES` that only this job's actors know; other callers are hung up on.
+
+        Raises:
+            OSError: If not all of them come in time.
+        """
+        self._rank = rank
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        # Who is called need not answer yet: the system takes calls for everyone that listens.
+        for other in range(rank):
+            peer = socket.create_connection(addresses[other], _seconds_until(deadline))
+            peer.sendall(_HELLO.pack(token, rank))
+            self._peers[other] = peer
+        while len(self._peers) < len(addresses) - 1:
+            self._listener.settimeout(_seconds_until(deadline))
+            peer, _ = self._listener.accept()
+            peer.settimeout(_HELLO_SECONDS)
+            caller = _read_hello(peer, token)
+            if caller is None:
+                peer.close()
+            else:
+                self._peers[caller] = peer
+        self._listener.close()
+        for peer in self._peers.values():
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.setblocking(False)
+
+    def gather(self, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Give an array to all others and return those of all, in the actors' order: [...] -> [A, ...].
+
+        Raises:
+            OSError: If one of them is gone, or silent.
+        """
+        mine = np.ascontiguousarray(mine)
+        everyones = np.empty((len(self._peers) + 1, *mine.shape), mine.dtype)
+        everyones[self._rank] = mine
+        unsent = {peer: mine.data.cast("B") for peer in self._peers.values()}
+        missing = {peer: everyones[rank].data.cast("B") for rank, peer in self._peers.items()}
+        ready: Iterable[socket.socket] = self._peers.values()  # for all that is known yet
+        while True:
+            _move(unsent, ready, socket.socket.send)
+            _move(missing, ready, socket.socket.recv_into)
+            if not unsent and not missing:
+                return everyones
+            ready = _wait(unsent, missing)
+
+    def add_up(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Add up all actors' whole numbers, of any one shape.
+
+        Raises:
+            OSError: As `gather`.
+        """
+        flat = mine.reshape(-1)
+        most = max(1, _PIECE_BYTES // (flat.itemsize * (len(self._peers) + 1)))
+        pieces = [self.gather(flat[start : start + most]).sum(0) for start in range(0, len(flat), most)]
+        return np.concatenate(pieces).reshape(mine.shape)
+
+    def close(self) -> None:
+        """Hang up."""
+        for each in (self._listener, *self._peers.values()):
+            each.close()
+
+
+def _move(
+    pending: dict[socket.socket, memoryview],
+    ready: Iterable[socket.socket],
+    transfer: Callable[[socket.socket, memoryview], int],
+) -> None:
+    """Send or receive what goes without waiting; what is done leaves `pending`."""
+    for peer in ready:
+        if peer not in pending:
+            continue
+        try:
+            num_bytes = transfer(peer, pending[peer])
+        except BlockingIOError:
+            continue
+        if num_bytes == 0:
+            raise ConnectionError("a connection that was closed")
+        if num_bytes == len(pending[peer]):
+            del pending[peer]
+        else:
+            pending[peer] = pending[peer][num_bytes:]
+
+
+def _wait(unsent: Iterable[socket.socket], missing: Iterable[socket.socket]) -> list[socket.socket]:
+    """Wait for peers that take or give more, and return them."""
+    poll = select.poll()
+    peers = {peer.fileno(): peer for peer in (*unsent, *missing)}
+    wanted = dict.fromkeys(peers, 0)
+    for waiting, event in ((unsent, select.POLLOUT), (missing, select.POLLIN)):
+        for peer in waiting:
+            wanted[peer.fileno()] |= event
+    for number, events in wanted.items():
+        poll.register(number, events)
+    found = poll.poll(1000 * TIMEOUT_SECONDS)
+    if not found:
+        raise TimeoutError(f"no word for {TIMEOUT_SECONDS:g} s")
+    return [peers[number] for number, _ in found]
+
+
+def _read_hello(peer: socket.socket, token: bytes) -> int | None:
+    """Return the rank of a caller; None for one that is no actor of this job."""
+    hello = b""
+    while len(hello) < _HELLO.size:
+        try:
+            received = peer.recv(_HELLO.size - len(hello))
+        except OSError:
+            return None
+        if not received:
+            return None
+        hello += received
+    given, rank = _HELLO.unpack(hello)
+    return int(rank) if given == token else None
+
+
+def _seconds_until(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError(f"not all within {TIMEOUT_SECONDS:g} s")
+    return seconds
