@@ -40,9 +40,10 @@ _CHUNK_BYTES = 8 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
-# Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor, which may be about
-# to start while a small dataset is decoded.
-_SHARDS_PER_CPU = 8
+# Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.
+_SHARDS_PER_CPU = 4
+# However few CPUs there are: a small dataset is decoded while its actors start.
+_LEAST_IN_FLIGHT = 32
 # What is in flight may take this share of the object store; more would make Ray write it to disk.
 _STORE_SHARE = 0.25
 # Images may take this share of the memory that Ray counts; the rest is for working with them.
@@ -303,7 +304,8 @@ def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, floa
     """
     shard_bytes = max(shard.num_images for shard in shards) * plan.target.num_values
     store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
-    return int(max(1, min(_SHARDS_PER_CPU * int(resources.get("CPU", 0)), store_bytes // shard_bytes)))
+    most = max(_LEAST_IN_FLIGHT, _SHARDS_PER_CPU * int(resources.get("CPU", 0)))
+    return int(max(1, min(most, store_bytes // shard_bytes)))
 
 
 def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storage:

@@ -454,7 +454,16 @@ def test_a_cluster_without_a_cpu_is_refused(resources):
 
 @pytest.mark.parametrize(
     ("num_cpus", "store_mib", "max_in_flight"),
-    [(1, 16_000, 8), (2, 16_000, 16), (64, 16_000, 266), (64, 600, 10), (64, 599, 9), (64, 1, 1), (64, 0, 1)],
+    [
+        (1, 16_000, 32),
+        (2, 16_000, 32),
+        (9, 16_000, 36),
+        (64, 16_000, 256),
+        (64, 600, 10),
+        (64, 599, 9),
+        (64, 1, 1),
+        (64, 0, 1),
+    ],
 )
 def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(num_cpus, store_mib, max_in_flight):
     # The largest shard has 15 images of 1 MiB.
@@ -463,4 +472,4 @@ def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(
 
 
 def test_without_a_known_object_store_only_the_cpus_bound():
-    assert most_in_flight(*plan_of(), {"CPU": 2.9}) == 16
+    assert most_in_flight(*plan_of(), {"CPU": 9.9}) == 36
