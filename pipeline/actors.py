@@ -310,7 +310,7 @@ class LaneActor:
             self._store = dist.TCPStore(
                 host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
             )
-        port = int(exchange.gather(np.array(port))[0])
+        port = int(exchange.gather(np.array([port]))[0, 0])
         if self._rank > 0:
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         # Of itself NCCL takes the interface that the host's name leads to, which may be another or a public one.

@@ -37,6 +37,7 @@ STORE_SHARE = 0.3
 _LEAST_STORE_BYTES = 80 * 2**20
 _REGISTER_SECONDS = 30.0
 _POLL_SECONDS = 0.01
+_SHORT_SECONDS = 0.1
 # Ray's node manager wants two agents that live as long as it does, and to be told where they listen: these do nothing
 # until their input, its end of a pipe, is closed, whatever arguments they get; and nobody asks them anything.
 _NO_AGENT = "/bin/sh -c 'read _'"
@@ -152,7 +153,7 @@ def _fewer_services() -> Iterator[None]:
 
     The dashboard (which starts even where it is said not to be included), its agent and that for runtime environments,
     the autoscaler's monitor and the forwarder of logs are Python processes of their own, for some of which Ray waits;
-    and for what it does need it looks ten times a second, or once. Without all that, Ray's start takes about a fifth of
+    and for what it does need it looks too seldom. Without all that, Ray's start takes about a fifth of
     the time. None of it has a public option in Ray 2.60.
     """
     node_module: Any = ray._private.node
@@ -226,8 +227,8 @@ def _wait_for_file(path: Path, seconds: float) -> None:
 
 
 def _sleep_little(seconds: float) -> None:
-    """Stand for a wait that is longer than what is waited for."""
-    time.sleep(min(seconds, _POLL_SECONDS))
+    """Stand for a short wait that is longer than what is waited for; where Ray is patient, it has to be."""
+    time.sleep(seconds if seconds > _SHORT_SECONDS else min(seconds, _POLL_SECONDS))
 
 
 def _do_nothing(self: object) -> None:

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 # A peer that moves not a byte for so long is taken for dead.
 TIMEOUT_SECONDS = 120.0
-# A caller that does not say at once who it is, is a stranger.
-_HELLO_SECONDS = 10.0
+# A caller that has not said by then who it is, is a stranger.
+_HELLO_SECONDS = 2.0
 TOKEN_BYTES = 16
 # Who calls: the token of this job's actors, and the caller's rank.
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sI")
@@ -74,9 +74,8 @@ class Exchange:
         while len(self._peers) < len(addresses) - 1:
             self._listener.settimeout(_seconds_until(deadline))
             peer, _ = self._listener.accept()
-            peer.settimeout(_HELLO_SECONDS)
             caller = _read_hello(peer, token)
-            if caller is None:
+            if caller in self._peers or caller not in range(rank + 1, len(addresses)):
                 peer.close()
             else:
                 self._peers[caller] = peer
@@ -158,19 +157,21 @@ def _wait(unsent: Iterable[socket.socket], missing: Iterable[socket.socket]) -> 
     return [peers[number] for number, _ in found]
 
 
-def _read_hello(peer: socket.socket, token: bytes) -> int | None:
-    """Return the rank of a caller; None for one that is no actor of this job."""
+def _read_hello(peer: socket.socket, token: bytes) -> int:
+    """Return the rank of a caller; -1 for one that is no actor of this job."""
     hello = b""
-    while len(hello) < _HELLO.size:
-        try:
+    deadline = time.monotonic() + _HELLO_SECONDS
+    try:
+        while len(hello) < _HELLO.size:
+            peer.settimeout(_seconds_until(deadline))
             received = peer.recv(_HELLO.size - len(hello))
-        except OSError:
-            return None
-        if not received:
-            return None
-        hello += received
+            if not received:
+                return -1
+            hello += received
+    except OSError:  # of a stranger's connection
+        return -1
     given, rank = _HELLO.unpack(hello)
-    return int(rank) if given == token else None
+    return int(rank) if given == token else -1
 
 
 def _seconds_until(deadline: float) -> float:

@@ -114,13 +114,27 @@ def test_strangers_are_hung_up_on(said):
         each.close()
 
 
-def test_a_silent_stranger_keeps_nobody_waiting(monkeypatch):
+def test_a_silent_stranger_keeps_nobody_waiting_for_long(monkeypatch):
     monkeypatch.setattr(exchange, "_HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(exchange, "TIMEOUT_SECONDS", 30)
     first, second = Exchange(HOST), Exchange(HOST)
     addresses = [first.address, second.address]
-    stranger = socket.create_connection(first.address, 5)
+    strangers = [socket.create_connection(first.address, 5) for _ in range(20)]
     at_once(lambda rank: (first, second)[rank].connect(rank, addresses, TOKEN), 2)
-    for each in (stranger, first, second):
+    for each in (*strangers, first, second):
+        each.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, 2**32 - 1])
+def test_a_caller_of_an_impossible_rank_is_a_stranger(rank):
+    first, second, third = group = [Exchange(HOST) for _ in range(3)]
+    addresses = [each.address for each in group]
+    stranger = socket.create_connection(second.address, 5)
+    stranger.sendall(TOKEN + rank.to_bytes(4, "little"))
+    at_once(lambda rank: group[rank].connect(rank, addresses, TOKEN), 3)
+    answers = at_once(lambda rank: group[rank].gather(np.array([rank])), 3)
+    assert [answer.ravel().tolist() for answer in answers] == [[0, 1, 2]] * 3
+    for each in (stranger, first, second, third):
         each.close()
 
 
