@@ -118,13 +118,14 @@ def _import_torch(*, has_training: bool) -> None:
     """Import torch; for distances alone, in two thirds of the time that it takes of itself."""
     # How operators act on tensors without data, for compilers, and on random numbers, for training.
     unused = "torch._meta_registrations"
-    if not has_training:
-        sys.modules.setdefault(unused, ModuleType(unused))
+    is_left_out = not has_training and unused not in sys.modules
+    if is_left_out:
+        sys.modules[unused] = ModuleType(unused)
     gc.disable()  # what the import leaves is there to stay, and need not be looked through
     importlib.import_module("torch")
     gc.freeze()
     gc.enable()
-    if not has_training:
+    if is_left_out:
         del sys.modules[unused]
 
 

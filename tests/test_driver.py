@@ -128,6 +128,10 @@ def reference(local_ray, small_dataset, tmp_path_factory):
     return evaluate(small_dataset, tmp_path_factory.mktemp("reference") / "out", epochs=3, device="cpu")
 
 
+def test_seconds_are_told_by_phase(reference):
+    assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "write", "total"]
+
+
 @pytest.mark.parametrize("num_actors", [2, 3, 4])
 def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
     run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)

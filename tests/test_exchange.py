@@ -99,7 +99,7 @@ def test_it_listens_on_its_own_address_alone_and_only_until_all_are_there(meet):
     second.close()
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(TOKEN_BYTES + 4), TOKEN[:5]])
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(TOKEN_BYTES) + b"\1\0\0\0", TOKEN[:5]])
 def test_strangers_are_hung_up_on(said):
     first, second = Exchange(HOST), Exchange(HOST)
     addresses = [first.address, second.address]
