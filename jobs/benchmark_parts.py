@@ -265,8 +265,8 @@ def driver(part: Part) -> Answer:
 
     def decode_nothing(
         loader: object, shard: list[Any], *_: object
-    ) -> tuple[None, None, tuple[int, dict[str, int], int]]:
-        return None, None, (Shard(*shard).num_images, {}, 0)
+    ) -> tuple[None, None, tuple[int, dict[str, int], int, bool]]:
+        return None, None, (Shard(*shard).num_images, {}, 0, False)
 
     class IdleActor:
         def call(self, method: str, *_: object) -> object:

@@ -23,8 +23,10 @@ import psutil
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from torch.utils.dlpack import from_dlpack
 
 from pipeline import distance, sgd
+from pipeline.decode import one_chunk
 from pipeline.errors import ActorLostError
 from pipeline.exchange import TIMEOUT_SECONDS, Address, Exchange
 from pipeline.lanes import Lanes
@@ -64,15 +66,26 @@ class LaneActor:
         rank: This actor's number, from 0.
         num_actors: How many there are; lane and part i belong to actor i modulo this.
         is_on_gpu: Whether a GPU was given to this process.
+        num_threads: Threads for distances on the CPU.
         scratch: The folder whose disk keeps the images; None where memory holds them. A GPU that holds them does.
     """
 
-    def __init__(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None = None) -> None:
-        # One thread: sums are then added in one order, whatever OMP_NUM_THREADS says, and decoding keeps its cores.
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        num_actors: int,
+        *,
+        is_on_gpu: bool,
+        num_threads: int = 1,
+        scratch: str | None = None,
+    ) -> None:
+        # One thread inside torch: sums are then added in one order, whatever OMP_NUM_THREADS says.
         torch.set_num_threads(1)
         self._plan = plan
         self._rank = rank
         self._num_actors = num_actors
+        self._num_threads = num_threads
         # A pretended GPU, or a build of torch without CUDA, computes on the CPU.
         self._device = torch.device("cuda", 0) if is_on_gpu and torch.cuda.is_available() else torch.device("cpu")
         self._num_steps_done = 0
@@ -248,7 +261,7 @@ class LaneActor:
         scores: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         predictions: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for images_ND, _ in stored.blocks(self._device):
-            l1_NK, rms_NK = distance.distances(images_ND, self._means_KD)
+            l1_NK, rms_NK = distance.distances(images_ND, self._means_KD, self._num_threads)
             for name, distances_NK in zip(names, (l1_NK, rms_NK), strict=False):
                 scores[name].append(distances_NK)
                 predictions[name].append(distance.nearest(distances_NK))
@@ -359,10 +372,9 @@ def _interface_of(address: str) -> str | None:
 
 
 def _to_tensors(table: pa.Table, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy a decoded shard to the device: images uint8 [N, D] and labels int64 [N]."""
-    images = table["image"].combine_chunks().storage
-    pixels = images.flatten().to_numpy().reshape(len(table), -1 if len(table) else images.type.list_size)
-    # A copy, because the object store's memory is read-only and is to be given back.
-    images_ND = torch.from_numpy(pixels.copy()).to(device)
+    """Take a decoded shard to the device: images uint8 [N, D], on a CPU only to be read, and labels int64 [N]."""
+    images = one_chunk(table["image"]).storage
+    # Nothing is copied on a CPU: what is done with the pixels is done in the object store's memory.
+    images_ND = from_dlpack(images.flatten()).view(len(table), images.type.list_size).to(device)
     labels_N = torch.from_numpy(table["class"].to_numpy().astype(np.int64)).to(device)
     return images_ND, labels_N

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline import storage
-from pipeline.decode import Decoded, Fault
+from pipeline.decode import Decoded, Fault, one_chunk
 from pipeline.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def _to_content(key: str, decoded: Decoded) -> tuple[memoryview, bytes]:
     faults = [(row, fault.reason, fault.error) for row, fault in decoded.faults]
     metadata = {"key": key, "faults": json.dumps(faults), "num_resized": str(decoded.num_resized)}
     schema = decoded.table.schema.with_metadata(metadata)
-    batch = pa.RecordBatch.from_arrays([column.combine_chunks() for column in decoded.table.columns], schema=schema)
+    batch = pa.RecordBatch.from_arrays([one_chunk(column) for column in decoded.table.columns], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)
@@ -322,4 +322,4 @@ def _from_content(content: pa.Buffer, key: str) -> Decoded:
         raise _DamagedError(f"{type(exc).__name__} {exc}") from exc
     if stored_key != key:
         raise _DamagedError("the entry of another key")
-    return Decoded(table.replace_schema_metadata(None), faults, num_resized)
+    return Decoded(table.replace_schema_metadata(None), faults, num_resized, is_from_cache=True)

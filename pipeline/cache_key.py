@@ -1,7 +1,7 @@
 """What a decoded shard was made from, as the name of its entry in a cache.
 
-What enters: a dataset, a target and the keys of a shard. What leaves: a digest. Always: when the images of the shard,
-or what becomes of them, may be others, so is the digest.
+What enters: a dataset, a target and a shard's rows of the listing. What leaves: a digest. Always: when the images of
+the shard, or what becomes of them, may be others, so is the digest.
 """
 
 from __future__ import annotations
@@ -14,42 +14,46 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 import numpy as np
-import numpy.typing as npt
 import PIL
 import pyarrow as pa
 from PIL import features
 
-from pipeline import storage
-from pipeline.decode import DECODE_VERSION, Target
-from pipeline.errors import DataError
-from pipeline.files import Location, display
+from pipeline.decode import DECODE_VERSION, Target, one_chunk
+from pipeline.files import Location, Stamps
 
-# Sizes in bytes and times in nanoseconds, [N] each.
-Stamps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 _LIBRARIES = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 
 
-def file_stamps(location: Location, keys: pa.BinaryArray) -> Stamps:
-    """Look up when the files of `keys` last changed; do so before they are read, that a later change be seen.
+def name_entry(location: Location, target: Target, rows: pa.Table) -> str:
+    """Name the entry of a shard of class folders; do so before its files are read, that a later change be seen.
 
-    Local files tell the time of their last change of any kind, ctime, which copying and unpacking programs cannot set
-    back as they do mtime.
+    Args:
+        location: The dataset.
+        target: What every image becomes.
+        rows: The shard's rows of the listing.
+    """
+    keys, labels = one_chunk(rows["key"]), one_chunk(rows["label"])
+    return entry_key(location, target, keys, labels, file_stamps(location, rows))
+
+
+def file_stamps(location: Location, rows: pa.Table) -> Stamps:
+    """Tell when the files of a listing last changed.
+
+    Of an object store the listing knows it. Local files are looked at: they tell the time of their last change of any
+    kind, ctime, which copying and unpacking programs cannot set back as they do mtime.
 
     Returns:
         Sizes in bytes and times in nanoseconds, int64 [N] each; -1 for files that are not there.
-
-    Raises:
-        DataError: If the storage itself fails.
     """
     match location.kind:
         case "folder":
             root = os.fsencode(location.root) + b"/"
-            return _local_stamps(root + key for key in keys.to_pylist())
+            return _local_stamps(root + key for key in rows["key"].to_pylist())
         case "parquet":  # all images are in one file
             size, time_ns = _local_stamps([os.fsencode(location.root)])
-            return size.repeat(len(keys)), time_ns.repeat(len(keys))
+            return size.repeat(len(rows)), time_ns.repeat(len(rows))
         case "uri":
-            return _remote_stamps(location, keys)
+            return rows["size"].to_numpy(), rows["time_ns"].to_numpy()
 
 
 def entry_key(
@@ -102,19 +106,4 @@ def _local_stamps(paths: Iterable[bytes]) -> Stamps:
         else:
             sizes.append(status.st_size)
             times_ns.append(status.st_ctime_ns)
-    return np.array(sizes, np.int64), np.array(times_ns, np.int64)
-
-
-def _remote_stamps(location: Location, keys: pa.BinaryArray) -> Stamps:
-    filesystem, root_path = location.filesystem
-    try:
-        paths = [f"{root_path}/{display(key)}" for key in keys.to_pylist()]
-        infos = storage.persist(lambda: filesystem.get_file_info(paths), location.root)
-    except OSError as exc:
-        raise DataError(
-            f"{location.root}: expected to look up files, got {exc}; check the connection and run again"
-        ) from exc
-    # A folder has no size, and what is not there has neither.
-    sizes = [-1 if info.size is None else info.size for info in infos]
-    times_ns = [-1 if info.mtime_ns is None else info.mtime_ns for info in infos]
     return np.array(sizes, np.int64), np.array(times_ns, np.int64)

@@ -12,7 +12,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -104,11 +104,18 @@ class Decoded:
         table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3].
         faults: The rows that were skipped, with the reasons.
         num_resized: How many images had another size than the target.
+        is_from_cache: Whether all this was decoded in an earlier run.
     """
 
     table: pa.Table
     faults: list[tuple[int, Fault]]
     num_resized: int
+    is_from_cache: bool = field(default=False, compare=False)
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; copied, as `combine_chunks` does in any case, only where it is more than one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def sample_rows(num_images: int) -> list[int]:

@@ -8,12 +8,16 @@ Axes: N images, K classes, D values of one image (H·W·C). Pixels are 0 to 255,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 # Sums of uint8 in float32 are exact up to 2^24, which 65,793 rows of 255 reach; fewer stay in the cache.
 _SUM_ROWS = 1024
-# The differences of a block should stay in a core's cache; a GPU wants work enough for all its processors.
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# The differences of a block should stay in a core's cache, but be so many that threads seldom wait for their turn in
+# Python; a GPU wants work enough for all its processors.
+_BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 
 def class_sums(images_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +60,9 @@ def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
     return (sums_KD.double() / (255 * counts_K.double())[:, None]).float()
 
 
-def distances(images_ND: torch.Tensor, means_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def distances(
+    images_ND: torch.Tensor, means_KD: torch.Tensor, num_threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the distances of every image to every class mean, by broadcasting blocks of images.
 
     With two classes, comparing these is the pixel-similarity baseline of "Deep Learning for Coders with fastai and
@@ -65,6 +71,7 @@ def distances(images_ND: torch.Tensor, means_KD: torch.Tensor) -> tuple[torch.Te
     Args:
         images_ND: uint8, 0 to 255.
         means_KD: float32, 0 to 1.
+        num_threads: Threads that share the blocks, on the CPU.
 
     Returns:
         The mean absolute difference and the root of the mean squared one, each float32 [N, K], 0 to 1.
@@ -75,16 +82,31 @@ def distances(images_ND: torch.Tensor, means_KD: torch.Tensor) -> tuple[torch.Te
     rms_NK = torch.empty_like(l1_NK)
     block_values = _BLOCK_BYTES[images_ND.device.type] // 4
     class_block = max(1, min(num_classes, block_values // num_values))
-    image_block = max(1, block_values // (class_block * num_values))
-    for start in range(0, num_images, image_block):
-        rows = slice(start, start + image_block)
-        block_ND = images_ND[rows].float().div_(255)
-        for first in range(0, num_classes, class_block):
-            classes = slice(first, first + class_block)
-            # [n, 1, D] - [1, k, D] -> [n, k, D]; one buffer for both distances, since |d|² = d².
-            differences_NKD = block_ND[:, None, :] - means_KD[None, classes, :]
-            l1_NK[rows, classes] = differences_NKD.abs_().mean(2)
-            rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
+    image_block = max(1, min(num_images, block_values // (class_block * num_values)))
+
+    def fill(starts: Iterable[int]) -> None:
+        # Filled again for every block: memory that is new costs more than what is computed in it.
+        pixels_ND = torch.empty(image_block, num_values, device=images_ND.device)
+        buffer_NKD = torch.empty(image_block, class_block, num_values, device=images_ND.device)
+        for start in starts:
+            rows = slice(start, start + image_block)
+            num_rows = len(images_ND[rows])
+            block_ND = pixels_ND[:num_rows].copy_(images_ND[rows]).div_(255)
+            for first in range(0, num_classes, class_block):
+                classes = slice(first, first + class_block)
+                means_kD = means_KD[classes]
+                # [n, 1, D] - [1, k, D] -> [n, k, D]; one buffer for both distances, since |d|² = d².
+                differences_NKD = buffer_NKD[:num_rows, : len(means_kD)]
+                torch.sub(block_ND[:, None, :], means_kD[None, :, :], out=differences_NKD)
+                l1_NK[rows, classes] = differences_NKD.abs_().mean(2)
+                rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
+
+    starts = range(0, num_images, image_block)
+    if num_threads == 1 or images_ND.device.type != "cpu":
+        fill(starts)
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(fill, (starts[thread::num_threads] for thread in range(num_threads))))
     return l1_NK, rms_NK
 
 

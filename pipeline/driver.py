@@ -24,8 +24,8 @@ from pipeline import (
     decode,
     driver_cluster,
     driver_connect,
-    driver_feed,
     driver_ray,
+    driver_scan,
     driver_train,
     files,
     loading,
@@ -40,8 +40,9 @@ from pipeline.cache import prepare as prepare_cache
 from pipeline.config import Config
 from pipeline.decode import Target
 from pipeline.driver_cluster import Node, wait_for_nodes
-from pipeline.driver_feed import Found, Job, Tally, feed, write_part
+from pipeline.driver_feed import Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
+from pipeline.driver_scan import Found
 from pipeline.driver_train import Training
 from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError
 from pipeline.files import Location
@@ -99,10 +100,13 @@ def evaluate(
         fit = _fit(config, nodes)
         actors = _start_actors(config, fit)  # which import torch while the listing is read
         try:
-            listing, target = _finish_look(look, location, config, nodes, output, on_progress)
+            listing, target = _finish_look(look, location, config, nodes, output, clock, on_progress)
             plan, shards = make_plan(config, listing, target)
             kept_in = _choose_storage(config, plan, fit, nodes)
             results.prepare(output, overwrite=config.overwrite, resume=config.resume)
+            if cache is not None:
+                clock.enter("scan")
+                shards = driver_scan.name_entries(listing, plan, shards, on_progress)
             node_ids = frozenset(node.node_id for node in nodes)
             job = Job(config, listing, target, plan, shards, fit, kept_in, node_ids, output, cache, clock, on_progress)
             return _run(job, actors)
@@ -128,6 +132,7 @@ def _finish_look(
     config: Config,
     nodes: list[Node],
     output: Output,
+    clock: Clock,
     on_progress: Callable[[Progress], None],
 ) -> tuple[Listing, Target]:
     """Wait for the look at the dataset, see that all nodes have the same, and have archives indexed."""
@@ -138,7 +143,8 @@ def _finish_look(
     if len(nodes) > 1:
         driver_cluster.check_paths(nodes, location, _some_files(location, look_at), output)
     if isinstance(look_at, Found):
-        return driver_feed.list_archives(location, config, look_at, on_progress)
+        clock.enter("scan")
+        return driver_scan.list_archives(location, config, look_at, on_progress)
     return look_at
 
 
@@ -337,6 +343,7 @@ def _write(job: Job, tally: Tally, training: Training) -> dict[str, Any]:
         "num_skipped_by_reason": dict(sorted(tally.num_skipped_by_reason.items())),
         "num_resized": tally.num_resized,
         "num_shards": len(job.shards),
+        "num_shards_from_cache": tally.num_from_cache,
         "learning_rate": training.learning_rate,
         "stopped_by": metrics.stop_reason(job.config, training.history),
         "num_nodes": len(job.node_ids),

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import decode, driver_ray, loading, sources
-from pipeline.archives import Archive, Scan
+from pipeline import driver_ray, loading
 from pipeline.cache import Cache
 from pipeline.config import Config
-from pipeline.decode import Header, Target
+from pipeline.decode import Target
 from pipeline.driver_ray import Actor, PartRecord, Ref
 from pipeline.errors import ActorLostError, DataError
-from pipeline.files import Location, display
+from pipeline.files import display
 from pipeline.loading import Loader, ShardFile
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
@@ -33,8 +32,6 @@ from pipeline.splits import Split
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0
-# Archives that are indexed, or wait for it, at one time.
-_MAX_SCANS = 256
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ class Tally:
         num_decoded: Images, by split.
         num_skipped_by_reason: Images that could not be decoded.
         num_resized: Images that had another size than the target.
+        num_from_cache: Shards that an earlier run had decoded.
         skipped: References to the tables of skipped images, by shard, where there are any.
         counts_K: Training images of each class, int64.
         means_KD: float32, 0 to 1.
@@ -81,6 +79,7 @@ class Tally:
     num_decoded: Counter[Split] = field(default_factory=Counter)
     num_skipped_by_reason: Counter[str] = field(default_factory=Counter)
     num_resized: int = 0
+    num_from_cache: int = 0
     skipped: dict[int, Ref] = field(default_factory=dict)
     counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -99,58 +98,6 @@ class Tally:
     def num_skipped(self) -> int:
         """Images that could not be decoded, for whatever reason."""
         return self.num_skipped_by_reason.total()
-
-
-@dataclass(frozen=True)
-class Found:
-    """The archives of a dataset, not yet opened, and the files beside them, by ending."""
-
-    archives: list[Archive]
-    num_ignored: Counter[str]
-
-
-def list_archives(
-    location: Location, config: Config, found: Found, on_progress: Callable[[Progress], None]
-) -> tuple[Listing, Target]:
-    """Have every archive indexed by a task, and settle the images' size and mode from a sample.
-
-    Raises:
-        DataError: If an archive, or what is in them together, is no dataset.
-    """
-    num_all = len(found.archives)
-    begun = time.monotonic()
-    scans: dict[int, Scan] = {}
-    indexes: dict[int, dict[Split, Ref]] = {}
-    waiting: dict[Ref, int] = {}
-    upcoming = iter(range(num_all))
-
-    def show() -> bool:
-        on_progress(Progress("scan", len(scans), num_all, time.monotonic() - begun))
-        return False
-
-    while len(scans) < num_all:
-        while len(waiting) < _MAX_SCANS and (place := next(upcoming, None)) is not None:
-            ref, indexes[place] = driver_ray.scan_archive(location, found.archives[place], config)
-            waiting[ref] = place
-        for done in driver_ray.wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
-            place = waiting.pop(done)
-            scans[place] = driver_ray.get(done, f"indexing {found.archives[place].path}")
-    parts = [(archive, scans[place], indexes[place]) for place, archive in enumerate(found.archives)]
-    listing = sources.list_archives(location, parts, found.num_ignored, config)
-    return listing, decode.choose_target(config, _sample_headers(listing, show))
-
-
-def _sample_headers(listing: Listing, on_tick: Callable[[], bool]) -> list[Header]:
-    assert isinstance(listing.train, ArchivedRows)
-    places = decode.sample_rows(len(listing.train))
-    asked, start = [], 0
-    for rows in listing.train.files:
-        stop = start + rows.row_groups[-1]
-        if inside := [place - start for place in places if start <= place < stop]:
-            asked.append(driver_ray.read_headers(listing.location, rows, inside))
-        start = stop
-    answers = driver_ray.wait_all(asked, "looking at some images", on_tick)
-    return [header for headers in answers for header in headers]
 
 
 def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> Tally:
@@ -241,7 +188,7 @@ class _Feeding:
             rows, file = found.index, self._file(shard, found)
             what = f"decoding images {shard.first} to {shard.first + shard.num_images - 1} of {found.archive.path}"
         else:
-            rows = listed.slice(shard.start, shard.num_images)
+            rows = listed.slice(shard.start, shard.num_images).select(["key", "label"])
             first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
             what = f"decoding {display(first)} to {display(last)}"
         owners = [shard.part % len(self.actors)]
@@ -278,13 +225,14 @@ class _Feeding:
         self.tally.stores.append(store)
 
     def _hand_over(
-        self, shard: Shard, tables: dict[int, Ref], skipped: Ref, counts: tuple[int, dict[str, int], int]
+        self, shard: Shard, tables: dict[int, Ref], skipped: Ref, counts: tuple[int, dict[str, int], int, bool]
     ) -> None:
-        num_decoded, num_skipped_by_reason, num_resized = counts
+        num_decoded, num_skipped_by_reason, num_resized, is_from_cache = counts
         tally = self.tally
         tally.num_decoded[shard.split] += num_decoded
         tally.num_skipped_by_reason.update(num_skipped_by_reason)
         tally.num_resized += num_resized
+        tally.num_from_cache += is_from_cache
         self._num_to_decode -= 1
         if self._num_to_decode == 0:
             self.job.clock.enter("means")

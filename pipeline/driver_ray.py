@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import secrets
 import sys
 import time
@@ -26,10 +27,10 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import loading
+from pipeline import cache_key, loading
 from pipeline.archives import Archive, Scan
 from pipeline.config import Config
-from pipeline.decode import Header
+from pipeline.decode import Header, Target
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
 from pipeline.exchange import TOKEN_BYTES, Address
 from pipeline.files import Location
@@ -68,11 +69,18 @@ class ActorProcess:
         leave_pandas_out()
         _import_torch(has_training=has_training)
 
-    def begin(self, plan: Plan, rank: int, num_actors: int, *, is_on_gpu: bool, scratch: str | None) -> tuple[str, str]:
+    def begin(self, plan: Plan, rank: int, fit: Fit, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""
         from pipeline.actors import LaneActor
 
-        self._actor = LaneActor(plan, rank, num_actors, is_on_gpu=is_on_gpu, scratch=scratch)
+        self._actor = LaneActor(
+            plan,
+            rank,
+            fit.num_actors,
+            is_on_gpu=fit.gpus_per_actor > 0,
+            num_threads=min(fit.threads_per_actor, os.cpu_count() or 1),
+            scratch=scratch,
+        )
         return self._actor.describe()
 
     def call(self, method: str, *args: object) -> Any:
@@ -177,10 +185,7 @@ def begin(actors: Sequence[Actor], plan: Plan, fit: Fit, scratch: str | None) ->
     Returns:
         References to the names of their devices, followed by those of their meeting.
     """
-    begun = [
-        actor.begin.remote(plan, rank, fit.num_actors, is_on_gpu=fit.gpus_per_actor > 0, scratch=scratch)
-        for rank, actor in enumerate(actors)
-    ]
+    begun = [actor.begin.remote(plan, rank, fit, scratch) for rank, actor in enumerate(actors)]
     if fit.num_actors > 1:
         addresses = [actor.listen.remote() for actor in actors]
         token = secrets.token_bytes(TOKEN_BYTES)
@@ -202,7 +207,7 @@ def decode_shard(
 
     Returns:
         References to the tables of images, to the table of skipped ones or None, and to the counts of images
-        decoded, skipped (by reason) and resized.
+        decoded, skipped (by reason) and resized, with whether all of it came from the cache.
     """
     # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
     sent = _to_bytes(rows) if isinstance(rows, pa.Table) else rows
@@ -224,7 +229,8 @@ def _decode_shard(
     rows = pa.ipc.open_stream(sent).read_all() if isinstance(sent, bytes) else sent
     tables, skipped, decoded = loading.load_shard(loader, shard, rows, file)
     num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
-    return (*tables, skipped, (len(decoded.table), num_skipped, decoded.num_resized))
+    counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
+    return (*tables, skipped, counts)
 
 
 def _to_bytes(rows: pa.Table) -> bytes:
@@ -234,6 +240,18 @@ def _to_bytes(rows: pa.Table) -> bytes:
         writer.write_table(rows)
     content: bytes = sink.getvalue().to_pybytes()
     return content
+
+
+def name_entry(location: Location, target: Target, rows: pa.Table) -> Ref:
+    """Start naming the entry in the cache of a shard of class folders, by its rows of the listing."""
+    ref: Ref = _name_entry.remote(location, target, _to_bytes(rows))
+    return ref
+
+
+@ray.remote
+def _name_entry(location: Location, target: Target, sent: bytes) -> str:
+    leave_pandas_out()
+    return cache_key.name_entry(location, target, pa.ipc.open_stream(sent).read_all())
 
 
 def scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Ref, dict[Split, Ref]]:

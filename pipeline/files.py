@@ -21,6 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -28,6 +30,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import DataError
 
+# Sizes in bytes and times of the last change in nanoseconds, [N] each; -1 for what is not known.
+Stamps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 # Formats that Pillow recognises by their first bytes; a file of another ending is counted and left alone.
 IMAGE_ENDINGS = tuple(
     b".png .apng .jpg .jpeg .jpe .jfif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif .tiff .webp .jp2 .j2k .jpx "
@@ -191,8 +195,8 @@ def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> lis
     return sorted(name for name, is_folder in found if is_folder)
 
 
-def list_files(location: Location, prefix: bytes) -> list[bytes]:
-    """Return the keys of all files below `prefix`, at any depth, in no order."""
+def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps | None]:
+    """Return the keys of all files below `prefix`, at any depth, in no order, and what the storage tells with them."""
     match location.kind:
         case "folder":
             with _one_line_faults(location):
@@ -201,14 +205,18 @@ def list_files(location: Location, prefix: bytes) -> list[bytes]:
                 above = frozenset(_identity(root + b"/".join(folders[:depth])) for depth in range(len(folders)))
                 keys: list[bytes] = []
                 _walk(root, prefix, above, keys)
-                return keys
+                return keys, None
         case "parquet":
-            return [key for key in _parquet_keys(location) if key.startswith(prefix) and not _is_in_hidden(key, prefix)]
+            found = (key for key in _parquet_keys(location) if key.startswith(prefix))
+            return [key for key in found if not _is_in_hidden(key, prefix)], None
         case "uri":
             root_length = len(location.filesystem[1].rstrip("/")) + 1
             infos = _list_remote(location, prefix, recursive=True)
-            keys = [info.path[root_length:].encode() for info in infos if info.type == pafs.FileType.File]
-            return [key for key in keys if not _is_in_hidden(key, prefix)]
+            files = [(info.path[root_length:].encode(), info) for info in infos if info.type == pafs.FileType.File]
+            files = [(key, info) for key, info in files if not _is_in_hidden(key, prefix)]
+            sizes = np.array([info.size for _, info in files], np.int64)
+            times_ns = np.array([-1 if info.mtime_ns is None else info.mtime_ns for _, info in files], np.int64)
+            return [key for key, _ in files], (sizes, times_ns)
 
 
 def display(name: bytes) -> str:

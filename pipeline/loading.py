@@ -80,9 +80,9 @@ def load_shard(
         rows = rows.slice(shard.first, shard.num_images)
         labels = pa.array(np.array(file.labels, np.int32)[rows["label"].to_numpy()])
     else:
-        labels = rows["label"].combine_chunks()
-    keys = rows["key"].combine_chunks()
-    decoded = _load(loader, rows, keys, labels, file.archive if file else None)
+        labels = decode.one_chunk(rows["label"])
+    keys = decode.one_chunk(rows["key"])
+    decoded = _load(loader, shard, rows, keys, labels, file.archive if file else None)
     skipped = None
     if decoded.faults:
         skipped = decode.skipped_table(keys, labels, decoded.faults, shard.split, loader.classes)
@@ -104,22 +104,21 @@ def read_headers(
     """Look at the headers of some images of a listing or of an archive's index, leaving out what has none."""
     chosen = rows.take(pa.array(places, pa.int64()))
     archive = file.archive if file else None
-    return decode.read_headers(_read(loader_location, chosen, chosen["key"].combine_chunks(), archive))
+    return decode.read_headers(_read(loader_location, chosen, decode.one_chunk(chosen["key"]), archive))
 
 
 def _load(
-    loader: Loader, rows: pa.Table, keys: pa.BinaryArray, labels: pa.Int32Array, archive: Archive | None
+    loader: Loader, shard: Shard, rows: pa.Table, keys: pa.BinaryArray, labels: pa.Int32Array, archive: Archive | None
 ) -> Decoded:
     images = _read(loader.location, rows, keys, archive)
     if loader.cache is None:
         return decode.decode_shard(keys, labels, images, loader.target)
-    # Stamps before bytes: a file that changes in between is then decoded again.
     if archive is None:
-        stamps = cache_key.file_stamps(loader.location, keys)
+        name = shard.entry
     else:
         changed = [archive.size_bytes, -1 if archive.mtime_ns is None else archive.mtime_ns]
         stamps = (np.full(len(keys), changed[0], np.int64), np.full(len(keys), changed[1], np.int64))
-    name = cache_key.entry_key(loader.location, loader.target, keys, labels, stamps)
+        name = cache_key.entry_key(loader.location, loader.target, keys, labels, stamps)
     decoded = cache.load(loader.cache, name)
     if decoded is None:
         decoded = decode.decode_shard(keys, labels, images, loader.target)

@@ -23,9 +23,9 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `decode`, `means`, `train` or `score`.
-        done: Nodes or GPUs that are there, archives indexed, images decoded or skipped, steps of the epoch, or parts
-            written.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train` or `score`.
+        done: Nodes or GPUs that are there, archives indexed, files whose times are known, images decoded or skipped,
+            steps of the epoch, or parts written.
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
@@ -86,6 +86,8 @@ def progress_line(progress: Progress) -> str:
             return f"waiting for the cluster's {progress.phase}, {progress.done} of {progress.total} are there"
         case "scan":
             return f"indexed {progress.done:,} of {progress.total:,} archives"
+        case "times":
+            return f"looked at the times of {progress.done:,} of {progress.total:,} files, for the cache"
         case "decode" if progress.done == 0:
             return f"starting to decode {progress.total:,} images"
         case "decode":
@@ -106,6 +108,7 @@ def progress_line(progress: Progress) -> str:
 def summary(run: Mapping[str, Any]) -> str:
     """Lay a finished run out for a terminal: accuracies by classifier and class, counts, times."""
     target, seconds = run["target"], run["seconds"]
+    kept = f", {run['num_shards_from_cache']:,} of {run['num_shards']:,} shards from the cache"
     lines = []
     for classifier in dict.fromkeys(row["classifier"] for row in run["metrics"]):
         rows = [row for row in run["metrics"] if row["classifier"] == classifier]
@@ -117,7 +120,8 @@ def summary(run: Mapping[str, Any]) -> str:
     lines += [
         f"images     {run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate "
         f"on, {skipped}; {run['num_resized']:,} resized; other files ignored: {ignored:,}",
-        f"decoded    to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second",
+        f"decoded    to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
+        + (kept if run["options"]["cache"] is not None else ""),
         f"seconds    {seconds['total']:.1f} ({phases})",
         f"computed   on {_devices(run['actors']['devices'])}",
         f"results    {run['out']}",

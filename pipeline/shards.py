@@ -66,6 +66,7 @@ class Shard:
         first: The first row, counted from the archive's first.
         part: Of a validation shard, the part of the predictions that it is written to.
         offset: Of a validation shard, where its first row stands in the part.
+        entry: The name of its entry in the cache, where there is one and the shard is of class folders.
     """
 
     index: int
@@ -76,6 +77,7 @@ class Shard:
     first: int
     part: int = 0
     offset: int = 0
+    entry: str = ""
 
     @property
     def num_images(self) -> int:
@@ -173,10 +175,12 @@ class Fit:
     Attributes:
         num_actors: Actors to start.
         gpus_per_actor: The share of a GPU that each asks for; 0 on CPUs.
+        threads_per_actor: Threads with which each computes distances on CPUs: its share of them.
     """
 
     num_actors: int
     gpus_per_actor: float
+    threads_per_actor: int
 
 
 @dataclass(frozen=True)
@@ -291,10 +295,8 @@ def fit_cluster(config: Config, resources: Mapping[str, float], num_nodes: int) 
             f"{num_gpus:g}; add GPUs, ask for fewer --actors, or give --device cpu"
         )
     is_on_gpu = has_gpus and config.device != "cpu"
-    return Fit(
-        num_actors=config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes),
-        gpus_per_actor=config.gpus_per_actor if is_on_gpu else 0.0,
-    )
+    num_actors = config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes)
+    return Fit(num_actors, config.gpus_per_actor if is_on_gpu else 0.0, max(1, num_cpus // num_actors))
 
 
 def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, float]) -> int:

@@ -31,7 +31,7 @@ from pipeline.files import (
 )
 from pipeline.splits import Split, is_held_out, people_order, valid_names
 
-_LISTING = pa.schema([("key", pa.binary()), ("label", pa.int32())])
+_LABEL = pa.field("label", pa.int32())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Listing:
     """What a dataset holds, before any image is opened.
 
     `train` and `valid` are tables of `key` (binary) and `label` (int32, an index into `classes`), sorted by class and
-    key; or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by their ending.
+    key, and where a cache is to know it, of `size` in bytes and `time_ns` of the last change (int64, -1 if not known);
+    or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by their ending.
     """
 
     location: Location
@@ -92,13 +93,13 @@ class Listing:
 
     @property
     def sha256(self) -> str:
-        """A digest of all keys and labels, or archives, in order: equal listings have equal ones."""
+        """A digest of all keys and labels, or archives, in order: equal listings have equal ones, cached or not."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for rows in (self.train, self.valid):
             if isinstance(rows, ArchivedRows):
                 digest.update(repr([(file.archive, file.labels, file.row_groups) for file in rows.files]).encode())
                 continue
-            for chunk in (chunk for column in rows.columns for chunk in column.chunks):
+            for chunk in (chunk for name in ("key", "label") for chunk in rows[name].chunks):
                 for buffer in chunk.buffers():
                     if buffer is not None:
                         digest.update(buffer)
@@ -235,10 +236,8 @@ def _find_valid_split(location: Location, folders: list[bytes], config: Config) 
     )
 
 
-def _list_classes(
-    location: Location, prefix: bytes, config: Config, ignored: Counter[str]
-) -> dict[bytes, pa.BinaryArray]:
-    """List the image keys of every class folder below `prefix`, sorted, leaving out classes not asked for."""
+def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Counter[str]) -> dict[bytes, pa.Table]:
+    """List the images of every class folder below `prefix`, sorted by key, leaving out classes not asked for."""
     folders = [name for name in list_folder(location, prefix, ignored) if not name.startswith(b".")]
     wanted = [os.fsencode(name) for name in config.classes]
     if missing := [name for name in wanted if name not in folders]:
@@ -249,23 +248,26 @@ def _list_classes(
         )
     listed = {}
     for name in wanted or folders:
-        files = list_files(location, prefix + name + b"/")
+        files, stamps = list_files(location, prefix + name + b"/")
         keys = sorted(filter(is_image_name, files))
         if len(keys) < len(files):
             ignored.update(ending(file) for file in files if not is_image_name(file))
         # At once: as Python objects the keys of all classes would take several times as much.
-        listed[name] = pa.array(keys, pa.binary())
+        columns = {"key": pa.array(keys, pa.binary())}
+        if stamps is not None and config.cache is not None:
+            place_of = {key: place for place, key in enumerate(files)}
+            places = [place_of[key] for key in keys]
+            columns |= {"size": pa.array(stamps[0][places]), "time_ns": pa.array(stamps[1][places])}
+        listed[name] = pa.table(columns)
     return listed
 
 
-def _hold_out(
-    listed: dict[bytes, pa.BinaryArray], fraction: float
-) -> tuple[dict[bytes, pa.BinaryArray], dict[bytes, pa.BinaryArray]]:
+def _hold_out(listed: dict[bytes, pa.Table], fraction: float) -> tuple[dict[bytes, pa.Table], dict[bytes, pa.Table]]:
     """Cut each class in two."""
     train, valid = {}, {}
-    for name, keys in listed.items():
-        is_valid = np.array([is_held_out(key.as_py(), fraction) for key in keys], np.bool_)
-        train[name], valid[name] = keys.filter(pa.array(~is_valid)), keys.filter(pa.array(is_valid))
+    for name, rows in listed.items():
+        is_valid = np.array([is_held_out(key.as_py(), fraction) for key in rows["key"]], np.bool_)
+        train[name], valid[name] = rows.filter(pa.array(~is_valid)), rows.filter(pa.array(is_valid))
     return train, valid
 
 
@@ -304,13 +306,10 @@ def _count(images: Any) -> int:
     return images if isinstance(images, int) else len(images)
 
 
-def _to_table(classes: list[bytes], listed: dict[bytes, pa.BinaryArray]) -> pa.Table:
+def _to_table(classes: list[bytes], listed: dict[bytes, pa.Table]) -> pa.Table:
     # A chunk a class, so that nothing is copied.
-    keys = pa.chunked_array([listed[name] for name in classes], pa.binary())
-    labels = pa.chunked_array(
-        [pa.repeat(pa.scalar(label, pa.int32()), len(listed[name])) for label, name in enumerate(classes)]
-    )
-    return pa.table([keys, labels], schema=_LISTING)
+    labels = [pa.repeat(pa.scalar(label, pa.int32()), len(listed[name])) for label, name in enumerate(classes)]
+    return pa.concat_tables([listed[name] for name in classes]).add_column(1, _LABEL, pa.chunked_array(labels))
 
 
 def _enumerate(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import cache_key
-from pipeline.cache_key import entry_key, file_stamps
+from pipeline.cache_key import entry_key, file_stamps, name_entry
 from pipeline.decode import Target
 from pipeline.files import DIGITS, Location
 
@@ -33,9 +33,14 @@ def folder(tmp_path):
     return Location("folder", str(tmp_path))
 
 
+def rows_of(names, **columns):
+    """Rows of a listing, in two chunks, as they are where a shard has images of two classes."""
+    table = pa.table({"key": pa.array(names, pa.binary()), **columns})
+    return pa.concat_tables([table.slice(0, 1), table.slice(1)])
+
+
 def key_of(location):
-    keys = pa.array(NAMES, pa.binary())
-    return entry_key(location, TARGET, keys, LABELS, file_stamps(location, keys))
+    return name_entry(location, TARGET, rows_of(NAMES, label=LABELS))
 
 
 OTHERS = {
@@ -127,27 +132,30 @@ def test_reading_changes_no_key(folder):
 
 
 def test_stamps_of_a_folder_are_the_system_s(folder):
-    sizes, times = file_stamps(folder, pa.array([*NAMES, b"none.png", b"3/a.png/below"], pa.binary()))
+    sizes, times = file_stamps(folder, rows_of([*NAMES, b"none.png", b"3/a.png/below"]))
     statuses = [(Path(folder.root) / os.fsdecode(name)).stat() for name in NAMES]
     assert sizes.tolist() == [status.st_size for status in statuses] + [-1, -1]
     assert times.tolist() == [status.st_ctime_ns for status in statuses] + [-1, -1]
     assert (sizes.dtype, times.dtype) == (np.int64, np.int64)
 
 
-def test_stamps_of_a_uri_are_those_that_it_tells(tmp_path):
-    (tmp_path / "ä.png").write_bytes(b"123")
-    location = Location("uri", f"file://{tmp_path}")
-    sizes, times = file_stamps(location, pa.array(["ä.png".encode(), b"none.png"], pa.binary()))
-    assert sizes.tolist() == [3, -1]
-    assert times.tolist() == [(tmp_path / "ä.png").stat().st_mtime_ns, -1]
+def test_stamps_of_a_uri_are_those_that_were_listed():
+    rows = rows_of([b"a.png", b"b.png"], size=pa.array([3, -1]), time_ns=pa.array([10**18 + 1, -1]))
+    sizes, times = file_stamps(Location("uri", "s3://bucket/none"), rows)
+    assert (sizes.tolist(), times.tolist()) == ([3, -1], [10**18 + 1, -1])
+
+
+def test_the_name_of_an_entry_is_the_key_of_its_rows_and_stamps(folder):
+    stamps = file_stamps(folder, rows_of(NAMES))
+    assert key_of(folder) == make_key(folder, stamps=stamps)
 
 
 def test_images_of_one_file_have_its_stamp():
-    sizes, times = file_stamps(Location("parquet", str(DIGITS)), pa.array([b"train/0/1.png", b"x"], pa.binary()))
+    sizes, times = file_stamps(Location("parquet", str(DIGITS)), rows_of([b"train/0/1.png", b"x"]))
     assert sizes.tolist() == [DIGITS.stat().st_size] * 2
     assert times.tolist() == [DIGITS.stat().st_ctime_ns] * 2
 
 
 def test_no_files_have_no_stamps():
-    sizes, times = file_stamps(FOLDER, pa.array([], pa.binary()))
+    sizes, times = file_stamps(FOLDER, rows_of([]))
     assert (sizes.tolist(), times.tolist()) == ([], [])

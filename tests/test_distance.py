@@ -37,8 +37,8 @@ def class_sums(images_ND, labels_N, num_classes):
     return [t.numpy() for t in distance.class_sums(torch.tensor(images_ND), torch.tensor(labels_N), num_classes)]
 
 
-def distances(images_ND, means_KD):
-    return [t.numpy() for t in distance.distances(torch.tensor(images_ND), torch.tensor(means_KD))]
+def distances(images_ND, means_KD, num_threads=1):
+    return [t.numpy() for t in distance.distances(torch.tensor(images_ND), torch.tensor(means_KD), num_threads)]
 
 
 def sum_in_a_loop(images_ND, labels_N, num_classes):
@@ -141,6 +141,19 @@ def test_the_size_of_blocks_does_not_change_a_bit(monkeypatch, shape, num_bytes)
     before = distances(images_ND, means_KD)
     monkeypatch.setattr(distance, "_BLOCK_BYTES", {"cpu": num_bytes})
     np.testing.assert_array_equal(distances(images_ND, means_KD), before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_threads", [2, 3, 16])
+def test_the_number_of_threads_does_not_change_a_bit(monkeypatch, shape, num_threads):
+    monkeypatch.setattr(distance, "_BLOCK_BYTES", {"cpu": 4096})
+    images_ND, _, means_KD = draw(*shape)
+    np.testing.assert_array_equal(distances(images_ND, means_KD, num_threads), distances(images_ND, means_KD))
+
+
+def test_what_fails_in_a_thread_is_raised():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        distance.distances(torch.zeros(9, 16, dtype=torch.uint8), torch.zeros(3, 8), 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -194,6 +194,29 @@ def test_decoded_images_are_kept_for_the_next_run(reference, small_dataset, tmp_
     runs = [evaluate(small_dataset, tmp_path / str(actors), actors=actors, **options) for actors in (1, 2)]
     assert {run["results_sha256"] for run in runs} == {reference["results_sha256"]}
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == runs[0]["num_shards"]
+    assert [run["num_shards_from_cache"] for run in runs] == [0, runs[0]["num_shards"]]
+    assert list(runs[0]["seconds"])[:3] == ["start", "scan", "decode"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_of_a_cache_only_what_changed_is_decoded_again(small_dataset, tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "webdataset":
+        data.mkdir()
+        pack_archives(small_dataset, data, kind)
+    else:
+        shutil.copytree(small_dataset, data)
+    options = {"cache": str(tmp_path / "cache"), "epochs": 0, "shard_images": 7}
+    first = evaluate(data, tmp_path / "out 0", **options)
+    again = evaluate(data, tmp_path / "out 1", **options)
+    assert again["num_shards_from_cache"] == first["num_shards"] > 10
+    assert again["results_sha256"] == first["results_sha256"]
+    changed = next(data.rglob("*.tar" if kind == "webdataset" else "*.png"))
+    os.utime(changed, (0, 0))
+    third = evaluate(data, tmp_path / "out 2", **options)
+    num_changed = first["num_shards"] - third["num_shards_from_cache"]
+    assert num_changed > 1 if kind == "webdataset" else num_changed == 1
+    assert third["results_sha256"] == first["results_sha256"]
 
 
 @pytest.mark.parametrize("cache", ["data", "data/cache", "out", "out/cache", "."])

@@ -66,6 +66,9 @@ def run_with(confusions, classes=None, **fields):
         "num_skipped_by_reason": {"damaged": 1},
         "num_resized": 3,
         "images_per_s": 12_345.4,
+        "options": {"cache": None},
+        "num_shards": 1_234,
+        "num_shards_from_cache": 0,
         "actors": {"devices": ["cpu", "cpu"]},
         "out": "/somewhere/results",
         "results_sha256": "0123abc",
@@ -123,6 +126,13 @@ def test_columns_fit_the_longest_name():
     assert first.index("0.5000") == second.index("0.6000") == 44
 
 
+def test_what_came_from_a_cache_is_told_where_there_is_one():
+    run = run_with({"sgd_linear": confusion_of([50, 60])}, num_shards_from_cache=1_233)
+    assert "shards" not in summary(run)
+    text = summary({**run, "options": {"cache": "/somewhere"}})
+    assert "decoded    to 28x28 L, 12,345 a second, 1,233 of 1,234 shards from the cache\n" in text
+
+
 def test_devices_are_counted_by_name():
     run = run_with({"sgd_linear": confusion_of([50, 60])}, actors={"devices": ["A 100", "H 200", "A 100"]})
     assert "computed   on 2 x A 100, 1 x H 200\n" in summary(run)
@@ -132,6 +142,7 @@ def test_devices_are_counted_by_name():
     ("progress", "line"),
     [
         (Progress("start", 0, 1, 0.0), "starting Ray and listing the images"),
+        (Progress("times", 2000, 5000, 1.0), "looked at the times of 2,000 of 5,000 files, for the cache"),
         (Progress("decode", 0, 5000, 0.0), "starting to decode 5,000 images"),
         (Progress("decode", 0, 5000, 9.0), "starting to decode 5,000 images"),
         (Progress("decode", 2000, 5000, 1.0), "decoded 2,000 of 5,000 images, 2,000 a second, 2 s left"),

@@ -393,17 +393,17 @@ def test_without_training_no_training_image_and_not_all_validation_images_are_he
 @pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
-    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0)
+    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 40 // num_actors)
 
 
 @pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
-    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1)
+    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, max(1, 4 // num_actors))
 
 
 def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
-    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0)
+    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +436,12 @@ def test_the_message_about_gpus_says_how_many():
 
 @pytest.mark.parametrize("actors", [1, 3, 8])
 def test_actors_that_were_asked_for_are_started(actors):
-    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0)
-    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1)
+    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 2 if actors == 1 else 1)
+    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 2 if actors == 1 else 1)
 
 
 def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():
-    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0)
+    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0, 1)
 
 
 @pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": 0.5}, {"GPU": 8}])

@@ -634,6 +634,32 @@ def test_a_link_to_another_folder_of_images_is_followed(tmp_path):
     assert "train/3/more/a/1.png" in keys_of(list_dataset(location, Config()).train)
 
 
+# Sizes and times, for a cache
+
+
+@pytest.mark.parametrize("fraction", [None, 0.3])
+def test_a_uri_s_listing_has_sizes_and_times_for_a_cache(fraction, tmp_path):
+    keys = [f"{split}{name}/{number}.png" for split in ("train/", "valid/") for name in "37" for number in range(20)]
+    keys = keys if fraction is None else [key.partition("/")[2] for key in keys[:40]]
+    location = lay(tmp_path, [*keys, keys[0].replace("0.png", "notes.txt")])
+    for number, key in enumerate(keys):
+        (tmp_path / key).write_bytes(bytes(number))
+        os.utime(tmp_path / key, ns=(0, 10**18 + 1000 * number))
+    uri = Location("uri", f"file://{quote(location.root)}")
+    listing = list_dataset(uri, Config(cache="kept", valid_fraction=fraction))
+    rows = pa.concat_tables([listing.train, listing.valid])
+    assert rows.column_names == ["key", "label", "size", "time_ns"]
+    assert sorted(keys_of(rows)) == sorted(keys)
+    statuses = [(tmp_path / key).stat() for key in keys_of(rows)]
+    assert rows["size"].to_pylist() == [status.st_size for status in statuses]
+    assert rows["time_ns"].to_pylist() == [status.st_mtime_ns for status in statuses]
+    for other in (
+        list_dataset(uri, Config(valid_fraction=fraction)),
+        list_dataset(location, Config(cache="kept", valid_fraction=fraction)),
+    ):
+        assert other.train.column_names == other.valid.column_names == ["key", "label"]
+
+
 # The digest
 
 
@@ -659,6 +685,13 @@ def test_the_same_files_have_the_same_digest_wherever_they_lie(tmp_path):
 def test_another_listing_has_another_digest(keys, tmp_path):
     digest = list_dataset(lay(tmp_path / "first", KEYS), Config()).sha256
     assert list_dataset(lay(tmp_path / "second", keys), Config()).sha256 != digest
+
+
+@pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
+def test_a_cache_changes_no_digest(kind, tmp_path):
+    location = lay_as(kind, tmp_path, KEYS)
+    digests = {list_dataset(location, Config(cache=cache)).sha256 for cache in (None, "kept")}
+    assert len(digests) == 1
 
 
 def test_another_share_held_out_has_another_digest(tmp_path):

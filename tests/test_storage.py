@@ -145,6 +145,27 @@ def test_a_bucket_gives_the_results_of_a_folder(bucket, small_dataset, tmp_path)
                      "run.json", "skipped.parquet"]  # fmt: skip
 
 
+@pytest.mark.ray
+def test_what_is_cached_of_a_bucket_is_not_asked_for(bucket, small_dataset, tmp_path):
+    throttle, query = bucket
+    s3.put_folder(query, small_dataset, "kept")
+    options = ("--data", f"s3://bucket/kept{query}", "--cache", tmp_path / "cache", "--shard-images", 7, "--epochs", 0)
+    runs, num_requests = [], []
+    for number in range(3):
+        before = throttle.num_requests
+        runs.append(run_json(*options, "--out", tmp_path / f"out {number}", "--json"))
+        num_requests.append(throttle.num_requests - before)
+        if number == 1:  # longer by a byte, which PNG allows
+            path = next(small_dataset.rglob("*.png"))
+            name = f"kept/{path.relative_to(small_dataset)}"
+            s3.client(query.rpartition("=")[2]).put_object(Bucket="bucket", Key=name, Body=path.read_bytes() + b"x")
+    num_images, num_shards = runs[0]["num_listed"], runs[0]["num_shards"]
+    # Images of a sample, by whose headers the size is chosen, are read in every run.
+    assert num_requests[0] - num_requests[1] >= num_images
+    assert [run["num_shards_from_cache"] for run in runs] == [0, num_shards, num_shards - 1]
+    assert len({run["results_sha256"] for run in runs}) == 1
+
+
 def run_json(*args):
     process = command(*args)
     stdout, stderr = process.communicate(timeout=180)

@@ -1,0 +1,118 @@
+"""A look into what was listed, by tasks, before anything is decoded: archives are indexed, files asked for their times.
+
+What enters: archives that are only found yet, or shards of class folders. What leaves: a listing; or the shards, each
+with the name of its entry in the cache. Always: an image's bytes are read after this, so that a file that changes
+between the two is never taken for what it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline import decode, driver_ray, sources
+from pipeline.archives import Archive, Scan
+from pipeline.config import Config
+from pipeline.decode import Header, Target
+from pipeline.driver_ray import Ref
+from pipeline.files import Location, display
+from pipeline.report import Progress
+from pipeline.shards import Plan, Shard, most_in_flight
+from pipeline.sources import ArchivedRows, Listing
+from pipeline.splits import Split
+
+# Archives that are indexed, or wait for it, at one time.
+_MAX_SCANS = 256
+
+
+@dataclass(frozen=True)
+class Found:
+    """The archives of a dataset, not yet opened, and the files beside them, by ending."""
+
+    archives: list[Archive]
+    num_ignored: Counter[str]
+
+
+def list_archives(
+    location: Location, config: Config, found: Found, on_progress: Callable[[Progress], None]
+) -> tuple[Listing, Target]:
+    """Have every archive indexed by a task, and settle the images' size and mode from a sample.
+
+    Raises:
+        DataError: If an archive, or what is in them together, is no dataset.
+    """
+    num_all = len(found.archives)
+    begun = time.monotonic()
+    scans: dict[int, Scan] = {}
+    indexes: dict[int, dict[Split, Ref]] = {}
+    waiting: dict[Ref, int] = {}
+    upcoming = iter(range(num_all))
+
+    def show() -> bool:
+        on_progress(Progress("scan", len(scans), num_all, time.monotonic() - begun))
+        return False
+
+    while len(scans) < num_all:
+        while len(waiting) < _MAX_SCANS and (place := next(upcoming, None)) is not None:
+            ref, indexes[place] = driver_ray.scan_archive(location, found.archives[place], config)
+            waiting[ref] = place
+        for done in driver_ray.wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+            place = waiting.pop(done)
+            scans[place] = driver_ray.get(done, f"indexing {found.archives[place].path}")
+    parts = [(archive, scans[place], indexes[place]) for place, archive in enumerate(found.archives)]
+    listing = sources.list_archives(location, parts, found.num_ignored, config)
+    return listing, decode.choose_target(config, _sample_headers(listing, show))
+
+
+def _sample_headers(listing: Listing, on_tick: Callable[[], bool]) -> list[Header]:
+    assert isinstance(listing.train, ArchivedRows)
+    places = decode.sample_rows(len(listing.train))
+    asked, start = [], 0
+    for rows in listing.train.files:
+        stop = start + rows.row_groups[-1]
+        if inside := [place - start for place in places if start <= place < stop]:
+            asked.append(driver_ray.read_headers(listing.location, rows, inside))
+        start = stop
+    answers = driver_ray.wait_all(asked, "looking at some images", on_tick)
+    return [header for headers in answers for header in headers]
+
+
+def name_entries(
+    listing: Listing, plan: Plan, shards: list[Shard], on_progress: Callable[[Progress], None]
+) -> list[Shard]:
+    """Give every shard of class folders the name of its entry in the cache, by the sizes and times of its files.
+
+    Of archives these are known with the index, and nothing is to be asked for. No more shards are on their way than
+    there will be when they are decoded.
+
+    Raises:
+        DataError: If the storage itself fails.
+    """
+    listed: dict[Split, Any] = {"train": listing.train, "valid": listing.valid}
+    if any(isinstance(rows, ArchivedRows) for rows in listed.values()):
+        return shards
+    begun = time.monotonic()
+    named: dict[int, Shard] = {}
+    waiting: dict[Ref, tuple[Shard, str]] = {}
+    upcoming = iter(shards)
+    max_in_flight = most_in_flight(plan, shards, driver_ray.cluster_resources())
+    num_done = 0
+
+    def show() -> bool:
+        on_progress(Progress("times", num_done, listing.num_images, time.monotonic() - begun))
+        return False
+
+    while len(named) < len(shards):
+        while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
+            rows = listed[shard.split].slice(shard.start, shard.num_images)
+            first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
+            what = f"looking at the times of {display(first)} to {display(last)}"
+            waiting[driver_ray.name_entry(listing.location, plan.target, rows)] = shard, what
+        for done in driver_ray.wait_some(list(waiting), f"looking at the times of {len(waiting)} shards", show):
+            shard, what = waiting.pop(done)
+            named[shard.index] = replace(shard, entry=driver_ray.get(done, what))
+            num_done += shard.num_images
+    return [named[shard.index] for shard in shards]
