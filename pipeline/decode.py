@@ -104,7 +104,7 @@ class Decoded:
         table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3].
         faults: The rows that were skipped, with the reasons.
         num_resized: How many images had another size than the target.
-        is_from_cache: Whether all this was decoded in an earlier run.
+        is_from_cache: Whether all this was found in the cache.
     """
 
     table: pa.Table

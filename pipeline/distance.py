@@ -84,6 +84,9 @@ def distances(
     class_block = max(1, min(num_classes, block_values // num_values))
     image_block = max(1, min(num_images, block_values // (class_block * num_values)))
 
+    is_inference = torch.is_inference_mode_enabled()
+
+    @torch.inference_mode(is_inference)  # which is a thread's own
     def fill(starts: Iterable[int]) -> None:
         # Filled again for every block: memory that is new costs more than what is computed in it.
         pixels_ND = torch.empty(image_block, num_values, device=images_ND.device)
@@ -102,7 +105,8 @@ def distances(
                 rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
 
     starts = range(0, num_images, image_block)
-    if num_threads == 1 or images_ND.device.type != "cpu":
+    num_threads = min(num_threads, len(starts))
+    if num_threads < 2 or images_ND.device.type != "cpu":
         fill(starts)
     else:
         with ThreadPoolExecutor(num_threads) as pool:

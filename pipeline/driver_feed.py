@@ -66,7 +66,7 @@ class Tally:
         num_decoded: Images, by split.
         num_skipped_by_reason: Images that could not be decoded.
         num_resized: Images that had another size than the target.
-        num_from_cache: Shards that an earlier run had decoded.
+        num_from_cache: Shards found in the cache, among them those that this run put there before an actor died.
         skipped: References to the tables of skipped images, by shard, where there are any.
         counts_K: Training images of each class, int64.
         means_KD: float32, 0 to 1.

@@ -1,8 +1,7 @@
 """A look into what was listed, by tasks, before anything is decoded: archives are indexed, files asked for their times.
 
 What enters: archives that are only found yet, or shards of class folders. What leaves: a listing; or the shards, each
-with the name of its entry in the cache. Always: an image's bytes are read after this, so that a file that changes
-between the two is never taken for what it was.
+with the name of its entry in the cache. Always: what a job takes from the cache is what the files were at this moment.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pipeline.archives import Archive, Scan
 from pipeline.config import Config
 from pipeline.decode import Header, Target
 from pipeline.driver_ray import Ref
-from pipeline.files import Location, display
+from pipeline.files import Location
 from pipeline.report import Progress
 from pipeline.shards import Plan, Shard, most_in_flight
 from pipeline.sources import ArchivedRows, Listing
@@ -87,16 +86,13 @@ def name_entries(
 
     Of archives these are known with the index, and nothing is to be asked for. No more shards are on their way than
     there will be when they are decoded.
-
-    Raises:
-        DataError: If the storage itself fails.
     """
     listed: dict[Split, Any] = {"train": listing.train, "valid": listing.valid}
     if any(isinstance(rows, ArchivedRows) for rows in listed.values()):
         return shards
     begun = time.monotonic()
     named: dict[int, Shard] = {}
-    waiting: dict[Ref, tuple[Shard, str]] = {}
+    waiting: dict[Ref, Shard] = {}
     upcoming = iter(shards)
     max_in_flight = most_in_flight(plan, shards, driver_ray.cluster_resources())
     num_done = 0
@@ -108,11 +104,9 @@ def name_entries(
     while len(named) < len(shards):
         while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
             rows = listed[shard.split].slice(shard.start, shard.num_images)
-            first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
-            what = f"looking at the times of {display(first)} to {display(last)}"
-            waiting[driver_ray.name_entry(listing.location, plan.target, rows)] = shard, what
-        for done in driver_ray.wait_some(list(waiting), f"looking at the times of {len(waiting)} shards", show):
-            shard, what = waiting.pop(done)
-            named[shard.index] = replace(shard, entry=driver_ray.get(done, what))
+            waiting[driver_ray.name_entry(listing.location, plan.target, rows)] = shard
+        for done in driver_ray.wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
+            shard = waiting.pop(done)
+            named[shard.index] = replace(shard, entry=driver_ray.get(done, f"looking up files of shard {shard.index}"))
             num_done += shard.num_images
     return [named[shard.index] for shard in shards]

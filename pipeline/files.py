@@ -195,8 +195,11 @@ def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> lis
     return sorted(name for name, is_folder in found if is_folder)
 
 
-def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps | None]:
-    """Return the keys of all files below `prefix`, at any depth, in no order, and what the storage tells with them."""
+def list_files(location: Location, prefix: bytes, *, with_stamps: bool) -> tuple[list[bytes], Stamps | None]:
+    """Return the keys of all files below `prefix`, at any depth, in no order; and, of an object store, their stamps.
+
+    Other storage would have to be asked file by file.
+    """
     match location.kind:
         case "folder":
             with _one_line_faults(location):
@@ -214,9 +217,12 @@ def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps |
             infos = _list_remote(location, prefix, recursive=True)
             files = [(info.path[root_length:].encode(), info) for info in infos if info.type == pafs.FileType.File]
             files = [(key, info) for key, info in files if not _is_in_hidden(key, prefix)]
+            keys = [key for key, _ in files]
+            if not with_stamps:
+                return keys, None
             sizes = np.array([info.size for _, info in files], np.int64)
             times_ns = np.array([-1 if info.mtime_ns is None else info.mtime_ns for _, info in files], np.int64)
-            return [key for key, _ in files], (sizes, times_ns)
+            return keys, (sizes, times_ns)
 
 
 def display(name: bytes) -> str:

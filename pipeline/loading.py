@@ -114,6 +114,7 @@ def _load(
     if loader.cache is None:
         return decode.decode_shard(keys, labels, images, loader.target)
     if archive is None:
+        assert shard.entry
         name = shard.entry
     else:
         changed = [archive.size_bytes, -1 if archive.mtime_ns is None else archive.mtime_ns]
@@ -122,7 +123,10 @@ def _load(
     decoded = cache.load(loader.cache, name)
     if decoded is None:
         decoded = decode.decode_shard(keys, labels, images, loader.target)
-        cache.store(loader.cache, name, decoded)
+        # Local files are looked at again: one may have changed since, or be another on this node.
+        is_remote = archive is not None or loader.location.kind == "uri"
+        if is_remote or cache_key.name_entry(loader.location, loader.target, rows) == name:
+            cache.store(loader.cache, name, decoded)
     return decoded
 
 

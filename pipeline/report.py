@@ -87,7 +87,7 @@ def progress_line(progress: Progress) -> str:
         case "scan":
             return f"indexed {progress.done:,} of {progress.total:,} archives"
         case "times":
-            return f"looked at the times of {progress.done:,} of {progress.total:,} files, for the cache"
+            return f"looked up {progress.done:,} of {progress.total:,} files for the cache"
         case "decode" if progress.done == 0:
             return f"starting to decode {progress.total:,} images"
         case "decode":

@@ -296,7 +296,7 @@ def fit_cluster(config: Config, resources: Mapping[str, float], num_nodes: int) 
         )
     is_on_gpu = has_gpus and config.device != "cpu"
     num_actors = config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes)
-    return Fit(num_actors, config.gpus_per_actor if is_on_gpu else 0.0, max(1, num_cpus // num_actors))
+    return Fit(num_actors, config.gpus_per_actor if is_on_gpu else 0.0, max(1, num_cpus // max(num_actors, num_nodes)))
 
 
 def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, float]) -> int:

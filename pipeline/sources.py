@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.archives import Archive, Scan
 from pipeline.config import Config
+from pipeline.decode import one_chunk
 from pipeline.errors import DataError
 from pipeline.files import (
     ARCHIVE_ENDINGS,
@@ -248,13 +250,13 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
         )
     listed = {}
     for name in wanted or folders:
-        files, stamps = list_files(location, prefix + name + b"/")
+        files, stamps = list_files(location, prefix + name + b"/", with_stamps=config.cache is not None)
         keys = sorted(filter(is_image_name, files))
         if len(keys) < len(files):
             ignored.update(ending(file) for file in files if not is_image_name(file))
         # At once: as Python objects the keys of all classes would take several times as much.
         columns = {"key": pa.array(keys, pa.binary())}
-        if stamps is not None and config.cache is not None:
+        if stamps is not None:
             place_of = {key: place for place, key in enumerate(files)}
             places = [place_of[key] for key in keys]
             columns |= {"size": pa.array(stamps[0][places]), "time_ns": pa.array(stamps[1][places])}
@@ -267,8 +269,13 @@ def _hold_out(listed: dict[bytes, pa.Table], fraction: float) -> tuple[dict[byte
     train, valid = {}, {}
     for name, rows in listed.items():
         is_valid = np.array([is_held_out(key.as_py(), fraction) for key in rows["key"]], np.bool_)
-        train[name], valid[name] = rows.filter(pa.array(~is_valid)), rows.filter(pa.array(is_valid))
+        train[name], valid[name] = _filter(rows, ~is_valid), _filter(rows, is_valid)
     return train, valid
+
+
+def _filter(rows: pa.Table, is_kept: npt.NDArray[np.bool_]) -> pa.Table:
+    # Column by column: a table's own filter adds bitmaps, which would be another digest of the same listing.
+    return pa.table({name: one_chunk(rows[name]).filter(pa.array(is_kept)) for name in rows.column_names})
 
 
 def _check_classes(

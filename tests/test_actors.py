@@ -442,6 +442,16 @@ def test_without_training_parts_have_distances_alone_and_no_training_image_is_ke
         np.testing.assert_equal(part.scores["nearest_mean_l1"], expected.scores["nearest_mean_l1"])
 
 
+def test_what_an_actor_is_given_stays_as_it_is():
+    plan, decoded = make_job()
+    given = [table for _, tables in decoded for table in tables.values()]
+    before = [
+        table["image"].combine_chunks().to_pylist() for table in given
+    ]
+    run([alone(plan)[0]], plan, decoded)
+    assert [table["image"].to_pylist() for table in given] == before
+
+
 def test_a_part_is_forgotten_once_it_is_scored():
     plan, decoded = make_job()
     [actor] = alone(plan)

@@ -151,7 +151,16 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch, shape, num_thr
     np.testing.assert_array_equal(distances(images_ND, means_KD, num_threads), distances(images_ND, means_KD))
 
 
-def test_what_fails_in_a_thread_is_raised():
+def test_threads_work_where_nothing_is_to_be_differentiated(monkeypatch):
+    images_ND, _, means_KD = draw(40, 64, 10)
+    monkeypatch.setattr(distance, "_BLOCK_BYTES", {"cpu": 4096})
+    with torch.inference_mode():
+        got = distances(images_ND, means_KD, 2)
+    np.testing.assert_array_equal(got, distances(images_ND, means_KD))
+
+
+def test_what_fails_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(distance, "_BLOCK_BYTES", {"cpu": 64})
     with pytest.raises(RuntimeError, match="size of tensor"):
         distance.distances(torch.zeros(9, 16, dtype=torch.uint8), torch.zeros(3, 8), 2)
 

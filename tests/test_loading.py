@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from test_tar_headers import pack
 
-from pipeline import cache, cache_key, parquets, tars
+from pipeline import cache, cache_key, decode, parquets, tars
 from pipeline.archives import find_archives
 from pipeline.cache import Cache
 from pipeline.config import Config
@@ -245,6 +245,38 @@ def test_files_that_changed_are_decoded_again(tmp_path, expected):
     blank_out(tmp_path / "data")
     actors, skipped, _ = load_all(location, 1, kept)
     assert (actors, len(skipped)) == ({}, 126)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_shard_that_changes_while_it_is_decoded_is_not_kept(tmp_path, monkeypatch, when):
+    kept = Cache(str(tmp_path / "cache"))
+    location = lay(tmp_path / "data", "folder")
+    whole = decode.decode_shard
+
+    def decode_slowly(*args):
+        if when == "before":
+            blank_out(tmp_path / "data" / "valid")
+        decoded = whole(*args)
+        if when == "after":
+            blank_out(tmp_path / "data" / "valid")
+        return decoded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "decode_shard", decode_slowly)
+        load_all(location, 1, kept, shard_images=2048)
+    assert cache.usage(kept).num_entries == 1  # the training shard
+
+
+def test_a_file_that_could_not_be_looked_up_is_not_kept(tmp_path, monkeypatch):
+    kept = Cache(str(tmp_path / "cache"))
+    location = lay(tmp_path / "data", "folder")
+    rows = list_all(location).train
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_key.os, "stat", lambda path: os.lstat(path + b" of another name"))
+        entry = cache_key.name_entry(location, TARGET, rows)
+    loader = Loader(location, TARGET, CLASSES, Deal(100, 8), 1, kept)
+    load_shard(loader, Shard(0, "train", 0, 100, 0, 0, entry=entry), rows, None)
+    assert not list((tmp_path / "cache").glob("*.arrow"))
 
 
 def test_an_archive_that_is_gone_is_one_line(tmp_path):

@@ -142,7 +142,7 @@ def test_devices_are_counted_by_name():
     ("progress", "line"),
     [
         (Progress("start", 0, 1, 0.0), "starting Ray and listing the images"),
-        (Progress("times", 2000, 5000, 1.0), "looked at the times of 2,000 of 5,000 files, for the cache"),
+        (Progress("times", 2000, 5000, 1.0), "looked up 2,000 of 5,000 files for the cache"),
         (Progress("decode", 0, 5000, 0.0), "starting to decode 5,000 images"),
         (Progress("decode", 0, 5000, 9.0), "starting to decode 5,000 images"),
         (Progress("decode", 2000, 5000, 1.0), "decoded 2,000 of 5,000 images, 2,000 a second, 2 s left"),

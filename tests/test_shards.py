@@ -393,13 +393,13 @@ def test_without_training_no_training_image_and_not_all_validation_images_are_he
 @pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
-    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 40 // num_actors)
+    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 40 // num_nodes)
 
 
 @pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
-    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, max(1, 4 // num_actors))
+    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, 2 if num_actors < 3 else 1)
 
 
 def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
@@ -436,8 +436,16 @@ def test_the_message_about_gpus_says_how_many():
 
 @pytest.mark.parametrize("actors", [1, 3, 8])
 def test_actors_that_were_asked_for_are_started(actors):
-    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 2 if actors == 1 else 1)
-    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 2 if actors == 1 else 1)
+    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 1)
+    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_nodes", "actors", "num_threads"),
+    [(16, 1, None, 16), (16, 1, 4, 4), (16, 1, 3, 5), (2, 1, 8, 1), (64, 4, 1, 16), (64, 4, 8, 8)],
+)
+def test_an_actor_s_threads_are_its_share_of_a_node(num_cpus, num_nodes, actors, num_threads):
+    assert fit({"CPU": num_cpus}, num_nodes, actors=actors).threads_per_actor == num_threads
 
 
 def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():

@@ -6,6 +6,7 @@ import socket
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -692,6 +693,19 @@ def test_a_cache_changes_no_digest(kind, tmp_path):
     location = lay_as(kind, tmp_path, KEYS)
     digests = {list_dataset(location, Config(cache=cache)).sha256 for cache in (None, "kept")}
     assert len(digests) == 1
+
+
+def test_a_share_held_out_has_the_digest_of_the_same_rows_listed(tmp_path):
+    location = lay(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
+    listing = list_dataset(location, Config(valid_fraction=0.3))
+    tables = {}
+    for split in ("train", "valid"):
+        rows = [(key, key[:1]) for key in listing.split(split)["key"].to_pylist()]
+        chunks = [[key for key, name in rows if name == each] for each in (b"3", b"7")]
+        keys = pa.chunked_array([pa.array(chunk, pa.binary()) for chunk in chunks])
+        labels = pa.chunked_array([pa.array([label] * len(chunk), pa.int32()) for label, chunk in enumerate(chunks)])
+        tables[split] = pa.table({"key": keys, "label": labels})
+    assert replace(listing, **tables).sha256 == listing.sha256
 
 
 def test_another_share_held_out_has_another_digest(tmp_path):
