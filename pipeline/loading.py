@@ -123,9 +123,9 @@ def _load(
     decoded = cache.load(loader.cache, name)
     if decoded is None:
         decoded = decode.decode_shard(keys, labels, images, loader.target)
-        # Local files are looked at again: one may have changed since, or be another on this node.
-        is_remote = archive is not None or loader.location.kind == "uri"
-        if is_remote or cache_key.name_entry(loader.location, loader.target, rows) == name:
+        # A local file may have changed since it was named, or be another on this node: it is looked at again.
+        is_local = archive is None and loader.location.kind != "uri"
+        if not is_local or cache_key.name_entry(loader.location, loader.target, rows) == name:
             cache.store(loader.cache, name, decoded)
     return decoded
 
