@@ -73,14 +73,8 @@ class ActorProcess:
         """Become one of a job's actors; name its device and where it keeps its images."""
         from pipeline.actors import LaneActor
 
-        self._actor = LaneActor(
-            plan,
-            rank,
-            fit.num_actors,
-            is_on_gpu=fit.gpus_per_actor > 0,
-            num_threads=min(fit.threads_per_actor, os.cpu_count() or 1),
-            scratch=scratch,
-        )
+        on_gpu, threads = fit.gpus_per_actor > 0, min(fit.threads_per_actor, os.cpu_count() or 1)
+        self._actor = LaneActor(plan, rank, fit.num_actors, is_on_gpu=on_gpu, num_threads=threads, scratch=scratch)
         return self._actor.describe()
 
     def call(self, method: str, *args: object) -> Any:
