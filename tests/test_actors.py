@@ -445,7 +445,7 @@ def test_without_training_parts_have_distances_alone_and_no_training_image_is_ke
 def test_what_an_actor_is_given_stays_as_it_is():
     plan, decoded = make_job()
     given = [table for _, tables in decoded for table in tables.values()]
-    before = [table["image"].combine_chunks().to_pylist() for table in given]
+    before = [table["image"].to_pylist() for table in given]
     run([alone(plan)[0]], plan, decoded)
     assert [table["image"].to_pylist() for table in given] == before
 
