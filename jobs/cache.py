@@ -11,7 +11,7 @@ import click
 
 from pipeline import cache
 from pipeline.cache import Cache, Usage
-from pipeline.errors import EvaluationError
+from pipeline.errors import EvaluationError, without_secrets
 
 
 class _Commands(click.Group):
@@ -34,14 +34,14 @@ def main() -> None:
 @click.argument("folder")
 def show(folder: str) -> None:
     """Say how many decoded shards FOLDER, a folder or URI, holds, and how large they are together."""
-    click.echo(f"{folder}: {_describe(cache.usage(Cache.at(folder)))}")
+    click.echo(f"{without_secrets(folder)}: {_describe(cache.usage(Cache.at(folder)))}")
 
 
 @main.command()
 @click.argument("folder")
 def clear(folder: str) -> None:
     """Remove the decoded shards of FOLDER, a folder or URI, and nothing else."""
-    click.echo(f"{folder}: removed {_describe(cache.clear(Cache.at(folder)))}")
+    click.echo(f"{without_secrets(folder)}: removed {_describe(cache.clear(Cache.at(folder)))}")
 
 
 def _describe(used: Usage) -> str:

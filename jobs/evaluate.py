@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from pipeline.config import DEVICES, MODES, Config
-from pipeline.errors import EvaluationError, OptionError
+from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.report import Progress, progress_line, summary
 
 # What a shell says of a command ended by Ctrl-C, and by a request to end.
@@ -190,8 +190,9 @@ def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
     has_epochs = config.resume or last.phase == "score" or (last.epoch or 0) > 1
-    again = f"go on with --resume --out {config.out}" if has_epochs else "run again"
-    return f"{progress_line(last)}; {config.out} is unfinished, {again}"
+    out = without_secrets(config.out)
+    again = f"go on with --resume --out {out}" if has_epochs else "run again"
+    return f"{progress_line(last)}; {out} is unfinished, {again}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import pyarrow.fs as pafs
 
 from pipeline import storage
 from pipeline.decode import Decoded, Fault, one_chunk
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,8 @@ def _warn_once(cache: Cache, exc: OSError | CacheError) -> None:
     if cache not in _warned:
         _warned.add(cache)
         words = storage.reason(exc) if isinstance(exc, OSError) else exc
-        logger.warning("--cache %s: expected to use it, got %s; decoding goes on without", cache.root, words)
+        root = without_secrets(cache.root)
+        logger.warning("--cache %s: expected to use it, got %s; decoding goes on without", root, words)
 
 
 def _is_cache(process: _Process) -> bool:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from PIL import features
 
 from pipeline.decode import DECODE_VERSION, Target, one_chunk
+from pipeline.errors import without_secrets
 from pipeline.files import Location, Stamps
 
 _LIBRARIES = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "libtiff", "webp", "avif")
@@ -78,7 +79,8 @@ def entry_key(
     Returns:
         64 hexadecimal digits.
     """
-    head = [DECODE_VERSION, _decoders(), location.kind, location.root, asdict(target), len(keys)]
+    root = without_secrets(location.root)  # the images are the same with the next key
+    head = [DECODE_VERSION, _decoders(), location.kind, root, asdict(target), len(keys)]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     texts = keys.to_pylist()
     lengths = np.array([len(text) for text in texts], "<i8")

@@ -44,7 +44,7 @@ from pipeline.driver_feed import Job, Tally, feed, write_part
 from pipeline.driver_ray import Actor
 from pipeline.driver_scan import Found
 from pipeline.driver_train import Training
-from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError
+from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError, without_secrets
 from pipeline.files import Location
 from pipeline.report import Clock, Progress
 from pipeline.results import Output
@@ -325,12 +325,14 @@ def _write(job: Job, tally: Tally, training: Training) -> dict[str, Any]:
     skipped = (driver_ray.get(tally.skipped[index]) for index in sorted(tally.skipped))
     digests["skipped"] = results.write_tables(output, "skipped", decode.SKIPPED_SCHEMA, skipped)
     seconds = job.clock.read()
+    places = {"data": job.config.data, "out": job.config.out, "cache": job.config.cache}
+    shown_places = {name: place and without_secrets(place) for name, place in places.items()}
     run = {
         "version": __version__,
-        "options": asdict(job.config),
+        "options": {**asdict(job.config), **shown_places},
         "versions": report.library_versions(),
         "dataset": {
-            "root": listing.location.root,
+            "root": without_secrets(listing.location.root),
             "classes": list(listing.classes),
             "valid_split": listing.valid_split,
             "num_ignored_files": listing.num_ignored,
@@ -358,7 +360,7 @@ def _write(job: Job, tally: Tally, training: Training) -> dict[str, Any]:
         "images_per_s": listing.num_images / seconds["decode"],
         "metrics": tables["metrics"].to_pylist(),
         "results_sha256": results.combine_digests(digests),
-        "out": output.root,
+        "out": without_secrets(output.root),
     }
     results.write_run(output, run)
     results.delete_checkpoint(output)

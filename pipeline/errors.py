@@ -13,15 +13,26 @@
         └── ActorLostError an actor, or one that it waited for, died; the driver starts the actors anew
 
 Every message is one line, `<where>: expected <x>, got <y>; <what to do>`. Every class takes that one
-line alone, so that an error crosses Ray by pickle unchanged.
+line alone, so that an error crosses Ray by pickle unchanged. A secret key that a URI carries is in none of them.
 """
+
+import re
+
+# What stands between the colon and the @ of a URI's user. In one of S3 also a key with slashes, as AWS hands them out,
+# which is no valid URI, and therefore soon in an error.
+_SECRET = re.compile(r"(s3://[^/?#\s@:]+:(?=[^?#\s@]*@)|://[^/?#\s@:]*:(?=[^/?#\s@]*@))[^?#\s@]*")
+
+
+def without_secrets(text: str) -> str:
+    """Put asterisks in the place of the secret key of every URI in a text, as in `s3://key:***@bucket`."""
+    return _SECRET.sub(r"\1***", text)
 
 
 class EvaluationError(Exception):
     """Base of all errors that a user meets."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(without_secrets(" ".join(message.split())))
 
 
 class OptionError(EvaluationError):

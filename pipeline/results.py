@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.decode import Target
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, without_secrets
 from pipeline.metrics import EpochMetric, Metric
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,8 @@ def delete_checkpoint(output: Output) -> None:
     try:
         storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
     except OSError as exc:  # the results are whole all the same
-        logger.warning("%s/%s: expected to remove it, got %s", output.root, CHECKPOINT_FILE, storage.reason(exc))
+        shown = without_secrets(output.root)
+        logger.warning("%s/%s: expected to remove it, got %s", shown, CHECKPOINT_FILE, storage.reason(exc))
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:

@@ -21,12 +21,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.errors import EvaluationError
+from pipeline.errors import EvaluationError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +99,13 @@ def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tup
 
 
 def is_inside(given: str, root: str) -> bool:
-    """Say whether a folder or URI is `root`, or below it, whatever links lead there and their queries say."""
+    """Say whether a folder or URI is `root`, or below it, whatever links lead there and their users and queries say."""
     if not is_uri(given) and not is_uri(root):
         return Path(given).resolve().is_relative_to(Path(root).resolve())
     inner, outer = urlsplit(given), urlsplit(root)
     path = f"{inner.path.rstrip('/')}/"
-    return inner[:2] == outer[:2] and path.startswith(f"{outer.path.rstrip('/')}/")
+    is_same = inner.scheme == outer.scheme and _bucket(inner) == _bucket(outer)
+    return is_same and path.startswith(f"{outer.path.rstrip('/')}/")
 
 
 def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
@@ -136,10 +137,10 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
     if parts.scheme == "s3" and is_anonymous:  # which `from_uri` does not take
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
             query.setdefault("endpoint_override", endpoint)
-        filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{parts.netloc}{parts.path}"
+        filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{_bucket(parts)}{parts.path}"
     else:
         plain = parts._replace(query=urlencode(query)).geturl()
-        filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), uri)
+        filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), without_secrets(uri))
     return filesystem, path.rstrip("/")
 
 
@@ -209,6 +210,11 @@ def delete(filesystem: pafs.FileSystem, path: str) -> None:
 def reason(exc: OSError) -> str:
     """Say what went wrong in the system's words."""
     return exc.strerror or str(exc)
+
+
+def _bucket(uri: SplitResult) -> str:
+    # Azure's container stands before an @ as well, but without a key.
+    return uri.netloc if uri.password is None else uri.netloc.rpartition("@")[2]
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:

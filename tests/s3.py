@@ -74,6 +74,11 @@ def object_names(query, prefix):
     return sorted(item["Key"] for item in listed.get("Contents", []) if not item["Key"].endswith("/"))
 
 
+def read_object(query, name):
+    """Read an object of the bucket."""
+    return client(query.rpartition("=")[2]).get_object(Bucket="bucket", Key=name)["Body"].read()
+
+
 def set_credentials(monkeypatch):
     """Give this process, and what it starts, the server's credentials and no others."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -18,3 +18,22 @@ def test_every_error_crosses_a_pickle_unchanged(error_class):
 def test_every_error_is_an_evaluation_error_of_one_line(error_class):
     assert issubclass(error_class, errors.EvaluationError)
     assert str(error_class("first\n  second")) == "first second"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:secret@bucket/a", "s3://key:***@bucket/a"),
+        ("of s3://key:a%2Fb+c==@bucket/a?region=x, got", "of s3://key:***@bucket/a?region=x, got"),
+        ("got s3://key:a/b+c@bucket/a; Cannot parse URI: 's3://key:a/b+c@bucket/a'",
+         "got s3://key:***@bucket/a; Cannot parse URI: 's3://key:***@bucket/a'"),
+        ("abfss://:secret@account/a", "abfss://:***@account/a"),
+        ("abfss://container@account/a", "abfss://container@account/a"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("hdfs://host:9000/a@b", "hdfs://host:9000/a@b"),
+        ("s3://b/a?scheme=http&endpoint_override=127.0.0.1:9000 and a@b", None),
+        ("/local/a:b@c", None),
+    ],
+)  # fmt: skip
+def test_a_secret_key_is_in_no_error(text, shown):
+    assert str(errors.EvaluationError(text)) == (shown or text)

@@ -108,6 +108,9 @@ def test_a_uri_that_cannot_be_opened_is_one_line(uri):
         ("s3://b/database", "s3://b/data", False),
         ("s3://c/data/out", "s3://b/data", False),
         ("gs://b/data/out", "s3://b/data", False),
+        ("s3://key:secret@b/data/out", "s3://b/data", True),
+        ("s3://b/data/out", "s3://key:secret@b/data", True),
+        ("abfss://one@account/data/out", "abfss://other@account/data", False),
         ("/data/out", "s3://b/data", False),
         ("s3://b/data", "/", False),
         ("/data/out", "/data/", True),
@@ -166,6 +169,30 @@ def test_what_is_cached_of_a_bucket_is_not_asked_for(bucket, small_dataset, tmp_
     assert num_requests[1] < 2 * num_sampled + num_images / 2, num_requests
     assert [run["num_shards_from_cache"] for run in runs] == [0, num_shards, num_shards - 1]
     assert len({run["results_sha256"] for run in runs}) == 1
+
+
+@pytest.mark.ray
+def test_a_uris_secret_key_is_used_and_written_nowhere(bucket, small_dataset, tmp_path, monkeypatch):
+    _, query = bucket
+    s3.put_folder(query, small_dataset, "signed")
+    for name in s3.CREDENTIALS:
+        monkeypatch.delenv(name)
+    root = "s3://key:hid%2Fden@bucket"
+    data, out, cache = (f"{root}/{name}{query}" for name in ("signed", "signed-out", "signed-cache"))
+    options = ("--data", data, "--out", out, "--cache", cache, "--epochs", 0)
+    first = command(*options)
+    stdout, stderr = first.communicate(timeout=180)
+    assert (first.returncode, "s3://key:***@bucket/signed-out?" in stdout) == (0, True), stderr
+    again = command(*options)  # refused, as results are there
+    assert again.wait(180) == 1
+    shown = stdout + stderr + "".join(again.communicate())
+    json_run = run_json(*options, "--overwrite", "--json")
+    assert json_run["num_shards_from_cache"] == json_run["num_shards"] > 0
+    assert json_run["options"]["data"] == f"s3://key:***@bucket/signed{query}"
+    written = [s3.read_object(query, name) for name in s3.object_names(query, "signed-")]
+    assert len(written) > 8
+    assert "hid" not in shown + json.dumps(json_run)
+    assert not any(b"hid%2Fden" in content or b"hid/den" in content for content in written)
 
 
 def run_json(*args):
