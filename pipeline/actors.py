@@ -375,6 +375,8 @@ def _to_tensors(table: pa.Table, device: torch.device) -> tuple[torch.Tensor, to
     """Take a decoded shard to the device: images uint8 [N, D], on a CPU only to be read, and labels int64 [N]."""
     images = one_chunk(table["image"]).storage
     # Nothing is copied on a CPU: what is done with the pixels is done in the object store's memory.
-    images_ND = from_dlpack(images.flatten()).view(len(table), images.type.list_size).to(device)
+    size = images.type.list_size
+    values = images.values.slice(images.offset * size, len(images) * size)
+    images_ND = from_dlpack(values).view(len(images), size).to(device)
     labels_N = torch.from_numpy(table["class"].to_numpy().astype(np.int64)).to(device)
     return images_ND, labels_N

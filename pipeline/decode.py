@@ -347,8 +347,11 @@ def _as_mode(mode: str) -> Literal["L", "RGB"]:
 
 
 def _to_text(keys: pa.BinaryArray) -> pa.StringArray:
+    # Of its own memory, as a slice is sent with all that it was cut from; and not cast, which loads pyarrow.compute.
+    texts = pa.concat_arrays([keys]).view(pa.string())
     try:
-        return keys.cast(pa.string())
+        texts.validate(full=True)
+        return texts
     except pa.ArrowInvalid:  # a name that is not UTF-8
         return pa.array([display(key) for key in keys.to_pylist()], pa.string())
 

@@ -272,11 +272,11 @@ def predictions_table(
     scores_NK: Mapping[str, npt.NDArray[np.float32]],
 ) -> pa.Table:
     """Lay out one part of `predictions/`."""
-    names = pa.array(classes, pa.string())
-    columns = {"key": keys, "class": names.take(pa.array(labels_N))}
+    names = np.array(classes, object)  # Arrow's own choice would load pyarrow.compute
+    columns = {"key": keys, "class": pa.array(names[labels_N], pa.string())}
     for classifier, predicted_N in predictions_N.items():
         scores = pa.array(scores_NK[classifier].reshape(-1))
-        columns[f"{classifier}_prediction"] = names.take(pa.array(predicted_N))
+        columns[f"{classifier}_prediction"] = pa.array(names[predicted_N], pa.string())
         columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(scores, len(classes))
     return pa.table(columns)
 

@@ -523,6 +523,18 @@ def test_an_actor_computes_on_one_thread():
     assert torch.get_num_threads() == 1
 
 
+def test_slices_of_tables_are_taken_for_what_they_are():
+    plan, decoded = make_job()
+    [actor] = alone(plan)
+    for shard, tables in decoded:
+        [table] = tables.values()
+        around = pa.concat_tables([table, table, table]).combine_chunks()
+        feed([actor], [(shard, {0: around.slice(len(table), len(table))})])
+    actor("finish_means")()
+    actor("begin_training", reference()["params"][1][0])()
+    assert_same_parts(score([actor], plan), reference()["parts"])
+
+
 def test_actors_keep_nothing_of_the_tables_that_they_were_given():
     plan, decoded = make_job()
     [actor] = alone(plan)

@@ -776,6 +776,13 @@ def test_a_slice_of_a_listing_is_decoded_as_its_own_rows():
     assert decoded.table.drop(["image"]).to_pydict() == {"key": ["1", "3"], "class": [1, 3]}
 
 
+def test_keys_of_a_slice_come_without_those_that_it_was_cut_from():
+    keys = pa.array([b"%d" % number for number in range(10_000)])
+    [texts] = decode_all([COLOUR_PNG] * 2, keys=keys[5_000:5_002])[0]["key"].chunks
+    assert texts.to_pylist() == ["5000", "5001"]
+    assert sum(buffer.size for buffer in texts.buffers() if buffer) < 100
+
+
 def test_pixels_lie_in_one_block_without_a_copy_for_each():
     images = decode_all([COLOUR_PNG] * 4)[0]["image"]
     assert images.num_chunks == 1

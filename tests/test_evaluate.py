@@ -245,6 +245,28 @@ def test_odd_files_are_decoded_right_or_named_with_their_reason(odd_dataset, tmp
     assert result["num_skipped"] == len(expected)
 
 
+_NOTE_SLOW_IMPORTS = """
+import os, sys
+class Note:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "pyarrow.compute"):
+            with open(os.environ["NOTES"], "a") as notes:
+                print(name, file=notes)
+sys.meta_path.insert(0, Note())
+"""
+
+
+@pytest.mark.ray
+def test_no_process_loads_what_takes_long_and_is_not_needed(small_dataset, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_NOTE_SLOW_IMPORTS)
+    notes, path = tmp_path / "notes", f"{tmp_path}{os.pathsep}{ROOT}"
+    for number in range(2):
+        options = ("--data", small_dataset, "--out", tmp_path / f"out {number}", "--cache", tmp_path / "cache")
+        process = command(*options, "--epochs", number, NOTES=str(notes), PYTHONPATH=path)
+        assert process.wait(timeout=180) == 0, process.communicate()
+    assert notes.read_text() == "torch\n" * 2  # each time by the actor
+
+
 def test_the_driver_never_loads_torch():
     code = "import sys, pipeline.driver; sys.exit('torch' in sys.modules)"
     process = psutil.Popen([os.sys.executable, "-c", code])
