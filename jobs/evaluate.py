@@ -174,12 +174,12 @@ def main(is_json: bool, **options: Any) -> None:
         screen.clear()
         click.echo(f"error: {exc}", err=True)
         sys.exit(1)
-    except (_Interrupted, SystemExit):  # the latter is how Ray, while it starts, answers SIGTERM
+    except _Interrupted:
         screen.clear()
         click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
         sys.stderr.flush()
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
-        os._exit(_EXIT_CODES[signals.received or signal.SIGTERM])
+        os._exit(_EXIT_CODES[signals.received])
     screen.clear()
     gc.freeze()  # to look all through once more before the end takes a tenth of a second
     # A path may hold bytes that are no text.

@@ -96,6 +96,7 @@ def evaluate(
     if look.done():
         look.result()
     with driver_connect.connected(config.address) as is_joined:
+        on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
         nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
         fit = _fit(config, nodes)
         actors = _start_actors(config, fit)  # which import torch while the listing is read

@@ -85,15 +85,18 @@ def connected(address: str | None) -> Iterator[bool]:
         return
     signals = {signal.SIGINT, signal.SIGTERM}
     is_main = threading.current_thread() is threading.main_thread()
-    # Ray sets a handler of its own, which would end the job without a word.
     on_terminate = signal.getsignal(signal.SIGTERM)
+    # Ray sets handlers of its own, which raise: in a fork, as when it starts its processes, that is ignored, and the
+    # request with it. Who has none is better off with Ray's than with the system's.
+    ray_utils: Any = ray._private.utils
+    kept_handlers = [(ray_utils, "set_sigterm_handler", _do_nothing)] if callable(on_terminate) else []
     others = set(psutil.Process().children())
     _check_address(address)
     # Ray loads this when the first object is sent; while its services start there is time for it.
     threading.Thread(target=importlib.import_module, args=("ray._common.pydantic_compat",), daemon=True).start()
     try:
         try:
-            with _fewer_services():
+            with _replaced(kept_handlers), _fewer_services():
                 ray.init(
                     address=address,
                     include_dashboard=False,
@@ -104,7 +107,7 @@ def connected(address: str | None) -> Iterator[bool]:
             where = f"--address {address}" if address else "Ray"
             raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
         finally:
-            if is_main:
+            if is_main:  # whatever Ray's compiled code has set
                 signal.signal(signal.SIGTERM, on_terminate)
         yield not any(child not in others for child in psutil.Process().children())
     finally:
@@ -234,8 +237,8 @@ def _sleep_little(seconds: float) -> None:
     time.sleep(seconds if seconds > _SHORT_SECONDS else min(seconds, _POLL_SECONDS))
 
 
-def _do_nothing(self: object) -> None:
-    """Stand for the start of a service."""
+def _do_nothing(_: object) -> None:
+    """Stand for what Ray is not to do."""
 
 
 def _leave_ray(others: set[psutil.Process]) -> None:

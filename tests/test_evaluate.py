@@ -245,6 +245,31 @@ def test_odd_files_are_decoded_right_or_named_with_their_reason(odd_dataset, tmp
     assert result["num_skipped"] == len(expected)
 
 
+_ASK_TO_END_IN_A_FORK = """
+import os, signal, sys
+def ask():
+    if sys.argv[0].endswith("evaluate.py"):
+        os.kill(os.getpid(), signal.SIGTERM)
+os.register_at_fork(after_in_parent=ask)
+"""
+
+
+@pytest.mark.ray
+def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_ASK_TO_END_IN_A_FORK)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    mark = str(uuid.uuid4())
+    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", PYTHONPATH=path, **{MARK: mark})
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+        assert processes_with(MARK, mark) == []
+    finally:
+        end_processes(processes_with(MARK, mark))
+        process.communicate()
+    assert (process.returncode, stdout) == (143, "")
+    assert stderr == "interrupted: nothing was evaluated\n"
+
+
 _NOTE_SLOW_IMPORTS = """
 import os, sys
 class Note:
@@ -263,7 +288,8 @@ def test_no_process_loads_what_takes_long_and_is_not_needed(small_dataset, tmp_p
     for number in range(2):
         options = ("--data", small_dataset, "--out", tmp_path / f"out {number}", "--cache", tmp_path / "cache")
         process = command(*options, "--epochs", number, NOTES=str(notes), PYTHONPATH=path)
-        assert process.wait(timeout=180) == 0, process.communicate()
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 0, stderr
     assert notes.read_text() == "torch\n" * 2  # each time by the actor
 
 
