@@ -21,9 +21,12 @@ def _ask(name, images):
         command[0] = DAFT_PYTHON
     if reason := benchmark.missing(name, DAFT_PYTHON):
         pytest.skip(reason)
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "RAY_ADDRESS": "local"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    try:
+        done.check_returncode()
+    except subprocess.CalledProcessError as exc:
+        exc.add_note(done.stderr)
+        raise
     return Answer(**json.loads(done.stdout.splitlines()[-1]))
 
 
