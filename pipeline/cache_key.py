@@ -79,7 +79,7 @@ def entry_key(
     Returns:
         64 hexadecimal digits.
     """
-    root = without_secrets(location.root)  # the images are the same with the next key
+    root = without_secrets(location.root)  # the images are the same with another secret
     head = [DECODE_VERSION, _decoders(), location.kind, root, asdict(target), len(keys)]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     texts = keys.to_pylist()

@@ -189,6 +189,7 @@ def decode_shard(
             kept.append(row)
             num_resized += is_resized
     if faults:
+        del pixels[len(kept) * num_values :]  # room that would be sent with the rest
         keys, labels = keys.take(pa.array(kept, pa.int64())), labels.take(pa.array(kept, pa.int64()))
     table = pa.table(
         {"key": _to_text(keys), "class": labels, "image": _to_tensors(pixels, len(kept), target)},

@@ -6,11 +6,13 @@ stays, however the job ends.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,6 +212,8 @@ def _fewer_services() -> Iterator[None]:
         (node_module, "wait_for_persisted_port", wait_for_persisted_port),
         (node_module, "time", SimpleNamespace(**{**vars(time), "sleep": _sleep_little})),
         (services, "start_ray_process", start_ray_process),
+        # What is asked of a whole process group, as to end, this process answers; without its services, it could not.
+        (services, "ConsolePopen", functools.partial(subprocess.Popen, process_group=0)),
         # By the machine's own address Ray's daemons would be open to its network; nobody there is to reach this one.
         (ray.util, "get_node_ip_address", lambda: "127.0.0.1"),
         # With what the dashboard needs, it would load all of that here, a quarter of a second, to say that it can.

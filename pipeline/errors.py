@@ -13,19 +13,24 @@
         └── ActorLostError an actor, or one that it waited for, died; the driver starts the actors anew
 
 Every message is one line, `<where>: expected <x>, got <y>; <what to do>`. Every class takes that one
-line alone, so that an error crosses Ray by pickle unchanged. A secret key that a URI carries is in none of them.
+line alone, so that an error crosses Ray by pickle unchanged. No message holds the secret key that a URI carries.
 """
 
 import re
 
-# What stands between the colon and the @ of a URI's user. In one of S3 also a key with slashes, as AWS hands them out,
-# which is no valid URI, and therefore soon in an error.
-_SECRET = re.compile(r"(s3://[^/?#\s@:]+:(?=[^?#\s@]*@)|://[^/?#\s@:]*:(?=[^/?#\s@]*@))[^?#\s@]*")
+_SECRET = re.compile(
+    # What stands between the colon and the @ of a URI's user.
+    r"(?<=://)([^/?#\s@:]*:)[^/?#\s]*(?=@)|"
+    # A key with slashes, as AWS and Azure hand them out: no valid URI, and therefore soon in an error.
+    r"(?i:(?<=s3://)|(?<=abfs://)|(?<=abfss://))([^/?#\s@:]*:)[^?#\s@]*(?=@)|"
+    # An option of a URI, as Azure's `client_secret`.
+    r"(?i:([?&]\w*(?:secret|password|token)\w*=))[^&#\s]*"
+)
 
 
 def without_secrets(text: str) -> str:
     """Put asterisks in the place of the secret key of every URI in a text, as in `s3://key:***@bucket`."""
-    return _SECRET.sub(r"\1***", text)
+    return _SECRET.sub(r"\1\2\3***", text)
 
 
 class EvaluationError(Exception):

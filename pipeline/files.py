@@ -109,7 +109,7 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
     is_there = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111 - of what can be no path, too
     root, pattern = (data, "") if is_there else split_glob(data)
     if storage.is_uri(root):
-        return Location("uri", storage.trimmed(root), pattern)
+        return Location("uri", storage.trimmed("--data", root, DataError), pattern)
     try:
         folder = Path(root).expanduser()
         if folder.is_dir() or (folder.is_file() and folder.suffix.lower() in ARCHIVE_ENDINGS):

@@ -50,11 +50,25 @@ def is_uri(text: str) -> bool:
 
 def plain_path(text: str) -> str:
     """Turn a `file://` URI into the path that it stands for; anything else is returned as it is."""
-    return os.fsdecode(unquote_to_bytes(urlsplit(text).path)) if text.startswith("file://") else text
+    if not text.startswith("file://"):
+        return text
+    with suppress(ValueError):  # its parts cannot be told, as `trimmed` will say
+        return os.fsdecode(unquote_to_bytes(urlsplit(text).path))
+    return text
 
 
-def trimmed(uri: str) -> str:
-    """Take the last slashes off a URI, but not those of its scheme."""
+def trimmed(option: str, uri: str, error_class: type[EvaluationError]) -> str:
+    """Take the last slashes off a URI, but not those of its scheme.
+
+    Args:
+        option: That it came with, for the error.
+        uri: As the user gave it.
+        error_class: What to raise if its parts cannot be told.
+    """
+    try:
+        urlsplit(uri)
+    except ValueError as exc:  # whose words hold parts of it, perhaps of a key
+        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; check its spelling") from exc
     scheme, _, path = uri.partition("://")
     return f"{scheme}://{path.rstrip('/')}"
 
@@ -72,7 +86,7 @@ def absolute_root(option: str, given: str, error_class: type[EvaluationError]) -
     """
     given = plain_path(given)
     if is_uri(given):
-        return trimmed(given)
+        return trimmed(option, given, error_class)
     try:
         return os.path.abspath(Path(given).expanduser())  # noqa: PTH100 - keeps links
     except RuntimeError as exc:
@@ -213,8 +227,8 @@ def reason(exc: OSError) -> str:
 
 
 def _bucket(uri: SplitResult) -> str:
-    # Azure's container stands before an @ as well, but without a key.
-    return uri.netloc if uri.password is None else uri.netloc.rpartition("@")[2]
+    # What stands before the @ is the container in Azure's URIs, and who asks in others.
+    return uri.netloc if uri.scheme.startswith("abfs") else uri.netloc.rpartition("@")[2]
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:

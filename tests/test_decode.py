@@ -776,6 +776,11 @@ def test_a_slice_of_a_listing_is_decoded_as_its_own_rows():
     assert decoded.table.drop(["image"]).to_pydict() == {"key": ["1", "3"], "class": [1, 3]}
 
 
+def test_nothing_is_kept_for_images_that_are_skipped():
+    [images] = decode_all([b"", COLOUR_PNG, b"", b""])[0]["image"].chunks
+    assert [buffer.size for buffer in images.buffers() if buffer] == [ROW_OF_FOUR.num_values]
+
+
 def test_keys_of_a_slice_come_without_those_that_it_was_cut_from():
     keys = pa.array([b"%d" % number for number in range(10_000)])
     [texts] = decode_all([COLOUR_PNG] * 2, keys=keys[5_000:5_002])[0]["key"].chunks

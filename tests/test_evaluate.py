@@ -270,6 +270,24 @@ def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
     assert stderr == "interrupted: nothing was evaluated\n"
 
 
+@pytest.mark.ray
+def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
+    mark = str(uuid.uuid4())
+    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", **{MARK: mark})
+    try:
+        driver = psutil.Process(process.pid)
+        while "raylet" not in {child.name() for child in driver.children()}:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+        assert processes_with(MARK, mark) == []
+    finally:
+        end_processes(processes_with(MARK, mark))
+        process.communicate()
+    assert (process.returncode, stdout) == (143, "")
+    assert last_line(stderr) == "interrupted: nothing was evaluated"
+
+
 _NOTE_SLOW_IMPORTS = """
 import os, sys
 class Note:

@@ -1,18 +1,24 @@
 """URIs and object storage: what is opened, what is tried again and what is not."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
+import click.testing
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import s3
 from conftest import command
 
-from pipeline import decode, files, sources, storage
+from jobs import cache as cache_command
+from jobs import evaluate
+from pipeline import cache, decode, files, results, sources, storage
+from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.errors import CacheError, DataError, OutputError
+from pipeline.report import Progress
 from pipeline.storage import absolute_root, open_root, temporary_beside, write_whole
 
 
@@ -94,6 +100,15 @@ def test_the_environment_says_where_s3_is(monkeypatch):
         assert filesystem.__reduce__()[1][0]["endpoint_override"] == "http://127.0.0.1:9"
 
 
+@pytest.mark.parametrize("uri", ["s3://[b/p", "s3://key:\u00bdhidden\u2100@b/p", "file://[b/p"])
+@pytest.mark.parametrize("option", ["--data", "--out"])
+def test_a_uri_whose_parts_cannot_be_told_is_one_line_too(uri, option):
+    locate = files.locate if option == "--data" else results.Output.at
+    with pytest.raises((DataError, OutputError), match=f"^{option}: .* got [^;]*; check its spelling$") as caught:
+        locate(uri)
+    assert "hidden" not in str(caught.value)
+
+
 @pytest.mark.parametrize("uri", ["s3://", "nosuch://a/b", "s3://b/p?nosuch=1", "s3://b/p?anonymous=true&nosuch=1"])
 def test_a_uri_that_cannot_be_opened_is_one_line(uri):
     with pytest.raises(DataError, match="--data: expected a URI that can be opened, got"):
@@ -110,7 +125,9 @@ def test_a_uri_that_cannot_be_opened_is_one_line(uri):
         ("gs://b/data/out", "s3://b/data", False),
         ("s3://key:secret@b/data/out", "s3://b/data", True),
         ("s3://b/data/out", "s3://key:secret@b/data", True),
+        ("gs://anonymous@b/data/out", "gs://b/data", True),
         ("abfss://one@account/data/out", "abfss://other@account/data", False),
+        ("abfss://one:secret@account/data/out", "abfss://other:secret@account/data", False),
         ("/data/out", "s3://b/data", False),
         ("s3://b/data", "/", False),
         ("/data/out", "/data/", True),
@@ -178,14 +195,20 @@ def test_a_uris_secret_key_is_used_and_written_nowhere(bucket, small_dataset, tm
     for name in s3.CREDENTIALS:
         monkeypatch.delenv(name)
     root = "s3://key:hid%2Fden@bucket"
-    data, out, cache = (f"{root}/{name}{query}" for name in ("signed", "signed-out", "signed-cache"))
-    options = ("--data", data, "--out", out, "--cache", cache, "--epochs", 0)
+    data, out, kept = (f"{root}/{name}{query}" for name in ("signed", "signed-out", "signed-cache"))
+    options = ("--data", data, "--out", out, "--cache", kept, "--epochs", 0)
     first = command(*options)
     stdout, stderr = first.communicate(timeout=180)
+    assert storage.open_uri("--data", f"{data}&anonymous=true", DataError)[1] == "bucket/signed"
     assert (first.returncode, "s3://key:***@bucket/signed-out?" in stdout) == (0, True), stderr
     again = command(*options)  # refused, as results are there
     assert again.wait(180) == 1
     shown = stdout + stderr + "".join(again.communicate())
+    for order in ("show", "clear"):
+        asked = click.testing.CliRunner().invoke(cache_command.main, [order, kept])
+        assert asked.output.startswith("s3://key:***@bucket/signed-cache?"), asked.output
+        shown += asked.output
+        run_json(*options, "--overwrite", "--json")
     json_run = run_json(*options, "--overwrite", "--json")
     assert json_run["num_shards_from_cache"] == json_run["num_shards"] > 0
     assert json_run["options"]["data"] == f"s3://key:***@bucket/signed{query}"
@@ -193,6 +216,19 @@ def test_a_uris_secret_key_is_used_and_written_nowhere(bucket, small_dataset, tm
     assert len(written) > 8
     assert "hid" not in shown + json.dumps(json_run)
     assert not any(b"hid%2Fden" in content or b"hid/den" in content for content in written)
+
+
+def test_a_uris_secret_key_is_in_no_warning_and_no_last_word(bucket, caplog, monkeypatch):
+    throttle, query = bucket
+    root = f"s3://key:hidden@bucket/a{query}"
+    throttle.num_refused = 10_000
+    monkeypatch.setattr(storage, "_NUM_TRIES", 1)
+    with caplog.at_level(logging.WARNING):
+        assert cache.load(Cache.at(root), "0" * 64) is None
+        results.delete_checkpoint(results.Output.at(root))
+    shown = [*caplog.messages, evaluate._left_undone(Progress("decode", 1, 2, 0.5), Config(out=root))]
+    assert [text.partition("s3://")[2].partition("/")[0] for text in shown] == ["key:***@bucket"] * 3
+    assert "hidden" not in "".join(shown)
 
 
 def run_json(*args):
