@@ -254,31 +254,11 @@ os.register_at_fork(after_in_parent=ask)
 """
 
 
-@pytest.mark.ray
-def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(_ASK_TO_END_IN_A_FORK)
-    path = f"{tmp_path}{os.pathsep}{ROOT}"
+def assert_ends_while_ray_starts(tmp_path, ask, **environment):
     mark = str(uuid.uuid4())
-    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", PYTHONPATH=path, **{MARK: mark})
+    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", **{MARK: mark}, **environment)
     try:
-        stdout, stderr = process.communicate(timeout=60)
-        assert processes_with(MARK, mark) == []
-    finally:
-        end_processes(processes_with(MARK, mark))
-        process.communicate()
-    assert (process.returncode, stdout) == (143, "")
-    assert stderr == "interrupted: nothing was evaluated\n"
-
-
-@pytest.mark.ray
-def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
-    mark = str(uuid.uuid4())
-    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", **{MARK: mark})
-    try:
-        driver = psutil.Process(process.pid)
-        while "raylet" not in {child.name() for child in driver.children()}:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGTERM)
+        ask(process)
         stdout, stderr = process.communicate(timeout=60)
         assert processes_with(MARK, mark) == []
     finally:
@@ -286,6 +266,23 @@ def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
         process.communicate()
     assert (process.returncode, stdout) == (143, "")
     assert last_line(stderr) == "interrupted: nothing was evaluated"
+
+
+@pytest.mark.ray
+def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_ASK_TO_END_IN_A_FORK)
+    assert_ends_while_ray_starts(tmp_path, lambda _: None, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+
+
+@pytest.mark.ray
+def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
+    def ask(process):
+        driver = psutil.Process(process.pid)
+        while "raylet" not in {child.name() for child in driver.children()}:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGTERM)
+
+    assert_ends_while_ray_starts(tmp_path, ask)
 
 
 _NOTE_SLOW_IMPORTS = """
