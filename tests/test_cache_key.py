@@ -43,6 +43,13 @@ def key_of(location):
     return name_entry(location, TARGET, rows_of(NAMES, label=LABELS))
 
 
+def test_another_secret_leads_to_the_same_entries():
+    first, second, other = (
+        make_key(Location("uri", f"s3://{place}/d")) for place in ("key:one@b", "key:two@b", "key:one@c")
+    )
+    assert first == second != other
+
+
 OTHERS = {
     "height": {"target": replace(TARGET, height=5)},
     "width": {"target": replace(TARGET, width=4)},

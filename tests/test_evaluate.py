@@ -278,7 +278,7 @@ def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
 def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
     def ask(process):
         driver = psutil.Process(process.pid)
-        while "raylet" not in {child.name() for child in driver.children()}:
+        while process.poll() is None and "raylet" not in {child.name() for child in driver.children()}:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGTERM)
 
