@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from pipeline.actors import LaneActor
-    from pipeline.driver_feed import Job
-    from pipeline.exchange import Address
+    from pipeline.compute.actor import LaneActor
+    from pipeline.compute.exchange import Address
+    from pipeline.driver.feed import Job
 
 _NUM_LANES = 8
 _SEED = 0
@@ -66,7 +66,7 @@ def actors_2(part: Part) -> Answer:
     import multiprocessing
     import secrets
 
-    from pipeline.exchange import TOKEN_BYTES
+    from pipeline.compute.exchange import TOKEN_BYTES
 
     first = _make_actor(part, 0, 2)
     address = first.listen("127.0.0.1")
@@ -99,9 +99,9 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
     import numpy as np
     import pyarrow as pa
 
-    from pipeline.actors import LaneActor
-    from pipeline.decode import Target
-    from pipeline.shards import Deal, Plan
+    from pipeline.compute.actor import LaneActor
+    from pipeline.decoding.images import Target
+    from pipeline.plan import Deal, Plan
 
     images_ND, labels_N = part.load("train_images"), part.load("train_labels")
     target = Target(1, images_ND.shape[1], "L")
@@ -150,13 +150,13 @@ def torch_loop_threads(part: Part) -> Answer:
     """Do the same with as many threads as torch takes of itself."""
     import torch
 
-    from pipeline import sgd
+    from pipeline.compute.classifiers import sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
     centre_D, rate = _centre_and_rate(part)
-    params_P = sgd.initial_params(num_classes, images_ND.shape[1], _SEED)
-    weights_KD, bias_K = sgd.split_params(params_P, num_classes)
+    params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1], _SEED)
+    weights_KD, bias_K = sgd_linear.split_params(params_P, num_classes)
     started = 0.0
     for epoch in range(part.num_epochs + 1):
         if epoch == 1:
@@ -203,11 +203,11 @@ def sklearn_sgd(part: Part) -> Answer:
 def _centre_and_rate(part: Part) -> tuple[torch.Tensor, float]:
     import torch
 
-    from pipeline import distance, sgd
+    from pipeline.compute.classifiers import nearest_mean, sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
-    sums_KD, _ = distance.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
-    return sgd.centre_and_rate(sums_KD, len(labels_N), distance.sum_squares(images_ND))
+    sums_KD, _ = nearest_mean.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
+    return sgd_linear.centre_and_rate(sums_KD, len(labels_N), nearest_mean.sum_squares(images_ND))
 
 
 def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
@@ -215,8 +215,8 @@ def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tenso
     import numpy as np
     import torch
 
-    from pipeline import lanes
-    from pipeline.shards import Deal
+    from pipeline.compute import lanes
+    from pipeline.plan import Deal
 
     lanes_N = Deal(num_images, _NUM_LANES).lanes(np.arange(num_images))
     orders = []
@@ -233,12 +233,12 @@ def _answer(part: Part, params_P: torch.Tensor, seconds: float) -> Answer:
     """Score the validation images by trained parameters."""
     import torch
 
-    from pipeline import sgd
+    from pipeline.compute.classifiers import sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(part.load(f"valid_{name}")) for name in ("images", "labels"))
     num_classes = len(params_P) // (images_ND.shape[1] + 1)
     centre_D, _ = _centre_and_rate(part)
-    found_N = sgd.log_probabilities(params_P, images_ND, num_classes, centre_D).argmax(1)
+    found_N = sgd_linear.log_probabilities(params_P, images_ND, num_classes, centre_D).argmax(1)
     num_train = len(part.load("train_labels"))
     return Answer(
         num_train + len(labels_N),
@@ -259,9 +259,9 @@ def driver(part: Part) -> Answer:
     import psutil
     import ray
 
-    from pipeline import driver_connect, driver_feed, driver_ray
-    from pipeline.driver_ray import PartRecord
-    from pipeline.shards import Shard
+    from pipeline.driver import connect, feed, tasks
+    from pipeline.driver.tasks import PartRecord
+    from pipeline.plan import Shard
 
     def decode_nothing(
         loader: object, shard: list[Any], *_: object
@@ -278,14 +278,14 @@ def driver(part: Part) -> Answer:
 
     # It takes the real function's place in this process alone, and is sent the same.
     task: Any = decode_nothing
-    driver_ray._decode_shard = task
+    tasks._decode_shard = task
     sizes: list[int] = []
 
     def look(done: int) -> None:
         if not sizes and done >= part.num_shards * _SHARD_IMAGES // 4:
             sizes.append(psutil.Process().memory_info().rss)
 
-    with driver_connect.connected("local"):
+    with connect.connected("local"):
         idle: Any = ray.remote(num_cpus=0)(IdleActor)
         actors = [idle.remote()]
         # Workers are up before the clock runs.
@@ -294,9 +294,9 @@ def driver(part: Part) -> Answer:
         ray.get(actors[0].call.remote("warm_up"))
         job = _make_job(part, look)
         started = time.perf_counter()
-        tally = driver_feed.feed(job, actors, [])
+        tally = feed.feed(job, actors, [])
         seconds = time.perf_counter() - started
-        driver_ray.end_actors(actors)
+        tasks.end_actors(actors)
     return Answer(
         tally.num_decoded.total(), phase_s=seconds, num_units=part.num_shards, quarter_bytes=sizes[0] if sizes else None
     )
@@ -307,13 +307,13 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     import pyarrow as pa
 
     from pipeline.config import Config
-    from pipeline.decode import Target
-    from pipeline.driver_feed import Job
-    from pipeline.files import Location
-    from pipeline.report import Clock
-    from pipeline.results import Output
-    from pipeline.shards import Shard, fit_cluster, make_plan
-    from pipeline.sources import Listing
+    from pipeline.data.files import Location
+    from pipeline.data.listing import Listing
+    from pipeline.decoding.images import Target
+    from pipeline.driver.feed import Job
+    from pipeline.plan import Shard, fit_cluster, make_plan
+    from pipeline.results.terminal import Clock
+    from pipeline.results.writing import Output
 
     config = Config(epochs=0)
     keys = pa.array([b"train/class/%09d.png" % number for number in range(_SHARD_IMAGES)], pa.binary())

@@ -165,7 +165,7 @@ def ray_data_map_batches(images: Images) -> Answer:
     import pyarrow as pa
     import ray.data
 
-    from pipeline.decode import Fault, Target, decode_image
+    from pipeline.decoding.images import Fault, Target, decode_image
 
     classes = np.array(class_names(images.data))
     target = Target(images.height, images.width, "L" if images.mode == "L" else "RGB")

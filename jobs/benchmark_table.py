@@ -197,7 +197,7 @@ def write(path: Path, runs: Sequence[Run], figures: Sequence[Figure]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.report import library_versions
+    from pipeline.results.terminal import library_versions
 
     machine: dict[str, Any] = {
         "platform": platform.platform(), "num_cpus": os.cpu_count(), **library_versions()

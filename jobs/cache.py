@@ -9,8 +9,8 @@ import sys
 
 import click
 
-from pipeline import cache
-from pipeline.cache import Cache, Usage
+from pipeline.decoding import cache
+from pipeline.decoding.cache import Cache, Usage
 from pipeline.errors import EvaluationError, without_secrets
 
 

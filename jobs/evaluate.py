@@ -20,7 +20,7 @@ import click
 
 from pipeline.config import DEVICES, MODES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
-from pipeline.report import Progress, progress_line, summary
+from pipeline.results.terminal import Progress, progress_line, summary
 
 # What a shell says of a command ended by Ctrl-C, and by a request to end.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -160,13 +160,13 @@ def main(is_json: bool, **options: Any) -> None:
         has_default = ("out", "scratch")  # that of Config, which differs from run to run
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
-        from pipeline import driver
-        from pipeline.driver_ray import leave_pandas_out
+        from pipeline.driver import job
+        from pipeline.driver.tasks import leave_pandas_out
 
         leave_pandas_out()
         # Ray prints what its node manager has to say where only the summary belongs.
         with contextlib.redirect_stdout(sys.stderr):
-            run = driver.evaluate(config, screen.show, screen.show_download)
+            run = job.evaluate(config, screen.show, screen.show_download)
     except OptionError as exc:
         click.echo(f"error: {exc}", err=True)
         sys.exit(2)

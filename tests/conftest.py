@@ -10,7 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline import storage
+from pipeline.data import storage
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -29,7 +29,8 @@ def local_ray():
     import ray
 
     others = set(psutil.Process().children())
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init("local", num_cpus=2, num_gpus=2, **options)  # of its own, whatever else runs on this machine
     yield
     started = [child for child in psutil.Process().children() if child not in others]
     started += [grandchild for child in started for grandchild in child.children(recursive=True)]

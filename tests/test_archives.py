@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, Rows, find_archives, make_index
 from pipeline.config import Config
+from pipeline.data.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, Rows, find_archives, make_index
+from pipeline.data.files import split_glob
+from pipeline.data.splits import is_held_out
 from pipeline.errors import DataError
-from pipeline.files import split_glob
-from pipeline.splits import is_held_out
 
 LOCAL = pafs.LocalFileSystem()
 UNSPLIT = Config(valid_fraction=0.5)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 
 from jobs.cache import main
-from pipeline.cache import MARKER_FILE, Cache, Usage, clear, load, prepare, store, usage
-from pipeline.decode import Decoded, Fault, Target, decode_shard
+from pipeline.data.storage import temporary_beside
+from pipeline.decoding.cache import MARKER_FILE, Cache, Usage, clear, load, prepare, store, usage
+from pipeline.decoding.images import Decoded, Fault, Target, decode_images
 from pipeline.errors import CacheError
-from pipeline.storage import temporary_beside
 
 KEYS = [f"{number:064x}" for number in range(32)]
 IMAGE = pa.fixed_shape_tensor(pa.uint8(), [4, 5])
@@ -77,7 +77,7 @@ def test_what_was_stored_comes_back_unchanged(tmp_path, kind, num_images):
 
 def test_what_decoding_makes_of_bad_images_comes_back(cache):
     keys, labels = pa.array([b"\xff.png", b"b.png"], pa.binary()), pa.array([0, 1], pa.int32())
-    decoded = decode_shard(keys, labels, [b"no image", b""], Target(4, 5, "RGB"))
+    decoded = decode_images(keys, labels, [b"no image", b""], Target(4, 5, "RGB"))
     store(cache, KEYS[0], decoded)
     assert load(cache, KEYS[0]) == decoded
 

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import cache_key
-from pipeline.cache_key import entry_key, file_stamps, name_entry
-from pipeline.decode import Target
-from pipeline.files import DIGITS, Location
+from pipeline.data.files import DIGITS, Location
+from pipeline.decoding import cache_key
+from pipeline.decoding.cache_key import entry_key, file_stamps, name_entry
+from pipeline.decoding.images import Target
 
 TARGET = Target(4, 5, "L")
 NAMES = [b"3/a.png", b"3/\xff.png", b"7/c.png"]

@@ -98,4 +98,4 @@ def test_what_is_brought_to_the_nodes_can_be_installed():
     needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "pipeline"}
     assert set(mounted) == needed
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files", *mounted], capture_output=True, text=True, check=False)
-    assert tracked.returncode or set(tracked.stdout.split()) >= {"pyproject.toml", "pipeline/digits.parquet"}
+    assert tracked.returncode or set(tracked.stdout.split()) >= {"pyproject.toml", "pipeline/data/digits.parquet"}

@@ -1,4 +1,4 @@
-"""The bundled sample, made anew from its origin: `python tests/test_digits.py` writes `pipeline/digits.parquet`."""
+"""The bundled sample, made anew from its origin: this file, run as a script, writes `pipeline/data/digits.parquet`."""
 
 import io
 
@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline import files, sources
 from pipeline.config import Config
+from pipeline.data import files
+from pipeline.data.listing import list_dataset
 
 ORIGIN = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak (1998), UCI Machine Learning Repository, "
@@ -49,7 +50,7 @@ def test_the_bundled_file_says_where_it_is_from():
 
 
 def test_digits_lists_ten_classes_in_two_halves():
-    listing = sources.list_dataset(files.locate("digits"), Config())
+    listing = list_dataset(files.locate("digits"), Config())
     assert listing.classes == tuple("0123456789")
     assert (len(listing.train), len(listing.valid)) == (898, 899)
 

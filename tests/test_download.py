@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import download
-from pipeline.download import MNIST_SAMPLE, Archive, cache_folder, fetch
+from pipeline.data import download
+from pipeline.data.download import MNIST_SAMPLE, Archive, cache_folder, fetch
 from pipeline.errors import DownloadError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -115,11 +115,12 @@ def test_a_closed_stream_is_written_to_by_nobody(small_dataset, tmp_path):
 @pytest.mark.ray
 def test_a_ray_that_does_not_start_is_one_line():
     script = """
-from pipeline import driver_connect, errors
-driver_connect._REGISTER_SECONDS = 2.0
-driver_connect._NO_AGENTS["--dashboard_agent_command"] = ""  # of which Ray's node manager dies
+from pipeline.driver import connect
+from pipeline import errors
+connect._REGISTER_SECONDS = 2.0
+connect._NO_AGENTS["--dashboard_agent_command"] = ""  # of which Ray's node manager dies
 try:
-    with driver_connect.connected("local"):
+    with connect.connected("local"):
         pass
 except errors.ClusterError as exc:
     print(exc)

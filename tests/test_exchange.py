@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import exchange
-from pipeline.exchange import TOKEN_BYTES, Exchange
+from pipeline.compute import exchange
+from pipeline.compute.exchange import TOKEN_BYTES, Exchange
 
 HOST = "127.0.0.1"
 TOKEN = bytes(range(TOKEN_BYTES))

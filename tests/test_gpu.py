@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import distance, sgd
+from pipeline.compute.classifiers import nearest_mean, sgd_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,16 +35,16 @@ def train(params_P, images_ND, labels_N, num_epochs):
         for rows_B in torch.randperm(num_images, generator=numbers).split(64):
             counts = [len(rows) for rows in rows_B.tensor_split(4)]
             rows_B = rows_B.to(params_P.device)
-            losses_B, _ = sgd.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
-            sgd.step(params_P, gradients_LP, len(rows_B), 0.2)
+            losses_B, _ = sgd_linear.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
+            sgd_linear.step(params_P, gradients_LP, len(rows_B), 0.2)
     return params_P, losses_B
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_class_sums_are_exactly_those_of_the_cpu(shape):
     images_ND, labels_N, _ = draw(*shape)
-    on_cpu = distance.class_sums(images_ND, labels_N, shape[2])
-    on_gpu = distance.class_sums(*to_device(images_ND, labels_N), shape[2])
+    on_cpu = nearest_mean.class_sums(images_ND, labels_N, shape[2])
+    on_gpu = nearest_mean.class_sums(*to_device(images_ND, labels_N), shape[2])
     for expected, got in zip(on_cpu, on_gpu, strict=True):
         assert got.dtype == torch.int64
         assert torch.equal(got.cpu(), expected)
@@ -52,49 +52,49 @@ def test_class_sums_are_exactly_those_of_the_cpu(shape):
 
 def test_class_sums_are_exact_beyond_what_float32_counts():
     images_ND = torch.full((70_000, 3), 255, dtype=torch.uint8)
-    sums_KD, counts_K = distance.class_sums(*to_device(images_ND, torch.zeros(70_000, dtype=torch.int64)), 2)
+    sums_KD, counts_K = nearest_mean.class_sums(*to_device(images_ND, torch.zeros(70_000, dtype=torch.int64)), 2)
     assert (sums_KD.tolist(), counts_K.tolist()) == ([[255 * 70_000] * 3, [0] * 3], [70_000, 0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_distances_are_those_of_the_cpu(shape):
     images_ND, _, means_KD = draw(*shape)
-    on_cpu = distance.distances(images_ND, means_KD)
-    on_gpu = distance.distances(*to_device(images_ND, means_KD))
+    on_cpu = nearest_mean.distances(images_ND, means_KD)
+    on_gpu = nearest_mean.distances(*to_device(images_ND, means_KD))
     for expected_NK, got_NK in zip(on_cpu, on_gpu, strict=True):
         torch.testing.assert_close(got_NK.cpu(), expected_NK, atol=1e-6, rtol=0)
 
 
 def test_means_are_exactly_those_of_the_cpu():
     sums_KD, counts_K = torch.tensor([[0, 255, 1000], [7, 3, 255]]), torch.tensor([13, 1])
-    expected_KD = distance.class_means(sums_KD, counts_K)
-    assert torch.equal(distance.class_means(*to_device(sums_KD, counts_K)).cpu(), expected_KD)
+    expected_KD = nearest_mean.class_means(sums_KD, counts_K)
+    assert torch.equal(nearest_mean.class_means(*to_device(sums_KD, counts_K)).cpu(), expected_KD)
 
 
 def test_the_same_distances_come_out_again():
     tensors = to_device(*draw(500, 784, 10)[::2])
-    first, second = distance.distances(*tensors), distance.distances(*tensors)
+    first, second = nearest_mean.distances(*tensors), nearest_mean.distances(*tensors)
     assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("num_bytes", [2**16, 2**24])
 def test_the_size_of_blocks_changes_no_more_than_rounding(monkeypatch, num_bytes):
     tensors = to_device(*draw(500, 784, 10)[::2])
-    before = distance.distances(*tensors)
-    monkeypatch.setattr(distance, "_BLOCK_BYTES", {DEVICE.type: num_bytes})
-    for expected_NK, got_NK in zip(before, distance.distances(*tensors), strict=True):
+    before = nearest_mean.distances(*tensors)
+    monkeypatch.setattr(nearest_mean, "_BLOCK_BYTES", {DEVICE.type: num_bytes})
+    for expected_NK, got_NK in zip(before, nearest_mean.distances(*tensors), strict=True):
         torch.testing.assert_close(got_NK, expected_NK, atol=1e-6, rtol=0)
 
 
 def test_a_tie_goes_to_the_first_class():
     distances_NK = torch.tensor([[1.0, 2, 1], [2, 1, 1], [1, 1, 1]] * 100, device=DEVICE)
-    assert distance.nearest(distances_NK).tolist() == [0, 1, 0] * 100
+    assert nearest_mean.nearest(distances_NK).tolist() == [0, 1, 0] * 100
 
 
 def test_confusion_is_that_of_the_cpu():
     labels_N, predictions_N = draw(5000, 1, 12)[1], draw(5000, 1, 12, seed=1)[1]
-    expected_KK = distance.confusion(labels_N, predictions_N, 12)
-    assert torch.equal(distance.confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
+    expected_KK = nearest_mean.confusion(labels_N, predictions_N, 12)
+    assert torch.equal(nearest_mean.confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_confusion_is_that_of_the_cpu():
 )
 def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
     images_BD, labels_B, _ = draw(sum(lane_counts), num_values, num_classes)
-    params_P = sgd.initial_params(num_classes, num_values, 0)
+    params_P = sgd_linear.initial_params(num_classes, num_values, 0)
     expected_ZP, got_ZP = torch.zeros(2, len(lane_counts), len(params_P))
-    losses_B, is_correct_B = sgd.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
+    losses_B, is_correct_B = sgd_linear.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
     got_ZP = got_ZP.to(DEVICE)
-    on_gpu = sgd.lane_gradients(*to_device(params_P, images_BD, labels_B), lane_counts, got_ZP)
+    on_gpu = sgd_linear.lane_gradients(*to_device(params_P, images_BD, labels_B), lane_counts, got_ZP)
     # A gradient near zero is a difference of larger terms, of up to 1 for each row.
     torch.testing.assert_close(got_ZP.cpu(), expected_ZP, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(on_gpu[0].cpu(), losses_B, rtol=1e-4, atol=1e-4)
@@ -117,20 +117,20 @@ def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
 def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
     images_BD, labels_B, _ = draw(16 * 8, 784, 10)
     images, labels = (tensor.split(16) for tensor in to_device(images_BD, labels_B))
-    params_P = sgd.initial_params(10, 784, 0).to(DEVICE)
+    params_P = sgd_linear.initial_params(10, 784, 0).to(DEVICE)
     together_ZP = torch.zeros(8, len(params_P), device=DEVICE)
-    sgd.lane_gradients(params_P, torch.cat(images), torch.cat(labels), [16] * 8, together_ZP)
+    sgd_linear.lane_gradients(params_P, torch.cat(images), torch.cat(labels), [16] * 8, together_ZP)
     for chosen in ([0], [7], [1, 3, 5], [2, 6]):
         alone_ZP = torch.zeros(len(chosen), len(params_P), device=DEVICE)
         rows = (torch.cat([tensors[lane] for lane in chosen]) for tensors in (images, labels))
-        sgd.lane_gradients(params_P, *rows, [16] * len(chosen), alone_ZP)
+        sgd_linear.lane_gradients(params_P, *rows, [16] * len(chosen), alone_ZP)
         assert torch.equal(alone_ZP, together_ZP[chosen])
 
 
 def test_training_goes_as_on_the_cpu_and_the_same_again():
     images_ND, labels_N, _ = draw(300, 64, 3)
     images_ND[torch.arange(300), labels_N] = 255
-    tensors = [sgd.initial_params(3, 64, 0), images_ND, labels_N]
+    tensors = [sgd_linear.initial_params(3, 64, 0), images_ND, labels_N]
     expected_P, losses_B = train(*tensors, 3)
     first, second = train(*to_device(*tensors), 3), train(*to_device(*tensors), 3)
     assert all(map(torch.equal, first, second))
@@ -140,7 +140,7 @@ def test_training_goes_as_on_the_cpu_and_the_same_again():
 
 def test_probabilities_are_those_of_the_cpu():
     images_ND, _, _ = draw(3000, 784, 10)
-    params_P = sgd.initial_params(10, 784, 0) * 10
-    expected_NK = sgd.log_probabilities(params_P, images_ND, 10)
-    got_NK = sgd.log_probabilities(*to_device(params_P, images_ND), 10)
+    params_P = sgd_linear.initial_params(10, 784, 0) * 10
+    expected_NK = sgd_linear.log_probabilities(params_P, images_ND, 10)
+    got_NK = sgd_linear.log_probabilities(*to_device(params_P, images_ND), 10)
     torch.testing.assert_close(got_NK.cpu(), expected_NK, rtol=1e-4, atol=1e-5)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import actors, shards
-from pipeline.decode import Target
+from pipeline.compute.actor import LaneActor
+from pipeline.compute.lanes import Lanes, shuffled
+from pipeline.decoding.images import Target
 from pipeline.errors import ClusterError
-from pipeline.lanes import Lanes, shuffled
-from pipeline.shards import Deal, Plan
+from pipeline.plan import Deal, Plan
 
 CPU = torch.device("cpu")
 # images, lanes, rows that a lane gives to a step, images of a chunk at most
@@ -89,7 +89,7 @@ def scratch(request, tmp_path):
 @pytest.mark.parametrize(("num_images", "num_lanes", "lane_rows", "chunk_images"), SHAPES)
 @pytest.mark.parametrize("has_holes", [False, True])
 def test_an_epoch_is_that_of_a_loop(monkeypatch, scratch, num_images, num_lanes, lane_rows, chunk_images, has_holes):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * chunk_images)
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
     plan = make_plan(num_images, num_lanes, seed=3)
     rows = [row for row in range(num_images) if not (has_holes and row % 5 in (1, 2))]
     num_steps = -(-max(plan.deal.lane_sizes) // lane_rows)
@@ -105,7 +105,7 @@ def test_an_epoch_is_that_of_a_loop(monkeypatch, scratch, num_images, num_lanes,
 
 @pytest.mark.parametrize("chunk_images", [5, 1000])
 def test_a_lane_gives_the_same_whoever_holds_it(monkeypatch, chunk_images):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * chunk_images)
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
     plan = make_plan(203)
     together = steps_of(fill(plan, range(203)), 4, 7)
     for lanes in ([0], [7], [1, 4, 7]):
@@ -126,7 +126,7 @@ def test_a_lane_of_which_nothing_is_left_gives_nothing(scratch):
 
 @pytest.mark.parametrize("chunk_images", [10, 1000])
 def test_epochs_seeds_and_lanes_have_orders_of_their_own_that_come_again(monkeypatch, chunk_images):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * chunk_images)
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
     orders = []
     for seed, epoch in itertools.product((0, 1), (1, 2)):
         plan = make_plan(400, 8, seed)
@@ -137,7 +137,7 @@ def test_epochs_seeds_and_lanes_have_orders_of_their_own_that_come_again(monkeyp
 
 
 def test_the_classes_of_a_sorted_listing_are_in_every_chunk_in_their_share(monkeypatch):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * 30)
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * 30)
     plan = make_plan(960, 8)
     assert plan.num_chunks == 4
     for step in steps_of(fill(plan, range(960)), 30, 4):  # a chunk of each lane
@@ -195,7 +195,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 @pytest.mark.parametrize("kept_in", ["gpu", "memory", "disk"])
 @pytest.mark.parametrize("chunk_images", [5, 1000])
 def test_an_epoch_on_the_gpu_takes_the_images_of_one_on_the_cpu(monkeypatch, tmp_path, kept_in, chunk_images):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 4 * chunk_images)
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
     plan, rows = make_plan(203), [row for row in range(203) if row % 5]
     gpu = torch.device("cuda", 0)
     made = fill(plan, rows, None, str(tmp_path) if kept_in == "disk" else None, gpu, gpu if kept_in == "gpu" else CPU)
@@ -208,6 +208,6 @@ def test_an_epoch_on_the_gpu_takes_the_images_of_one_on_the_cpu(monkeypatch, tmp
 @pytest.mark.parametrize("has_room", [True, False])
 def test_an_actor_keeps_images_on_its_gpu_where_there_is_room(monkeypatch, tmp_path, has_room):
     if not has_room:
-        monkeypatch.setattr(actors, "_GPU_SHARE", 0.0)
-    actor = actors.LaneActor(make_plan(203), 0, 1, is_on_gpu=True, scratch=str(tmp_path))
+        monkeypatch.setattr("pipeline.compute.actor._GPU_SHARE", 0.0)
+    actor = LaneActor(make_plan(203), 0, 1, is_on_gpu=True, scratch=str(tmp_path))
     assert actor.describe() == (torch.cuda.get_device_name(0), "gpu" if has_room else "disk")

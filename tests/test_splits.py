@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config import Config
-from pipeline.splits import is_held_out, people_order, split_in_path, valid_names
+from pipeline.data.splits import is_held_out, people_order, split_in_path, valid_names
 
 
 @pytest.mark.parametrize(

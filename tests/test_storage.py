@@ -14,12 +14,16 @@ from conftest import command
 
 from jobs import cache as cache_command
 from jobs import evaluate
-from pipeline import cache, decode, files, results, sources, storage
-from pipeline.cache import Cache
 from pipeline.config import Config
+from pipeline.data import files, storage
+from pipeline.data.listing import list_dataset
+from pipeline.data.storage import absolute_root, open_root, temporary_beside, write_whole
+from pipeline.decoding import cache
+from pipeline.decoding.cache import Cache
+from pipeline.decoding.images import sample_rows
 from pipeline.errors import CacheError, DataError, OutputError
-from pipeline.report import Progress
-from pipeline.storage import absolute_root, open_root, temporary_beside, write_whole
+from pipeline.results import writing
+from pipeline.results.terminal import Progress
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_a_server_that_only_refuses_is_given_up_at_last(bucket, monkeypatch):
     monkeypatch.setattr(storage, "_NUM_TRIES", 2)
     location = files.Location("uri", f"s3://bucket/refused{query}")
     with pytest.raises(DataError, match=r"--data: expected to list bucket/refused, got .*(SLOW_DOWN|503)"):
-        sources.list_dataset(location, Config())
+        list_dataset(location, Config())
 
 
 @pytest.mark.parametrize("uri", ["s3://no-such-bucket/data", "s3://no-such-bucket"])
@@ -65,7 +69,7 @@ def test_a_missing_bucket_fails_at_once(bucket, uri):
     throttle, query = bucket
     before = throttle.num_requests
     with pytest.raises(DataError, match=r"NO_SUCH_BUCKET|does not exist|got nothing; check the name"):
-        sources.list_dataset(files.Location("uri", uri + query), Config())
+        list_dataset(files.Location("uri", uri + query), Config())
     assert throttle.num_requests - before <= 3
 
 
@@ -103,7 +107,7 @@ def test_the_environment_says_where_s3_is(monkeypatch):
 @pytest.mark.parametrize("uri", ["s3://[b/p", "s3://key:\u00bdhidden\u2100@b/p", "file://[b/p"])
 @pytest.mark.parametrize("option", ["--data", "--out"])
 def test_a_uri_whose_parts_cannot_be_told_is_one_line_too(uri, option):
-    locate = files.locate if option == "--data" else results.Output.at
+    locate = files.locate if option == "--data" else writing.Output.at
     with pytest.raises((DataError, OutputError), match=f"^{option}: .* got [^;]*; check its spelling$") as caught:
         locate(uri)
     assert "hidden" not in str(caught.value)
@@ -181,7 +185,7 @@ def test_what_is_cached_of_a_bucket_is_not_asked_for(bucket, small_dataset, tmp_
             s3.client(query.rpartition("=")[2]).put_object(Bucket="bucket", Key=name, Body=path.read_bytes() + b"x")
     num_images, num_shards = runs[0]["num_listed"], runs[0]["num_shards"]
     # Images of a sample, by whose headers the size is chosen, are read in every run, by two requests each.
-    num_sampled = len(decode.sample_rows(runs[0]["num_train"]))
+    num_sampled = len(sample_rows(runs[0]["num_train"]))
     assert num_requests[0] - num_requests[1] >= num_images
     assert num_requests[1] < 2 * num_sampled + num_images / 2, num_requests
     assert [run["num_shards_from_cache"] for run in runs] == [0, num_shards, num_shards - 1]
@@ -225,7 +229,7 @@ def test_a_uris_secret_key_is_in_no_warning_and_no_last_word(bucket, caplog, mon
     monkeypatch.setattr(storage, "_NUM_TRIES", 1)
     with caplog.at_level(logging.WARNING):
         assert cache.load(Cache.at(root), "0" * 64) is None
-        results.delete_checkpoint(results.Output.at(root))
+        writing.delete_checkpoint(writing.Output.at(root))
     shown = [*caplog.messages, evaluate._left_undone(Progress("decode", 1, 2, 0.5), Config(out=root))]
     assert [text.partition("s3://")[2].partition("/")[0] for text in shown] == ["key:***@bucket"] * 3
     assert "hidden" not in "".join(shown)

@@ -10,8 +10,8 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
+from pipeline.data.formats.tar_headers import walk
 from pipeline.errors import DataError
-from pipeline.tar_headers import walk
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 every_format = pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)

@@ -1,0 +1,172 @@
+"""The training images of some lanes, in memory, on a GPU or on disk, and the order in which an epoch takes them.
+
+What enters: images with their lanes and places. What leaves: for each step, the next rows of every lane. Always: the
+order depends on the seed, the epoch, the lane and the images' places alone, and not on where the images are kept.
+
+A lane is stored as chunks, each of every n-th image of it, so that a chunk of a sorted listing holds all classes. An
+epoch takes the chunks of a lane in another order each time, and the images of a chunk in another order: what is on disk
+is read chunk by chunk from front to back, the next one while steps are made with this one.
+
+Axes: B rows of a step, D values of an image, M places of all lanes, N images, Z lanes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.compute.classifiers import sgd_linear
+from pipeline.errors import ClusterError
+from pipeline.plan import Plan
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Lanes:
+    """Some lanes of a job.
+
+    Args:
+        plan: The job's plan.
+        lanes: The numbers of Z lanes.
+        device: Where steps take their rows.
+        store: Where images are kept.
+        scratch: The folder whose disk keeps them, where `store` is the CPU; None for its memory.
+
+    Raises:
+        ClusterError: If there is no room on that disk.
+    """
+
+    def __init__(
+        self, plan: Plan, lanes: Sequence[int], device: torch.device, store: torch.device, scratch: str | None
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._is_on_disk = scratch is not None
+        self._num_chunks = plan.num_chunks
+        self._chunk_rows = -(-max(plan.deal.lane_sizes) // self._num_chunks)
+        lane_places = self._num_chunks * self._chunk_rows
+        self._starts = {lane: place * lane_places for place, lane in enumerate(lanes)}
+        num_places = len(lanes) * lane_places
+        self._images_MD = empty_images(num_places, plan.target.num_values, store, scratch)
+        self._labels_M = torch.empty(num_places, dtype=torch.int32, device=store)
+        self._is_filled_M = np.zeros(num_places, np.bool_)
+
+    def put(self, rows_N: npt.NDArray[np.int64], images_ND: torch.Tensor, labels_N: torch.Tensor) -> None:
+        """Copy images to their places.
+
+        Args:
+            rows_N: Their rows in the training listing.
+            images_ND: uint8.
+            labels_N: int64.
+        """
+        deal = self._plan.deal
+        places_N = deal.places(rows_N)
+        starts_L = np.array([self._starts.get(lane, -1) for lane in range(deal.num_lanes)])
+        # [lane][chunk][row of the chunk]: the p-th image of a lane is in chunk p modulo their number.
+        positions_N = starts_L[deal.lanes(rows_N)] + places_N % self._num_chunks * self._chunk_rows
+        positions_N += places_N // self._num_chunks
+        put_images(self._images_MD, positions_N, images_ND)
+        self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
+        self._is_filled_M[positions_N] = True
+
+    def batches(self, epoch: int, lane_rows: int, num_steps: int) -> Iterator[tuple[torch.Tensor, Any, list[int]]]:
+        """Give the rows of every step of an epoch.
+
+        Args:
+            epoch: From 1.
+            lane_rows: Rows that a lane gives to a step; one that has run out gives fewer, or none.
+            num_steps: Steps of the epoch.
+
+        Yields:
+            Images uint8 [B, D] and labels int64 [B], lane after lane, and how many rows are of each lane.
+        """
+        with ThreadPoolExecutor(1) as reader:
+            lanes = [self._lane_batches(lane, epoch, lane_rows, reader) for lane in self._starts]
+            for _ in range(num_steps):
+                images, labels = zip(*(next(lane) for lane in lanes), strict=True)
+                yield torch.cat(images), torch.cat(labels), [len(each) for each in labels]
+
+    def _lane_batches(self, lane: int, epoch: int, lane_rows: int, reader: ThreadPoolExecutor) -> Iterator[Batch]:
+        rest_RD, rest_R = self._images_MD[:0].to(self._device), self._labels_M[:0].long().to(self._device)
+        empty = rest_RD, rest_R
+        for images_ND, labels_N in self._shuffled_chunks(lane, epoch, reader):
+            if len(rest_R):
+                images_ND, labels_N = torch.cat((rest_RD, images_ND)), torch.cat((rest_R, labels_N))
+            cut = len(labels_N) // lane_rows * lane_rows
+            if cut:  # of no rows, torch makes one piece all the same
+                yield from zip(images_ND[:cut].split(lane_rows), labels_N[:cut].split(lane_rows), strict=True)
+            rest_RD, rest_R = images_ND[cut:], labels_N[cut:]
+        if len(rest_R):
+            yield rest_RD, rest_R
+        while True:
+            yield empty
+
+    def _shuffled_chunks(self, lane: int, epoch: int, reader: ThreadPoolExecutor) -> Iterator[Batch]:
+        order = shuffled(self._num_chunks, self._plan.seed, epoch, lane, "chunks").tolist()
+        if not self._is_on_disk:
+            for chunk in order:
+                yield self._shuffled_chunk(lane, epoch, chunk)
+            return
+        coming = reader.submit(self._shuffled_chunk, lane, epoch, order[0])
+        for chunk in [*order[1:], None]:
+            images_ND, labels_N = coming.result()
+            if chunk is not None:
+                coming = reader.submit(self._shuffled_chunk, lane, epoch, chunk)
+            yield images_ND, labels_N
+
+    def _shuffled_chunk(self, lane: int, epoch: int, chunk: int) -> Batch:
+        start = self._starts[lane] + chunk * self._chunk_rows
+        stop = start + self._chunk_rows
+        rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M[start:stop]))
+        rows_N = rows_N[shuffled(len(rows_N), self._plan.seed, epoch, lane, chunk)].to(self._images_MD.device)
+        images_ND = self._images_MD[start:stop]
+        if self._is_on_disk:
+            images_ND = images_ND.clone()  # from front to back, as a disk is read best
+        # Many times as fast as indexing by brackets, which copies byte by byte.
+        chosen_ND = images_ND.index_select(0, rows_N)
+        return chosen_ND.to(self._device), self._labels_M[start:stop][rows_N].long().to(self._device)
+
+
+def empty_images(num_images: int, num_values: int, device: torch.device, scratch: str | None) -> torch.Tensor:
+    """Make room for images, uint8 [M, D]: on a device, or mapped from a file without a name in a folder.
+
+    Such a file goes with the process, however it ends.
+
+    Raises:
+        ClusterError: If there is no room on disk.
+    """
+    if scratch is None or num_images == 0:
+        return torch.empty(num_images, num_values, dtype=torch.uint8, device=device)
+    num_bytes = num_images * num_values
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # else a full disk would be a crash later
+            images_MD = np.memmap(file, np.uint8, "r+", shape=(num_images, num_values))
+    except OSError as exc:
+        raise ClusterError(
+            f"--scratch {scratch}: expected {num_bytes / 2**30:.1f} GiB for images that memory cannot hold, got "
+            f"{exc.strerror}; give another folder, a smaller --size, or more nodes"
+        ) from exc
+    return torch.from_numpy(images_MD)
+
+
+def put_images(images_MD: torch.Tensor, positions_N: npt.NDArray[np.int64], images_ND: torch.Tensor) -> None:
+    """Copy images, uint8 [N, D], to their positions in [M, D]."""
+    if images_MD.device.type == "cpu":
+        # By NumPy, which copies rows at once: torch goes byte by byte, at a tenth of the speed.
+        images_MD.numpy()[positions_N] = images_ND.cpu().numpy()
+    else:
+        images_MD[torch.from_numpy(positions_N).to(images_MD.device)] = images_ND.to(images_MD.device)
+
+
+def shuffled(num_images: int, *parts: object) -> torch.Tensor:
+    """Draw a permutation of 0 to `num_images` - 1, int64, on the CPU, from what it is for: seed, epoch, lane, chunk."""
+    generator = torch.Generator().manual_seed(sgd_linear.mix("order", *parts))
+    return torch.randperm(num_images, generator=generator)

@@ -1,0 +1,83 @@
+"""The validation images of one part, until they are scored and written to the part's prediction file.
+
+What enters: images with their places in the part. What leaves: their keys and labels in the order of the listing, and
+their pixels in blocks. Always: an image's place depends on the listing alone; those of skipped images stay empty.
+
+Axes: D values of an image, M places, N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from pipeline.compute.classifiers import sgd_linear
+from pipeline.compute.lanes import empty_images, put_images
+
+# Products of `sgd` over which images are brought to the device at once.
+_BLOCK_PRODUCTS = 8
+
+
+class Part:
+    """Images of one part at their places.
+
+    Args:
+        num_places: M, the listed images of the part.
+        num_values: D.
+        device: Where they are kept.
+        scratch: The folder whose disk keeps them; None for memory or the GPU's.
+
+    Raises:
+        ClusterError: If there is no room on that disk.
+    """
+
+    def __init__(self, num_places: int, num_values: int, device: torch.device, scratch: str | None) -> None:
+        self._images_MD = empty_images(num_places, num_values, device, scratch)
+        self._labels_M = torch.empty(num_places, dtype=torch.int64)
+        self._is_filled_M = np.zeros(num_places, np.bool_)
+        self._keys: dict[int, pa.StringArray] = {}
+
+    def put(
+        self, rows_N: npt.NDArray[np.int64], keys: pa.ChunkedArray, images_ND: torch.Tensor, labels_N: torch.Tensor
+    ) -> None:
+        """Copy a shard's images to their places.
+
+        Args:
+            rows_N: The places, int64, rising.
+            keys: Of the images, string.
+            images_ND: uint8.
+            labels_N: int64.
+        """
+        if not len(rows_N):
+            return
+        put_images(self._images_MD, rows_N, images_ND)
+        self._labels_M[rows_N] = labels_N.cpu()
+        self._is_filled_M[rows_N] = True
+        # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
+        self._keys[int(rows_N[0])] = pa.array(keys.to_pylist(), pa.string())
+
+    def keys(self) -> pa.StringArray:
+        """Keys of all images, in the order of the listing."""
+        return pa.concat_arrays([pa.array([], pa.string()), *(self._keys[row] for row in sorted(self._keys))])
+
+    def labels(self) -> torch.Tensor:
+        """Labels of all images, int64 [N], on the CPU."""
+        return self._labels_M[torch.from_numpy(np.flatnonzero(self._is_filled_M))]
+
+    def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
+        rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
+        for block_N in rows_N.split(_BLOCK_PRODUCTS * sgd_linear.score_rows(self._images_MD.shape[1])):
+            num_rows = len(block_N)
+            # Without a gap they are a view, of which nothing is copied.
+            is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1
+            images_ND = (
+                self._images_MD[int(block_N[0]) : int(block_N[-1]) + 1]
+                if is_run
+                else self._images_MD.index_select(0, block_N.to(self._images_MD.device))
+            )
+            yield images_ND.to(device), self._labels_M[block_N].to(device)

@@ -1,0 +1,250 @@
+"""Parquet files with the bytes of images, as Hugging Face datasets writes them, and plainer ones.
+
+What enters: a Parquet file with a column of images, a struct of `bytes` and `path` or plain bytes, and one of classes.
+What leaves: a `Scan` with an index of row numbers; and for rows of the index, the bytes. Always: a scan reads no
+image, and a read decodes only the row groups it needs, a few images at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.data.archives import (
+    NO_SPLIT,
+    TRAIN,
+    VALID,
+    Archive,
+    Index,
+    Rows,
+    Scan,
+    is_local,
+    make_index,
+    open_file,
+    reading,
+)
+from pipeline.data.files import MAX_FILE_BYTES, ReadFault
+from pipeline.data.splits import people_order
+from pipeline.errors import DataError
+
+IMAGE_COLUMNS = ("image", "img", "png", "jpg")
+LABEL_COLUMNS = ("label", "class", "cls", "labels")
+_SCAN_ROWS = 2**16
+# Decoded at a time: some images, so that a row group of any size passes through a bounded memory.
+_BATCH_BYTES, _MAX_BATCH_ROWS = 2**23, 4096
+# Of a column chunk read at a time; a far store answers each request in some 30 ms.
+_LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**20, 2**23
+
+
+def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple[Scan, Index]:
+    """List the images of a Parquet file with their classes, without reading them.
+
+    The columns are those that the schema's metadata declare as `Image` and `ClassLabel`, under the key `huggingface`
+    (https://huggingface.co/docs/datasets/about_dataset_features); else those of the usual names. A key is the file's
+    name, the row, and the image's `path` where it has one: a path alone is often the last part of the file's name
+    only, which others share.
+
+    Returns:
+        The counts, and by split the index: `key`, `label`, the row as `offset`, and a `size` of 0.
+
+    Raises:
+        DataError: If the file is no such Parquet file, a row has no class or one that has no name, or it cannot be
+            read.
+    """
+    with reading(archive.path), open_file(filesystem, archive.path) as source:
+        file = pq.ParquetFile(source, pre_buffer=True)
+        image, has_path = _find_image(archive, file.schema_arrow)
+        label, names = _find_label(archive, file.schema_arrow)
+        columns = [label, f"{image}.path"] if has_path else [label]
+        batches = file.iter_batches(_SCAN_ROWS, columns=columns, use_threads=False)
+        keys, values, num_rows = [], [], 0
+        for batch in batches:
+            keys.append(_make_keys(archive, num_rows, batch, image if has_path else None))
+            values.append(batch.column(label))
+            num_rows += len(batch)
+        group_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        label_type = file.schema_arrow.field(label).type
+    labels, class_names = _read_labels(archive, pa.chunked_array(values, label_type), names)
+    side = {None: NO_SPLIT, "train": TRAIN, "valid": VALID}[archive.split]
+    rows = Rows(
+        keys=pa.chunked_array(keys, pa.binary()),
+        labels=labels,
+        offsets=np.arange(len(labels), dtype=np.int64),
+        sizes=np.zeros(len(labels), np.int64),
+        sides=np.full(len(labels), side, np.int8),
+        class_names=class_names,
+        group_starts=np.cumsum([0, *group_rows[:-1]], dtype=np.int64),
+    )
+    return make_index(archive, rows, config, (), Counter())
+
+
+def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> Iterator[bytes | ReadFault]:
+    """Read the images of some rows, decoding of each row group no more than up to the last of them.
+
+    Args:
+        filesystem: Where the file is.
+        archive: The file.
+        rows: Some rows of its index, in order.
+
+    Yields:
+        The bytes of each image, or why there are none.
+
+    Raises:
+        DataError: If the file cannot be read, or is damaged.
+    """
+    wanted = rows["offset"].to_numpy()
+    buffer_bytes = _LOCAL_BUFFER_BYTES if is_local(filesystem) else _REMOTE_BUFFER_BYTES
+    with reading(archive.path), open_file(filesystem, archive.path) as source:
+        # Through a buffer, no more of a row group is in memory than a page and a batch; else it would be all of it.
+        file = pq.ParquetFile(source, buffer_size=buffer_bytes, pre_buffer=False)
+        image, _ = _find_image(archive, file.schema_arrow)
+        is_struct = pa.types.is_struct(file.schema_arrow.field(image).type)
+        start = 0
+        for group in range(file.metadata.num_row_groups):
+            about = file.metadata.row_group(group)
+            low, high = np.searchsorted(wanted, (start, start + about.num_rows))
+            if low < high:
+                image_bytes = max(1, about.total_byte_size // about.num_rows)
+                batches = file.iter_batches(
+                    max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // image_bytes)),
+                    row_groups=[group],
+                    columns=[f"{image}.bytes" if is_struct else image],
+                    use_threads=False,
+                )
+                yield from _choose(batches, wanted[low:high] - start)
+            start += about.num_rows
+
+
+def _choose(batches: Iterator[pa.RecordBatch], wanted: npt.NDArray[np.int64]) -> Iterator[bytes | ReadFault]:
+    begin = done = 0
+    for batch in batches:
+        end = begin + len(batch)
+        last = int(np.searchsorted(wanted, end))
+        column = batch.column(0)
+        if pa.types.is_struct(column.type):
+            column = pc.struct_field(column, "bytes")  # unlike .field(), with the nulls of the struct itself
+        for data in column.take(pa.array(wanted[done:last] - begin)).to_pylist():
+            if data is None:
+                yield ReadFault("unreadable", "no bytes in the file, at most a path")
+            elif len(data) > MAX_FILE_BYTES:
+                yield ReadFault("too_large", f"{len(data)} bytes, more than {MAX_FILE_BYTES}")
+            else:
+                yield data
+        begin, done = end, last
+        if done == len(wanted):
+            return
+
+
+def _make_keys(archive: Archive, first: int, batch: pa.RecordBatch, image: str | None) -> pa.Array:
+    numbers = pc.cast(pa.array(np.arange(first, first + len(batch))), pa.string()).cast(pa.binary())
+    parts = [pa.scalar(os.fsencode(archive.name), pa.binary()), numbers]
+    if image is not None:
+        paths = pc.struct_field(batch.column(image), "path").cast(pa.string())
+        parts.append(pc.if_else(pc.equal(paths, ""), None, pc.utf8_ltrim(paths, "/")).cast(pa.binary()))
+    return pc.binary_join_element_wise(*parts, pa.scalar(b"/", pa.binary()), null_handling="skip")
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Read what the schema's metadata say of the columns; they need not be there."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _find_column(archive: Archive, what: str, declared: list[str], usual: list[str], schema: pa.Schema) -> str:
+    named = [name for name in usual if name in declared] or declared or usual[:1]
+    if len(named) == 1 or (named and named[0] in usual):
+        return named[0]
+    raise DataError(
+        f"{archive.path}: expected one column of {what}, got {', '.join(named or schema.names) or 'no column'}; "
+        f"write the file with one that is called {what}"
+    )
+
+
+def _find_image(archive: Archive, schema: pa.Schema) -> tuple[str, bool]:
+    """Find the column of images, and whether they have paths."""
+
+    def holds_images(name: str) -> bool:
+        kind = schema.field(name).type
+        if pa.types.is_struct(kind):
+            index = kind.get_field_index("bytes")
+            return index >= 0 and _is_bytes(kind.field(index).type)
+        return _is_bytes(kind)
+
+    fit = [name for name in schema.names if holds_images(name)]
+    declared = [name for name, feature in _features(schema).items() if _type_of(feature) == "Image" and name in fit]
+    name = _find_column(archive, "image", declared, [name for name in IMAGE_COLUMNS if name in fit], schema)
+    kind = schema.field(name).type
+    return name, pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+
+
+def _find_label(archive: Archive, schema: pa.Schema) -> tuple[str, tuple[str, ...] | None]:
+    """Find the column of classes, and the names that its numbers stand for, where these are listed."""
+    features = _features(schema)
+    declared = [name for name in schema.names if _type_of(features.get(name)) == "ClassLabel"]
+    name = _find_column(archive, "label", declared, [name for name in LABEL_COLUMNS if name in schema.names], schema)
+    names = features[name].get("names") if name in declared else None
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        return name, None
+    return name, tuple(names)
+
+
+def _type_of(feature: object) -> object:
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _read_labels(
+    archive: Archive, column: pa.ChunkedArray, names: tuple[str, ...] | None
+) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+    """Number the classes of all rows.
+
+    Returns:
+        Labels, int32 (N,), and the K names that they stand for.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if not is_text and not pa.types.is_integer(column.type):
+        raise DataError(
+            f"{archive.path}: expected classes as integers or strings, got {column.type}; write the file with these"
+        )
+    if column.null_count:
+        raise _bad_label(archive, column.is_null(), "null")
+    if names is not None and not is_text:
+        values = column.to_numpy()
+        is_bad = (values < 0) | (values >= len(names))
+        if is_bad.any():
+            raise _bad_label(archive, pa.array(is_bad), f"{values[is_bad][0]} with {len(names)} names")
+        return values.astype(np.int32), names
+    encoded = column.cast(pa.string()).dictionary_encode().unify_dictionaries()
+    if not len(encoded):
+        return np.zeros(0, np.int32), ()
+    found = encoded.chunk(0).dictionary.to_pylist()
+    order = sorted(range(len(found)), key=lambda label: people_order(found[label].encode()))
+    ranks = np.argsort(np.asarray(order)).astype(np.int32)
+    indices = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    return ranks[indices], tuple(found[label] for label in order)
+
+
+def _bad_label(archive: Archive, is_bad: pa.Array | pa.ChunkedArray, found: str) -> DataError:
+    row = pc.index(is_bad, True).as_py()
+    return DataError(
+        f"{archive.path}: expected a class in every row, got {found} in row {row}; leave such rows out of the file"
+    )

@@ -1,0 +1,365 @@
+"""Bytes of image files to uint8 tensors of one size and mode.
+
+What enters: keys, labels and bytes (or the reason why there are none). What leaves: an Arrow table of tensors
+and a table of skipped images. Always: every key that enters is in exactly one of the two.
+
+Axes: N images, H height, W width, C channels (1 for mode L, 3 for RGB); pixels 0 to 255.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.config import Config
+from pipeline.data.files import ReadFault, display
+from pipeline.errors import DataError
+
+# What `files.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+REASONS = ("unreadable", "not_a_file", "empty", "unidentified", "damaged", "too_large", "unsupported")
+SKIPPED_SCHEMA = pa.schema(
+    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
+     ("error", pa.string())]
+)  # fmt: skip
+# Where Pillow finds an orientation or a transparent colour; without them the pixels are final.
+_EXTRAS = frozenset(("transparency", "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
+_ALPHA_MODES = frozenset(("RGBA", "LA", "PA", "La", "RGBa"))
+_GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNS_OF_SIDES = frozenset((5, 6, 7, 8))
+# JPEG alone, and several in one file, can be decoded at 1/2, 1/4 or 1/8 of their sides.
+_DRAFT_FORMATS = frozenset(("JPEG", "MPO"))
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+# What the pixels depend on beside the file, the target and Pillow: raise it when the same bytes decode to others.
+DECODE_VERSION = 1
+_NUM_SAMPLED = 64
+# `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
+_MOST_AUTO_SIDE = 512
+_FALLBACK_SIDE = 64
+
+
+# Height and width in pixels as shown, and whether it is grey.
+Header = tuple[int, int, bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
+
+    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale.
+    """
+
+    height: int
+    width: int
+    mode: Literal["L", "RGB"]
+    draft: bool = True
+
+    @property
+    def channels(self) -> int:
+        """1 for L, 3 for RGB."""
+        return len(self.mode)
+
+    @property
+    def num_values(self) -> int:
+        """Values of one image, D = H·W·C, which is also its size in bytes."""
+        return self.height * self.width * self.channels
+
+    @property
+    def shape(self) -> list[int]:
+        """[H, W], or [H, W, 3] for RGB."""
+        return [self.height, self.width] if self.mode == "L" else [self.height, self.width, 3]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an image is skipped: one of `REASONS`, and the words of Pillow or the system."""
+
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a shard's images.
+
+    Attributes:
+        table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3].
+        faults: The rows that were skipped, with the reasons.
+        num_resized: How many images had another size than the target.
+        is_from_cache: Whether all this was found in the cache.
+    """
+
+    table: pa.Table
+    faults: list[tuple[int, Fault]]
+    num_resized: int
+    is_from_cache: bool = field(default=False, compare=False)
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; copied, as `combine_chunks` does in any case, only where it is more than one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def sample_rows(num_images: int) -> list[int]:
+    """Choose rows of a listing, evenly, whose headers `choose_target` is to see."""
+    num_sampled = min(num_images, _NUM_SAMPLED)
+    return [place * num_images // num_sampled for place in range(num_sampled)]
+
+
+def parse_headers(images: Iterable[bytes | ReadFault]) -> list[Header]:
+    """Read the headers of images, leaving out those that cannot be opened."""
+    headers = [_read_header(data) for data in images]
+    return [header for header in headers if header is not None]
+
+
+def choose_target(config: Config, headers: Sequence[Header]) -> Target:
+    """Settle what `auto` leaves open from the headers of some images.
+
+    The size is that of at least half of them, if no side is longer than 512, else 64x64; the mode is L if all are
+    grey, else RGB.
+
+    Args:
+        config: The options.
+        headers: As `parse_headers` returns them, of `sample_rows`.
+
+    Raises:
+        DataError: If something is `auto` and there is no header.
+    """
+    if config.height_width and config.mode != "auto":
+        return Target(*config.height_width, _as_mode(config.mode), config.draft)
+    if not headers:
+        raise DataError(
+            "--size auto: expected an image among the first that were looked at, got none that Pillow can open; "
+            "check the files, or give --size and --mode"
+        )
+    sizes = Counter((height, width) for height, width, _ in headers)
+    common_size, num_common = sizes.most_common(1)[0]
+    is_agreed = 2 * num_common >= len(headers) and max(common_size) <= _MOST_AUTO_SIDE
+    agreed_size = common_size if is_agreed else (_FALLBACK_SIDE, _FALLBACK_SIDE)
+    mode = "L" if all(is_grey for _, _, is_grey in headers) else "RGB"
+    chosen_mode = _as_mode(mode if config.mode == "auto" else config.mode)
+    return Target(*(config.height_width or agreed_size), chosen_mode, config.draft)
+
+
+def decode_images(
+    keys: pa.BinaryArray, labels: pa.Int32Array, images: Iterable[bytes | ReadFault], target: Target
+) -> Decoded:
+    """Decode a shard's images into one Arrow table.
+
+    Args:
+        keys: Of N images, as `sources` lists them.
+        labels: Of the same images, indexes of classes.
+        images: Their bytes, in the same order.
+        target: What every image becomes.
+    """
+    num_values = target.num_values
+    pixels = bytearray(len(keys) * num_values)
+    kept: list[int] = []
+    faults: list[tuple[int, Fault]] = []
+    num_resized = 0
+    with warnings.catch_warnings():
+        # Pillow warns of doubtful metadata and large images in files that it decodes all the same.
+        warnings.simplefilter("ignore")
+        for row, data in enumerate(images):
+            decoded = decode_image(data, target)
+            if isinstance(decoded, Fault):
+                faults.append((row, decoded))
+                continue
+            image_bytes, is_resized = decoded
+            start = len(kept) * num_values
+            pixels[start : start + num_values] = image_bytes
+            kept.append(row)
+            num_resized += is_resized
+    if faults:
+        del pixels[len(kept) * num_values :]  # room that would be sent with the rest
+        keys, labels = keys.take(pa.array(kept, pa.int64())), labels.take(pa.array(kept, pa.int64()))
+    table = pa.table(
+        {"key": _to_text(keys), "class": labels, "image": _to_tensors(pixels, len(kept), target)},
+    )
+    return Decoded(table, faults, num_resized)
+
+
+def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] | Fault:
+    """Decode one image file.
+
+    Returns:
+        The pixels, H·W·C bytes in row-major order, and whether it was resized; or why there are none.
+    """
+    if isinstance(data, ReadFault):
+        return Fault(data.reason, data.error)
+    if not data:
+        return Fault("empty", "the file has no bytes")
+    stream = io.BytesIO(data)
+    try:
+        image = Image.open(stream, formats=FORMATS)
+        if target.draft and image.format in _DRAFT_FORMATS:
+            _reduce_scale(image, target)
+        image.load()
+        is_resized = image.size != (target.width, target.height)
+        if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
+            plain = _to_mode(_upright(image), target.mode)
+            is_resized = plain.size != (target.width, target.height)
+            if is_resized:
+                plain = plain.resize((target.width, target.height), Image.Resampling.BILINEAR)
+            return plain.tobytes(), is_resized
+        return image.tobytes(), False
+    except UnidentifiedImageError:
+        # Pillow's own words name the stream's address, which differs from run to run.
+        return Fault("unidentified", "cannot identify image file")
+    except Image.DecompressionBombError as exc:
+        return Fault("too_large", str(exc))
+    except _UnsupportedPixelsError as exc:
+        return Fault("unsupported", str(exc))
+    except Exception as exc:  # noqa: BLE001 - decoders raise what they like; the fault is recorded, with its words
+        words = str(exc).replace(repr(stream), "the file")
+        return Fault("damaged", f"{type(exc).__name__}: {words}" if words else type(exc).__name__)
+
+
+def skipped_table(
+    keys: pa.BinaryArray, labels: pa.Int32Array, faults: Sequence[tuple[int, Fault]], split: str, classes: Sequence[str]
+) -> pa.Table:
+    """Lay a shard's faults out as rows of `SKIPPED_SCHEMA`."""
+    return pa.table(
+        [
+            [display(keys[row].as_py()) for row, _ in faults],
+            [split] * len(faults),
+            [classes[labels[row].as_py()] for row, _ in faults],
+            [fault.reason for _, fault in faults],
+            [fault.error for _, fault in faults],
+        ],
+        schema=SKIPPED_SCHEMA,
+    )
+
+
+class _UnsupportedPixelsError(ValueError):
+    """Pixels whose scale no rule tells."""
+
+
+def _reduce_scale(image: Image.Image, target: Target) -> None:
+    """Have an image decoded at the smallest scale that leaves at least twice the target in both sides.
+
+    libjpeg does so in whole numbers from fewer coefficients of each block; the rest is averaged by the resizing, which
+    twice the target leaves something to do.
+    """
+    width, height = 2 * target.width, 2 * target.height
+    if image.width * image.height < 4 * width * height:
+        return  # however it is turned; most images need not be asked
+    image.draft(None, (height, width) if _orientation(image) in _TURNS_OF_SIDES else (width, height))
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Bring an image of any of Pillow's modes to L or RGB, 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_grey(image).convert(mode)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        # White, as browsers and viewers show it; without it the colour behind full transparency would come out.
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert(mode)
+    if image.mode == mode:
+        return image  # convert would copy it
+    if image.mode in ("L", "RGB", "1"):
+        return image.convert(mode)
+    return image.convert("RGB").convert(mode)
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Bring 16-bit grey (0 to 65535) and float grey (0 to 1) to L; Pillow's own conversion would saturate.
+
+    Raises:
+        _UnsupportedPixelsError: If values lie outside these ranges, since no rule says what white is then.
+    """
+    values: npt.NDArray[Any] = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    white = 1 if image.mode == "F" else 4095 if tags.get(_TIFF_BITS) == (12,) else 65535
+    if not (values.min() >= 0 and values.max() <= white):  # so that NaN fails too
+        raise _UnsupportedPixelsError(
+            f"pixels of mode {image.mode} from {values.min()} to {values.max()}, outside 0 to {white}"
+        )
+    if image.mode == "F":
+        return Image.fromarray(np.floor(values * np.float32(255) + np.float32(0.5)).astype(np.uint8))
+    # In place and in whole numbers: a scan of many megapixels should cost a few times its size, no more.
+    scaled = values.astype(np.uint32)
+    scaled *= 255
+    scaled += white // 2
+    scaled //= white
+    grey = scaled.astype(np.uint8)
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; broken metadata leaves good pixels as they are."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    if hasattr(image, "tag_v2"):
+        return 1  # Pillow turns TIFF files itself
+    try:
+        # Not the method of PNG files, which decodes the whole image first.
+        orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - metadata that cannot be read says nothing about the pixels
+        return 1
+    return orientation
+
+
+def _read_header(data: bytes | ReadFault) -> Header | None:
+    """Look at the header alone; None for what cannot be opened."""
+    if isinstance(data, ReadFault):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            orientation = _orientation(image)
+    except Exception:  # noqa: BLE001 - a header that cannot be read is met again, and recorded, when it is decoded
+        return None
+    width, height = image.size[::-1] if orientation in _TURNS_OF_SIDES else image.size
+    is_grey = image.mode in _GREY_MODES or image.mode.startswith("I;16")
+    return height, width, is_grey
+
+
+def _as_mode(mode: str) -> Literal["L", "RGB"]:
+    return "L" if mode == "L" else "RGB"
+
+
+def _to_text(keys: pa.BinaryArray) -> pa.StringArray:
+    # Of its own memory, as a slice is sent with all that it was cut from; and not cast, which loads pyarrow.compute.
+    texts = pa.concat_arrays([keys]).view(pa.string())
+    try:
+        texts.validate(full=True)
+        return texts
+    except pa.ArrowInvalid:  # a name that is not UTF-8
+        return pa.array([display(key) for key in keys.to_pylist()], pa.string())
+
+
+def _to_tensors(pixels: bytearray, num_images: int, target: Target) -> pa.FixedShapeTensorArray:
+    num_bytes = num_images * target.num_values
+    values = pa.Array.from_buffers(pa.uint8(), num_bytes, [None, pa.py_buffer(pixels)])
+    # From the storage, since from_numpy_ndarray refuses a shard of which nothing was left.
+    storage = pa.FixedSizeListArray.from_arrays(values, target.num_values)
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), target.shape), storage)

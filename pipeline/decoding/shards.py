@@ -1,0 +1,144 @@
+"""One shard, from its files or the cache to its outcome, cut into what each actor is to have.
+
+What enters: a `Shard` and its rows of the listing. What leaves: tables for actors and a table of skipped images.
+Always: the same images come from a class folder, an archive or the cache as the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data import files
+from pipeline.data.archives import Archive
+from pipeline.data.files import Location, ReadFault
+from pipeline.decoding import cache, cache_key
+from pipeline.decoding.cache import Cache
+from pipeline.decoding.images import Decoded, Header, Target, decode_images, one_chunk, parse_headers, skipped_table
+from pipeline.plan import Deal, Shard
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What is the same for every shard.
+
+    Attributes:
+        location: The dataset.
+        target: What every image becomes.
+        classes: Names of the K classes.
+        deal: How training images come to lanes.
+        num_actors: How many actors the lanes are dealt to.
+        cache: Where outcomes are kept; None for nowhere.
+    """
+
+    location: Location
+    target: Target
+    classes: tuple[str, ...]
+    deal: Deal
+    num_actors: int
+    cache: Cache | None
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """The archive that a shard lies in, and the listing's class for each of its own, int."""
+
+    archive: Archive
+    labels: tuple[int, ...]
+
+
+def shard_owners(deal: Deal, num_actors: int, shard: Shard) -> list[int]:
+    """Name the actors, by rank, that some of a training shard's images belong to."""
+    # Every image of a run goes to one lane, and after as many runs as there are lanes they come again.
+    first_run, last_run = shard.start // deal.run, (shard.stop - 1) // deal.run
+    last_run = min(last_run, first_run + deal.num_lanes - 1)
+    return sorted({run % deal.num_lanes % num_actors for run in range(first_run, last_run + 1)})
+
+
+def load_shard(
+    loader: Loader, shard: Shard, rows: pa.Table, file: ShardFile | None
+) -> tuple[list[pa.Table], pa.Table | None, Decoded]:
+    """Read and decode a shard, or take it from the cache.
+
+    Args:
+        loader: What is the same for every shard.
+        shard: The shard.
+        rows: Its rows of the listing, `key` and `label`; of an archive, the index of all its rows of this split.
+        file: The archive; None for class folders.
+
+    Returns:
+        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation `key`: one for
+        each of the training images' `shard_owners`, or one of all validation images; the table of skipped images, if
+        there are any; and the outcome as a whole.
+
+    Raises:
+        DataError: If the storage itself fails.
+    """
+    if file is not None:
+        rows = rows.slice(shard.first, shard.num_images)
+        labels = pa.array(np.array(file.labels, np.int32)[rows["label"].to_numpy()])
+    else:
+        labels = one_chunk(rows["label"])
+    keys = one_chunk(rows["key"])
+    decoded = _load(loader, shard, rows, keys, labels, file.archive if file else None)
+    skipped = None
+    if decoded.faults:
+        skipped = skipped_table(keys, labels, decoded.faults, shard.split, loader.classes)
+    kept_N = np.delete(np.arange(shard.num_images, dtype=np.int32), [row for row, _ in decoded.faults])
+    table = decoded.table.append_column("row", pa.array(kept_N))
+    if shard.split == "valid":
+        return [table], skipped, decoded
+    table = table.drop_columns("key")
+    wanted = shard_owners(loader.deal, loader.num_actors, shard)
+    if len(wanted) == 1:
+        return [table], skipped, decoded
+    ranks_N = loader.deal.lanes(shard.start + kept_N.astype(np.int64)) % loader.num_actors
+    return [table.filter(pa.array(ranks_N == rank)) for rank in wanted], skipped, decoded
+
+
+def sample_headers(
+    loader_location: Location, rows: pa.Table, file: ShardFile | None, places: Sequence[int]
+) -> list[Header]:
+    """Look at the headers of some images of a listing or of an archive's index, leaving out what has none."""
+    # Row by row, as to take them all at once loads pyarrow.compute, which is longer than a sample takes.
+    chosen = pa.concat_tables([rows.slice(place, 1) for place in places])
+    archive = file.archive if file else None
+    return parse_headers(_read(loader_location, chosen, one_chunk(chosen["key"]), archive))
+
+
+def _load(
+    loader: Loader, shard: Shard, rows: pa.Table, keys: pa.BinaryArray, labels: pa.Int32Array, archive: Archive | None
+) -> Decoded:
+    images = _read(loader.location, rows, keys, archive)
+    if loader.cache is None:
+        return decode_images(keys, labels, images, loader.target)
+    if archive is None:
+        assert shard.entry
+        name = shard.entry
+    else:
+        changed = [archive.size_bytes, -1 if archive.mtime_ns is None else archive.mtime_ns]
+        stamps = (np.full(len(keys), changed[0], np.int64), np.full(len(keys), changed[1], np.int64))
+        name = cache_key.entry_key(loader.location, loader.target, keys, labels, stamps)
+    decoded = cache.load(loader.cache, name)
+    if decoded is None:
+        decoded = decode_images(keys, labels, images, loader.target)
+        # A local file may have changed since it was named, or be another on this node: it is looked at again.
+        is_local = archive is None and loader.location.kind != "uri"
+        if not is_local or cache_key.name_entry(loader.location, loader.target, rows) == name:
+            cache.store(loader.cache, name, decoded)
+    return decoded
+
+
+def _read(
+    location: Location, rows: pa.Table, keys: pa.BinaryArray, archive: Archive | None
+) -> Iterator[bytes | ReadFault]:
+    if archive is None:
+        return files.read_images(location, keys)
+    from pipeline.data.formats import parquet, tar  # here, because few datasets need them
+
+    filesystem, _ = location.filesystem
+    read_rows = tar.read_rows if archive.kind == "tar" else parquet.read_rows
+    return read_rows(filesystem, archive, rows)

@@ -1,0 +1,126 @@
+"""Training epoch by epoch, as the driver sees it: a small record of each, checkpoints, and when to stop.
+
+What enters: a `Job` and actors that hold its images. What leaves: a `Training` that is kept up to date. Always: what is
+in it belongs to finished epochs, so that new actors can go on from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.driver import tasks
+from pipeline.driver.feed import Job
+from pipeline.driver.tasks import Actor
+from pipeline.errors import TrainingError
+from pipeline.results import figures, writing
+from pipeline.results.figures import EpochMetric
+from pipeline.results.writing import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_SECONDS = 5.0
+
+
+@dataclass
+class Training:
+    """Training as it stands, which outlives the actors; `params` is float32 [P], or None before the first epoch."""
+
+    history: list[EpochMetric]
+    params: npt.NDArray[np.float32] | None
+    learning_rate: float | None = None
+
+
+def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[str, Any]) -> None:
+    """Train epoch by epoch until one of the four rules says stop.
+
+    Args:
+        job: The job.
+        actors: Its actors, with all images.
+        training: As it stands; kept up to date with every finished epoch.
+        fingerprint: What checkpoints are of.
+
+    Raises:
+        ActorLostError: If an actor dies.
+        TrainingError: If the loss is no number any more.
+    """
+    job.clock.enter("train")
+    last_saved = time.monotonic()
+    begun = [actor.call.remote("begin_training", training.params) for actor in actors]
+    num_steps = -(-max(job.plan.deal.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
+    epoch = len(training.history) + 1
+    rates = tasks.wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
+    training.learning_rate = rates[0]
+    while figures.stop_reason(job.config, training.history) is None:
+        epoch = len(training.history) + 1
+        refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
+        watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
+        records = tasks.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        row = figures.epoch_metric(records)
+        if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
+            raise TrainingError(
+                f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
+                f"{training.learning_rate:g}"
+            )
+        # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
+        training.params = tasks.get(refs[0][1])
+        training.history.append(row)
+        if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
+            save(job, training, fingerprint)
+            last_saved = time.monotonic()
+    _say_if_it_only_guesses(job, training)
+
+
+def save(job: Job, training: Training, fingerprint: dict[str, Any]) -> None:
+    """Write a checkpoint of what is trained so far, if anything is."""
+    if training.params is not None:
+        writing.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, training.params))
+
+
+def fingerprint_of(job: Job) -> dict[str, Any]:
+    """Say what training depends on: with these equal, it can go on where it stopped."""
+    config = job.config
+    return {
+        "listing": job.listing.sha256,
+        "target": f"{job.target.height}x{job.target.width} {job.target.mode}",
+        "--draft": config.draft,
+        "--learning-rate": config.learning_rate,
+        "--batch-size": config.batch_size,
+        "--seed": config.seed,
+        "--lanes": config.lanes,
+    }
+
+
+def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
+    """Return a function that shows how far an epoch is and says whether its steps go on."""
+    asked, last_count = tasks.count_steps(actor), 0
+    loss = history[-1].train_loss if history else None
+
+    def look() -> bool:
+        nonlocal asked, last_count
+        count = last_count
+        if tasks.is_finished(asked):
+            count = tasks.get(asked)
+            asked = tasks.count_steps(actor)
+        job.show("train", count, num_steps, epoch=epoch, loss=loss)
+        has_moved, last_count = count != last_count, count
+        return has_moved
+
+    return look
+
+
+def _say_if_it_only_guesses(job: Job, training: Training) -> None:
+    loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
+    if loss > guessing:
+        logger.warning(
+            "sgd_linear: expected a training loss below %.4g, that of guessing, got %.4g; give a smaller "
+            "--learning-rate than %g",
+            guessing, loss, training.learning_rate,
+        )  # fmt: skip

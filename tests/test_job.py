@@ -1,0 +1,610 @@
+"""The whole job inside one Ray: figures that others published, and the promises that hold whatever the cluster."""
+
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+from test_tar_headers import pack
+
+from pipeline.config import Config
+from pipeline.data import files
+from pipeline.data.listing import list_dataset
+from pipeline.driver import cluster, connect, job, tasks, train
+from pipeline.errors import (
+    ActorLostError,
+    CacheError,
+    ClusterError,
+    DataError,
+    OutputError,
+    StalledError,
+    TrainingError,
+)
+from pipeline.results import writing
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+def evaluate(data, out, on_progress=lambda progress: None, **options):
+    return job.evaluate(Config(data=str(data), out=str(out), **options), on_progress)
+
+
+def accuracy(run, classifier, scope="all", class_name=None):
+    [row] = [
+        row
+        for row in run["metrics"]
+        if (row["classifier"], row["scope"], row["class"]) == (classifier, scope, class_name)
+    ]
+    return row
+
+
+def read(out, table):
+    return pq.read_table(out / f"{table}.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def sample_run(local_ray, mnist_sample, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sample") / "out"
+    return evaluate(mnist_sample, out, device="cpu"), out
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("classifier", "threes", "sevens", "mean"),
+    [("nearest_mean_l1", 0.9168, 0.9854, 0.9511), ("nearest_mean_rms", 0.9584, 0.9737, 0.9661)],
+)
+def test_mnist_sample_gives_the_published_accuracies(sample_run, classifier, threes, sevens, mean):
+    run, _ = sample_run
+    assert round(accuracy(run, classifier, "class", "3")["accuracy"], 4) == threes
+    assert round(accuracy(run, classifier, "class", "7")["accuracy"], 4) == sevens
+    assert round(accuracy(run, classifier, "mean_of_classes")["accuracy"], 4) == mean
+
+
+@pytest.mark.data
+def test_mnist_sample_gives_the_published_counts(sample_run):
+    run, _ = sample_run
+    assert accuracy(run, "nearest_mean_l1", "class", "3")["num_correct"] == 926
+    assert accuracy(run, "nearest_mean_l1", "class", "7")["num_correct"] == 1013
+
+
+@pytest.mark.data
+def test_the_linear_model_passes_the_book(sample_run):
+    run, _ = sample_run
+    assert accuracy(run, "sgd_linear")["accuracy"] >= 0.980
+
+
+@pytest.mark.data
+def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp_path, sample_run):
+    # Validated on its own training images, so that train/3/10000.png gets a row.
+    root = tmp_path / "both"
+    root.mkdir()
+    (root / "train").symlink_to(mnist_sample / "train")
+    (root / "valid").symlink_to(mnist_sample / "train")
+    evaluate(root, tmp_path / "out", epochs=0)
+    rows = pq.read_table(tmp_path / "out" / "predictions", filters=[("key", "==", "valid/3/10000.png")]).to_pylist()
+    [row] = rows
+    np.testing.assert_allclose(np.round(row["nearest_mean_l1_scores"], 4), [0.1114, 0.1586], atol=1e-7)
+    np.testing.assert_allclose(np.round(row["nearest_mean_rms_scores"], 4), [0.2021, 0.3021], atol=1e-7)
+    assert row["nearest_mean_l1_prediction"] == "3"
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
+    run = evaluate(mnist_png, tmp_path / "out", device="cpu")
+    assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
+    assert accuracy(run, "sgd_linear")["accuracy"] >= 0.922
+
+
+def test_the_bundled_digits_reach_what_is_said_of_them(tmp_path):
+    run = evaluate("digits", tmp_path / "out")
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == 787
+    assert accuracy(run, "sgd_linear")["num_correct"] == 833
+
+
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")  # corners that are always white
+def test_nearest_mean_of_digits_is_that_of_scikit_learn(tmp_path):
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import NearestCentroid
+
+    digits = load_digits()
+    pixels = np.rint(digits.data * 255 / 16)
+    model = NearestCentroid().fit(pixels[:898], digits.target[:898])
+    run = evaluate("digits", tmp_path / "out", epochs=0)
+    num_correct = int((model.predict(pixels[898:]) == digits.target[898:]).sum())
+    assert accuracy(run, "nearest_mean_rms")["num_correct"] == num_correct
+
+
+@pytest.fixture(scope="module")
+def reference(local_ray, small_dataset, tmp_path_factory):
+    return evaluate(small_dataset, tmp_path_factory.mktemp("reference") / "out", epochs=3, device="cpu")
+
+
+def test_seconds_are_told_by_phase(reference):
+    assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "write", "total"]
+
+
+@pytest.mark.parametrize("num_actors", [2, 3, 4])
+def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_more_actors_than_parts_score_alike(small_dataset, tmp_path):
+    options = {"epochs": 2, "device": "cpu", "shard_images": 5}
+    runs = [evaluate(small_dataset, tmp_path / str(n), actors=n, **options) for n in (1, 4)]
+    assert runs[0]["results_sha256"] == runs[1]["results_sha256"]
+
+
+def test_pretended_gpus_give_the_same_results_on_the_cpu_and_say_so(reference, small_dataset, tmp_path, caplog):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3)
+    assert run["results_sha256"] == reference["results_sha256"]
+    devices = {"devices": ["cpu", "cpu"], "images_kept_in": ["memory"]}
+    assert run["actors"] == {"number": 2, "gpus_each": 1.0, **devices}
+    assert [record.message for record in caplog.records if "GPU" in record.message] == [
+        "2 actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU"
+    ]
+
+
+def pack_archives(dataset, folder, kind):
+    """Write the same images in the same order as two archives a split."""
+    listing = list_dataset(files.Location("folder", str(dataset)), Config())
+    for split in ("train", "valid"):
+        names = [listing.classes[label] for label in listing.split(split)["label"].to_pylist()]
+        keys = [key.decode() for key in listing.split(split)["key"].to_pylist()]
+        rows = [(name, key, (dataset / key).read_bytes()) for name, key in zip(names, keys, strict=True)]
+        for part, some in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
+            path = folder / f"{split}-{part}.{'parquet' if kind == 'parquet' else 'tar'}"
+            if kind == "parquet":
+                columns = {"label": [name for name, *_ in some], "image": [data for *_, data in some]}
+                pq.write_table(pa.table(columns), path, row_group_size=7)
+            elif kind == "webdataset":
+                pairs = [((f"{n}.png", data), (f"{n}.cls", name.encode())) for n, (name, _, data) in enumerate(some)]
+                path.write_bytes(pack(itertools.chain(*pairs)))
+            else:
+                path.write_bytes(pack((key, data) for _, key, data in some))
+
+
+@pytest.mark.parametrize("kind", ["class folders", "webdataset", "parquet"])
+def test_archives_give_the_figures_of_the_folder(reference, small_dataset, tmp_path, kind):
+    pack_archives(small_dataset, tmp_path, kind)
+    run = evaluate(tmp_path, tmp_path.parent / f"{kind} out", epochs=3, device="cpu", actors=2, shard_images=9)
+    assert run["metrics"] == reference["metrics"]
+    assert run["dataset"]["classes"] == reference["dataset"]["classes"]
+    assert run["num_shards"] > 4
+
+
+def test_archives_without_splits_are_held_out_from_by_a_glob(small_dataset, tmp_path):
+    pack_archives(small_dataset, tmp_path, "webdataset")
+    run = evaluate(f"{tmp_path}/train-{{0..1}}.tar", tmp_path.parent / "glob out", epochs=0, valid_fraction=0.3)
+    assert run["num_listed"] == 120
+    assert 15 < run["num_valid"] < 60
+
+
+def test_decoded_images_are_kept_for_the_next_run(reference, small_dataset, tmp_path):
+    options = {"cache": str(tmp_path / "cache"), "epochs": 3, "device": "cpu"}
+    runs = [evaluate(small_dataset, tmp_path / str(actors), actors=actors, **options) for actors in (1, 2)]
+    assert {run["results_sha256"] for run in runs} == {reference["results_sha256"]}
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == runs[0]["num_shards"]
+    assert [run["num_shards_from_cache"] for run in runs] == [0, runs[0]["num_shards"]]
+    assert list(runs[0]["seconds"])[:3] == ["start", "scan", "decode"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_of_a_cache_only_what_changed_is_decoded_again(small_dataset, tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "webdataset":
+        data.mkdir()
+        pack_archives(small_dataset, data, kind)
+    else:
+        shutil.copytree(small_dataset, data)
+    options = {"cache": str(tmp_path / "cache"), "epochs": 0, "shard_images": 7}
+    first = evaluate(data, tmp_path / "out 0", **options)
+    again = evaluate(data, tmp_path / "out 1", **options)
+    assert again["num_shards_from_cache"] == first["num_shards"] > 10
+    assert again["results_sha256"] == first["results_sha256"]
+    changed = next(data.rglob("*.tar" if kind == "webdataset" else "*.png"))
+    os.utime(changed, (0, 0))
+    third = evaluate(data, tmp_path / "out 2", **options)
+    num_changed = first["num_shards"] - third["num_shards_from_cache"]
+    assert num_changed > 1 if kind == "webdataset" else num_changed == 1
+    assert third["results_sha256"] == first["results_sha256"]
+
+
+@pytest.mark.parametrize("cache", ["data", "data/cache", "out", "out/cache", "."])
+def test_a_cache_in_or_around_data_or_results_is_refused(small_dataset, tmp_path, cache):
+    (tmp_path / "data").symlink_to(small_dataset)
+    with pytest.raises(CacheError, match=r"expected a folder apart from .*, got one in or around it; choose another"):
+        evaluate(tmp_path / "data", tmp_path / "out", cache=str(tmp_path / cache))
+    assert not (small_dataset / "cache").exists()
+
+
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_images_that_memory_cannot_hold_are_kept_on_disk(
+    reference, small_dataset, tmp_path, monkeypatch, caplog, num_actors
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(connect, "memory_limit", lambda: 10_000.0)  # of 156 images of 64 bytes
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path)  # actors have another working folder
+    options = {"epochs": 3, "device": "cpu", "actors": num_actors, "scratch": "scratch"}
+    run = evaluate(small_dataset, tmp_path / "out", **options)
+    assert run["actors"]["images_kept_in"] == ["disk"]
+    assert run["results_sha256"] == reference["results_sha256"]
+    assert f"they are kept on disk in {tmp_path}/scratch" in caplog.text
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nothing", "file"])
+def test_a_scratch_that_is_no_folder_is_one_line(small_dataset, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ClusterError, match=rf"^--scratch .*/{name}: expected a folder on every node, got none on .*; ch"
+    ):
+        evaluate(small_dataset, tmp_path / "out", scratch=str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_nodes_are_asked_whether_they_see_the_same_files(small_dataset, tmp_path):
+    location = files.Location("folder", str(small_dataset))
+    names = [b"train/2/0.png", b"valid/10/3.png"]
+    nodes = cluster.living_nodes() * 2
+    cluster.check_paths(nodes, location, names, writing.Output.at(str(tmp_path / "out")))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_another_seed_is_another_result(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", seed=1)
+    assert run["results_sha256"] != reference["results_sha256"]
+
+
+def kill_once_in_epoch(epoch, pids):
+    """Return a progress function that kills one actor, by its id, while an epoch is trained."""
+    killed, earlier = [], set(pids())  # those of a job before this one may still be ending
+
+    def on_progress(progress):
+        if progress.phase == "train" and progress.epoch == epoch and not killed:
+            killed.append(max(set(pids()) - earlier))
+            os.kill(killed[0], signal.SIGKILL)
+
+    return on_progress, killed
+
+
+def actor_pids():
+    return [
+        process.info["pid"]
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if "ray::ActorProcess" in " ".join(process.info["cmdline"] or []) and is_ours(process)
+    ]
+
+
+def is_ours(process):
+    try:
+        return psutil.Process() in process.parents()
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors, caplog):
+    on_progress, killed = kill_once_in_epoch(2, actor_pids)
+    options = {"epochs": 3, "device": "cpu", "actors": num_actors}
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, **options)
+    assert killed
+    assert "starting all actors anew, to go on after epoch" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
+    reference, small_dataset, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(connect, "memory_limit", lambda: 10_000.0)
+    on_progress, killed = kill_once_in_epoch(2, actor_pids)
+
+    def fill_disk_and_kill(progress):
+        on_progress(progress)
+        if killed:  # as the actor that lives, and ends now, does
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+
+    options = {"epochs": 3, "device": "cpu", "actors": 2, "scratch": str(tmp_path)}
+    run = evaluate(small_dataset, tmp_path / "out", fill_disk_and_kill, **options)
+    assert killed
+    assert "starting all actors anew" in caplog.text
+    assert run["actors"]["images_kept_in"] == ["disk"]
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_an_actor_killed_while_decoding_does_not_change_a_bit(reference, small_dataset, tmp_path, caplog):
+    killed, earlier = [], set(actor_pids())
+
+    def on_progress(progress):
+        if progress.phase in ("decode", "means") and not killed and (pids := set(actor_pids()) - earlier):
+            killed.append(pids.pop())
+            os.kill(killed[0], signal.SIGKILL)
+
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+    assert killed
+    assert "starting all actors anew" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
+    def on_progress(progress):
+        for pid in actor_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match=r"the actors: expected them to live, got 4 deaths"):
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+
+
+def resume(data, out):
+    """Go on to epoch 3; return the run and the epochs that were shown."""
+    epochs = []
+    run = evaluate(data, out, lambda progress: epochs.append(progress.epoch), epochs=3, device="cpu", resume=True)
+    return run, epochs
+
+
+def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
+
+    def stop_in_epoch_3(progress):
+        if progress.phase == "train" and progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_3, epochs=3, device="cpu")
+    assert not (tmp_path / "out" / "run.json").exists()
+    run, epochs = resume(small_dataset, tmp_path / "out")
+    assert {epoch for epoch in epochs if epoch} <= {1, 3}  # 1 is shown until the actors have begun
+    assert 2 not in epochs
+    assert run["results_sha256"] == reference["results_sha256"]
+    assert not (tmp_path / "out" / "checkpoint.parquet").exists()
+
+
+def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
+
+    def stop_in_epoch_2(progress):
+        if progress.phase == "train" and progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_2, epochs=3)
+    with pytest.raises(OutputError, match=r"--resume: expected --seed 0, with which .* was begun, got 5"):
+        evaluate(small_dataset, tmp_path / "out", epochs=3, resume=True, seed=5)
+
+
+def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
+    def stop_in_scoring(progress):
+        if progress.phase == "score":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", stop_in_scoring, epochs=3, device="cpu")
+    run, epochs = resume(small_dataset, tmp_path / "out")
+    assert not {1, 2, 3} & set(epochs)
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
+def test_resuming_with_other_images_of_the_same_names_is_refused(small_dataset, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(small_dataset, data)
+
+    def stop_in_epoch_2(progress):
+        if progress.phase == "train" and progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, out, stop_in_epoch_2, epochs=3)
+    shutil.copy(data / "train" / "2" / "0.png", data / "train" / "2" / "1.png")
+    with pytest.raises(OutputError, match=r"expected the images with which .* was begun, got others"):
+        evaluate(data, out, epochs=3, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("{tmp}/data", "{tmp}/data/out"), ("{tmp}/data", "{tmp}/link/out"), ("s3://bucket/data", "s3://bucket/data/out")],
+)
+def test_results_inside_the_dataset_are_refused(small_dataset, tmp_path, data, out):
+    (tmp_path / "data").symlink_to(small_dataset)
+    (tmp_path / "link").symlink_to(small_dataset)
+    with pytest.raises(OutputError, match="expected a folder outside the dataset"):
+        evaluate(data.format(tmp=tmp_path), out.format(tmp=tmp_path))
+
+
+def test_an_actor_that_cannot_start_says_why(local_ray):
+    class Broken:
+        def __init__(self):
+            raise RuntimeError("no room on this device")
+
+        def answer(self):
+            return 1
+
+    actor = ray.remote(num_cpus=0)(Broken).remote()
+    with pytest.raises(ClusterError, match="expected it to start, got RuntimeError: no room on this device"):
+        tasks.get(actor.answer.remote())
+
+
+def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
+    def fill():
+        raise MemoryError("cannot allocate")
+
+    with pytest.raises(ClusterError, match=r"shard 3: expected enough memory, got .*; give a smaller --size") as caught:
+        tasks.get(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
+    assert not isinstance(caught.value, ActorLostError)
+
+
+def test_every_image_is_in_one_table(small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=1)
+    keys = pq.read_table(tmp_path / "out" / "predictions")["key"].to_pylist()
+    assert sorted(keys) == sorted(
+        path.relative_to(small_dataset).as_posix() for path in small_dataset.glob("valid/*/*.png")
+    )
+    assert run["num_listed"] == run["num_train"] + len(keys) + run["num_skipped"] == 156
+
+
+def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=0)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "confusion.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json", "skipped.parquet"
+    ]  # fmt: skip
+    assert {row["classifier"] for row in run["metrics"]} == {"nearest_mean_l1", "nearest_mean_rms"}
+    assert run["stopped_by"] is None
+
+
+def test_the_written_weights_give_the_predictions_from_plain_pixels(tmp_path):
+    out = tmp_path / "out"
+    evaluate("digits", out, epochs=3)
+    rows = read(out, "weights")
+    weights_KD, bias_K = np.array([row["weights"] for row in rows]), np.array([row["bias"] for row in rows])
+    images = {row["key"]: row["image"] for row in pq.read_table(files.DIGITS).to_pylist()}
+    for row in pq.read_table(out / "predictions").to_pylist()[:200]:
+        pixels_D = np.asarray(Image.open(io.BytesIO(images[row["key"]]))).ravel() / 255
+        odds_K = np.exp(weights_KD @ pixels_D + bias_K)
+        np.testing.assert_allclose(row["sgd_linear_scores"], odds_K / odds_K.sum(), atol=1e-5)
+
+
+def test_the_default_step_is_safe_for_images_that_are_much_alike(tmp_path):
+    """Photographs share their brightness, which decides the curvature; a step chosen for digits diverges on them."""
+    random = np.random.default_rng(3)
+    for split, num_images in (("train", 60), ("valid", 20)):
+        for label, name in enumerate("ab"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(num_images):
+                pixels = np.full((48, 48, 3), 120 + 20 * random.normal()) + 15 * random.normal(size=(48, 48, 3))
+                pixels[:24, :, 0] += 25 * label
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(tmp_path / split / name / f"{number}.png")
+    run = evaluate(tmp_path, tmp_path.parent / "alike", epochs=10)
+    losses = [row["train_loss"] for row in read(tmp_path.parent / "alike", "history")]
+    assert losses[-1] < losses[0] < np.log(2) * 1.5
+    assert accuracy(run, "sgd_linear")["accuracy"] > 0.9
+
+
+def test_nearest_mean_is_the_same_with_and_without_training(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=0)
+    for classifier in ("nearest_mean_l1", "nearest_mean_rms"):
+        assert accuracy(run, classifier) == accuracy(reference, classifier)
+
+
+def test_run_json_and_the_tables_say_the_same(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=2, classes=("2", "10"))
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(run))
+    assert [row["accuracy"] for row in read(out, "metrics")] == [row["accuracy"] for row in run["metrics"]]
+    assert [row["epoch"] for row in read(out, "history")] == [1, 2]
+    assert [row["class"] for row in read(out, "means")] == ["2", "10"]
+    assert run["num_listed"] == 104
+    assert sum(row["num_images"] for row in read(out, "confusion")) == 3 * 24
+
+
+def test_the_counts_of_the_tables_follow_from_the_predictions(small_dataset, tmp_path):
+    out = tmp_path / "out"
+    run = evaluate(small_dataset, out, epochs=2)
+    rows = pq.read_table(out / "predictions").to_pylist()
+    for classifier, choose in (
+        ("nearest_mean_l1", np.argmin),
+        ("nearest_mean_rms", np.argmin),
+        ("sgd_linear", np.argmax),
+    ):
+        predicted = [run["dataset"]["classes"][choose(row[f"{classifier}_scores"])] for row in rows]
+        assert predicted == [row[f"{classifier}_prediction"] for row in rows]
+        num_correct = sum(name == row["class"] for name, row in zip(predicted, rows, strict=True))
+        assert accuracy(run, classifier)["num_correct"] == num_correct
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "num_epochs"),
+    [
+        ({"epochs": 2}, "epochs", 2),
+        ({"epochs": 50, "target_accuracy": 0.01}, "target_accuracy", 1),
+        ({"epochs": 50, "max_seconds": 1e-9}, "max_seconds", 1),
+        ({"epochs": 500, "patience": 1}, "patience", None),
+    ],
+)
+def test_training_stops_by_its_four_rules(small_dataset, tmp_path, options, reason, num_epochs):
+    run = evaluate(small_dataset, tmp_path / "out", **options)
+    history = read(tmp_path / "out", "history")
+    assert run["stopped_by"] == reason
+    assert num_epochs in (None, len(history))
+    assert len(history) < 500
+
+
+def test_a_dataset_without_splits_is_cut_by_its_fraction(small_dataset, tmp_path):
+    run = evaluate(small_dataset / "train", tmp_path / "out", valid_fraction=0.3, epochs=1)
+    assert run["num_listed"] == 120
+    assert 15 < run["num_valid"] < 60
+
+
+def test_training_that_diverges_says_what_to_do(black_and_white, tmp_path):
+    with pytest.raises(TrainingError, match="give a smaller --learning-rate than 3e"):
+        evaluate(black_and_white, tmp_path / "out", learning_rate=3e38, epochs=30)
+
+
+def test_a_model_worse_than_guessing_is_warned_of(tmp_path, caplog):
+    evaluate("digits", tmp_path / "out", learning_rate=1e6, epochs=1)
+    assert "below 2.303, that of guessing, got" in caplog.text
+
+
+def test_a_class_of_bad_images_only_is_an_error(tmp_path):
+    for key in ("train/a/1.png", "train/b/1.png", "valid/a/1.png", "valid/b/1.png"):
+        path = tmp_path / "data" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"training images of class a, got none .* train/a/1.png for one: cannot"):
+        evaluate(tmp_path / "data", tmp_path / "out", size="8x8", mode="L")
+
+
+def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_path):
+    first = evaluate(small_dataset, tmp_path / "out", epochs=1)
+    with pytest.raises(OutputError, match="expected a new or empty folder"):
+        evaluate(small_dataset, tmp_path / "out", epochs=1)
+    second = evaluate(small_dataset, tmp_path / "out", epochs=0, overwrite=True)
+    assert second["results_sha256"] != first["results_sha256"]
+    assert not (tmp_path / "out" / "weights.parquet").exists()
+
+
+def test_more_gpus_than_the_cluster_has_are_refused(small_dataset, tmp_path):
+    with pytest.raises(ClusterError, match="expected 3 GPUs within 0 s, got 2; start more nodes"):
+        evaluate(small_dataset, tmp_path / "out", device="cuda", actors=3, wait_seconds=0)
+
+
+def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(tasks, "STALL_SECONDS", 0.5)
+    never = ray.remote(num_cpus=2)(lambda: __import__("time").sleep(60)).remote()
+    with pytest.raises(StalledError, match="a sleeper: expected a result, got none"):
+        tasks.wait_some([never], "a sleeper", lambda: False)
+    ray.cancel(never, force=True)
+
+
+def test_decoding_workers_and_the_driver_never_load_torch(small_dataset, tmp_path):
+    import ray
+
+    evaluate(small_dataset, tmp_path / "out", epochs=1)
+    modules = ray.get([ray.remote(lambda: sorted(__import__("sys").modules)).remote() for _ in range(4)])
+    assert all("torch" not in names for names in modules)
+
+
+def test_a_dead_actor_is_told_from_other_faults():
+    import ray
+
+    class Dying:
+        def die(self):
+            os._exit(1)
+
+    with pytest.raises(ActorLostError, match="an actor: expected it to live"):
+        tasks.get(ray.remote(Dying).remote().die.remote())
