@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.compute.actor import LaneActor
     from pipeline.compute.exchange import Address
-    from pipeline.driver.feed import Job
+    from pipeline.driver.state import Job
 
 _NUM_LANES = 8
 _SEED = 0
@@ -100,15 +100,14 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
     import pyarrow as pa
 
     from pipeline.compute.actor import LaneActor
-    from pipeline.decoding.images import Target
-    from pipeline.plan import Deal, Plan
+    from pipeline.plan import LaneAssignment, Plan, Target
 
     images_ND, labels_N = part.load("train_images"), part.load("train_labels")
     target = Target(1, images_ND.shape[1], "L")
     plan = Plan(
         target=target,
         num_classes=int(labels_N.max()) + 1,
-        deal=Deal(len(labels_N), _NUM_LANES),
+        assignment=LaneAssignment(len(labels_N), _NUM_LANES),
         part_sizes=(),
         has_training=True,
         batch_size=part.batch_size,
@@ -117,7 +116,7 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
         gpus_per_actor=1.0,
     )
     made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
-    lanes_N = plan.deal.lanes(np.arange(len(labels_N)))
+    lanes_N = plan.assignment.lanes(np.arange(len(labels_N)))
     rows_M = np.flatnonzero(lanes_N % num_actors == rank)
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
     labels = pa.array(labels_N[rows_M], pa.int32())
@@ -216,9 +215,9 @@ def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tenso
     import torch
 
     from pipeline.compute import lanes
-    from pipeline.plan import Deal
+    from pipeline.plan import LaneAssignment
 
-    lanes_N = Deal(num_images, _NUM_LANES).lanes(np.arange(num_images))
+    lanes_N = LaneAssignment(num_images, _NUM_LANES).lanes(np.arange(num_images))
     orders = []
     for lane in range(_NUM_LANES):
         rows = torch.from_numpy(np.flatnonzero(lanes_N == lane))
@@ -260,7 +259,7 @@ def driver(part: Part) -> Answer:
     import ray
 
     from pipeline.driver import connect, feed, tasks
-    from pipeline.driver.tasks import PartRecord
+    from pipeline.driver.actors import PartRecord, end_actors
     from pipeline.plan import Shard
 
     def decode_nothing(
@@ -294,11 +293,14 @@ def driver(part: Part) -> Answer:
         ray.get(actors[0].call.remote("warm_up"))
         job = _make_job(part, look)
         started = time.perf_counter()
-        tally = feed.feed(job, actors, [])
+        counts = feed.feed(job, actors, [])
         seconds = time.perf_counter() - started
-        tasks.end_actors(actors)
+        end_actors(actors)
     return Answer(
-        tally.num_decoded.total(), phase_s=seconds, num_units=part.num_shards, quarter_bytes=sizes[0] if sizes else None
+        counts.num_decoded.total(),
+        phase_s=seconds,
+        num_units=part.num_shards,
+        quarter_bytes=sizes[0] if sizes else None,
     )
 
 
@@ -309,10 +311,9 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     from pipeline.config import Config
     from pipeline.data.files import Location
     from pipeline.data.listing import Listing
-    from pipeline.decoding.images import Target
-    from pipeline.driver.feed import Job
-    from pipeline.plan import Shard, fit_cluster, make_plan
-    from pipeline.results.terminal import Clock
+    from pipeline.driver.allocation import allocate
+    from pipeline.driver.state import Clock, Job
+    from pipeline.plan import Shard, Target, make_plan
     from pipeline.results.writing import Output
 
     config = Config(epochs=0)
@@ -323,14 +324,14 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     last = shards[-1]
     many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
     many.append(replace(last, index=part.num_shards - 1))
-    fit = fit_cluster(config, {"CPU": float(os.cpu_count() or 1)}, 1)
+    allocation = allocate(config, {"CPU": float(os.cpu_count() or 1)}, 1)
     return Job(
         config,
         listing,
         target,
         plan,
         many,
-        fit,
+        allocation,
         "memory",
         frozenset(),
         Output("/nothing"),

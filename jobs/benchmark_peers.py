@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BLOCK_IMAGES = 512
 # Larger batches cost less: 4,096 took two thirds of the CPU time of 512 on MNIST. But there are to be enough of them to
 # keep every worker busy to the end.
-_MOST_LOADER_IMAGES, _BATCHES_PER_WORKER = 4096, 16
+_MAX_LOADER_IMAGES, _BATCHES_PER_WORKER = 4096, 16
 _RAY_BLOCKS_PER_CPU = 8
 
 
@@ -73,7 +73,7 @@ def dataloader(images: Images) -> Answer:
 
     def load(split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         files = _Files(split, images)
-        size = max(1, min(_MOST_LOADER_IMAGES, len(files) // (_BATCHES_PER_WORKER * num_workers)))
+        size = max(1, min(_MAX_LOADER_IMAGES, len(files) // (_BATCHES_PER_WORKER * num_workers)))
         dataset: Any = files
         return iter(DataLoader(dataset, batch_size=size, num_workers=num_workers, collate_fn=_as_it_is))
 
@@ -165,7 +165,8 @@ def ray_data_map_batches(images: Images) -> Answer:
     import pyarrow as pa
     import ray.data
 
-    from pipeline.decoding.images import Fault, Target, decode_image
+    from pipeline.decoding.images import Fault, decode_image
+    from pipeline.plan import Target
 
     classes = np.array(class_names(images.data))
     target = Target(images.height, images.width, "L" if images.mode == "L" else "RGB")

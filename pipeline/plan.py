@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,14 +19,12 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
-from pipeline.decoding.images import Target
-from pipeline.errors import ClusterError
 
 # A shard is of so many images; of up to so many where they are small, as each costs some milliseconds besides decoding.
 _SHARD_IMAGES = 2048
-_MOST_SHARD_IMAGES = 16384
+_MAX_SHARD_IMAGES = 16384
 # A larger one still leaves so many shards to share the work.
-_LEAST_SHARDS = 16
+_MIN_SHARDS = 16
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
 MAX_SHARD_BYTES = 16 * 2**20
 MAX_PART_IMAGES = 100_000
@@ -40,17 +37,34 @@ _CHUNK_BYTES = 8 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
-# Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.
-_SHARDS_PER_CPU = 4
-# However few CPUs there are: a small dataset is decoded while its actors start.
-_LEAST_IN_FLIGHT = 32
-# What is in flight may take this share of the object store; more would make Ray write it to disk.
-_STORE_SHARE = 0.25
-# Images may take this share of the memory that Ray counts; the rest is for working with them.
-_MEMORY_SHARE = 0.8
-_DISK_SHARE = 0.9
 
-Storage = Literal["memory", "disk"]
+
+@dataclass(frozen=True)
+class Target:
+    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
+
+    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale.
+    """
+
+    height: int
+    width: int
+    mode: Literal["L", "RGB"]
+    draft: bool = True
+
+    @property
+    def channels(self) -> int:
+        """1 for L, 3 for RGB."""
+        return len(self.mode)
+
+    @property
+    def num_values(self) -> int:
+        """Values of one image, D = H·W·C, which is also its size in bytes."""
+        return self.height * self.width * self.channels
+
+    @property
+    def shape(self) -> list[int]:
+        """[H, W], or [H, W, 3] for RGB."""
+        return [self.height, self.width] if self.mode == "L" else [self.height, self.width, 3]
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Deal:
+class LaneAssignment:
     """The rule that gives every training image its lane and its place there.
 
     The listing is dealt in runs of neighbours, a run to each lane in turn: single images where there are few, so that
@@ -101,25 +115,26 @@ class Deal:
     num_lanes: int
 
     @property
-    def run(self) -> int:
+    def run_length(self) -> int:
         """Neighbours that go to one lane."""
         return max(1, min(_MAX_RUN, int(self.num_images * _RUN_SHARE) // self.num_lanes))
 
     @property
     def lane_sizes(self) -> tuple[int, ...]:
         """Listed images of each lane."""
-        rounds, rest = divmod(self.num_images, self.run * self.num_lanes)
+        rounds, rest = divmod(self.num_images, self.run_length * self.num_lanes)
         return tuple(
-            rounds * self.run + min(max(rest - lane * self.run, 0), self.run) for lane in range(self.num_lanes)
+            rounds * self.run_length + min(max(rest - lane * self.run_length, 0), self.run_length)
+            for lane in range(self.num_lanes)
         )
 
     def lanes(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the lanes of rows of the listing, int64 [N]."""
-        return rows_N // self.run % self.num_lanes
+        return rows_N // self.run_length % self.num_lanes
 
     def places(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return where rows of the listing stand in their lanes, int64 [N]."""
-        return rows_N // (self.run * self.num_lanes) * self.run + rows_N % self.run
+        return rows_N // (self.run_length * self.num_lanes) * self.run_length + rows_N % self.run_length
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,7 @@ class Plan:
     Attributes:
         target: Size and mode of the images.
         num_classes: K.
-        deal: How training images come to lanes.
+        assignment: How training images come to lanes.
         part_sizes: Listed validation images of each part.
         has_training: Whether SGD follows the distances.
         batch_size: Images of a step, over all lanes.
@@ -140,7 +155,7 @@ class Plan:
 
     target: Target
     num_classes: int
-    deal: Deal
+    assignment: LaneAssignment
     part_sizes: tuple[int, ...]
     has_training: bool
     batch_size: int
@@ -151,61 +166,36 @@ class Plan:
     @property
     def num_lanes(self) -> int:
         """L, a constant of the job."""
-        return self.deal.num_lanes
+        return self.assignment.num_lanes
 
     @property
     def num_chunks(self) -> int:
         """Chunks of each lane: every n-th image of it, shuffled together, chunk after chunk in another order."""
-        most_rows = max(1, _CHUNK_BYTES // self.target.num_values)
-        return max(1, -(-max(self.deal.lane_sizes) // most_rows))
+        max_rows = max(1, _CHUNK_BYTES // self.target.num_values)
+        return max(1, -(-max(self.assignment.lane_sizes) // max_rows))
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the images that all actors hold at one time."""
         # Without training a part is scored and forgotten when it is complete; the next one fills meanwhile.
         num_valid = sum(self.part_sizes) if self.has_training else 2 * max(self.part_sizes, default=0)
-        num_train = self.deal.num_images if self.has_training else 0
+        num_train = self.assignment.num_images if self.has_training else 0
         return (num_train + num_valid) * self.target.num_values
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a job fits a cluster.
-
-    Attributes:
-        num_actors: Actors to start.
-        gpus_per_actor: The share of a GPU that each asks for; 0 on CPUs.
-        threads_per_actor: Threads with which each computes distances on CPUs: its share of them.
-    """
-
-    num_actors: int
-    gpus_per_actor: float
-    threads_per_actor: int
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a node that actors are to run on has for images, in bytes, and how many actors come to it."""
-
-    address: str
-    memory_bytes: float
-    disk_bytes: float
-    num_actors: int
 
 
 def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first."""
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
-    most_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
+    max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
     # Two distances and a probability for each class, beside the pixels.
     scored_bytes = target.num_values + 12 * len(listing.classes)
     bounds = part_bounds(len(listing.valid), scored_bytes, config.lanes)
-    train = cut_train(listing.row_groups("train"), most_images)
-    valid = cut_valid(listing.row_groups("valid"), most_images, bounds, len(train))
+    train = cut_train(listing.row_groups("train"), max_images)
+    valid = cut_valid(listing.row_groups("valid"), max_images, bounds, len(train))
     plan = Plan(
         target=target,
         num_classes=len(listing.classes),
-        deal=Deal(len(listing.train), config.lanes),
+        assignment=LaneAssignment(len(listing.train), config.lanes),
         part_sizes=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
         has_training=config.epochs > 0,
         batch_size=config.batch_size,
@@ -220,36 +210,36 @@ def _shard_images(num_images: int, config: Config) -> int:
     """Choose the size of a shard, a power of two, by the number of listed images."""
     if config.height_width:  # a given size says nothing of the files', and large ones are long in decoding
         return _SHARD_IMAGES
-    most_images = max(1, num_images // _LEAST_SHARDS)
-    return min(_MOST_SHARD_IMAGES, max(_SHARD_IMAGES, 1 << most_images.bit_length() - 1))
+    max_images = max(1, num_images // _MIN_SHARDS)
+    return min(_MAX_SHARD_IMAGES, max(_SHARD_IMAGES, 1 << max_images.bit_length() - 1))
 
 
-def cut_train(row_groups: Sequence[Sequence[int]], most_images: int) -> list[Shard]:
+def cut_train(row_groups: Sequence[Sequence[int]], max_images: int) -> list[Shard]:
     """Cut the training listing.
 
     Args:
         row_groups: For each file, the rows at which it is best cut, from 0 to the number of its rows.
-        most_images: Images that a shard holds at most.
+        max_images: Images that a shard holds at most.
     """
-    pieces = _cut(row_groups, most_images, [])
+    pieces = _cut(row_groups, max_images, [])
     return [Shard(index, "train", *piece) for index, piece in enumerate(pieces)]
 
 
 def cut_valid(
-    row_groups: Sequence[Sequence[int]], most_images: int, bounds: Sequence[int], first_index: int
+    row_groups: Sequence[Sequence[int]], max_images: int, bounds: Sequence[int], first_index: int
 ) -> list[Shard]:
     """Cut the validation listing, also where one part ends and the next begins.
 
     Args:
         row_groups: As for `cut_train`.
-        most_images: Likewise.
+        max_images: Likewise.
         bounds: As `part_bounds` returns them.
         first_index: The number of the first shard.
     """
     shards = []
-    for place, (start, stop, file, first) in enumerate(_cut(row_groups, most_images, bounds)):
+    for index, (start, stop, file, first) in enumerate(_cut(row_groups, max_images, bounds)):
         part = bisect.bisect_right(bounds, start) - 1
-        shards.append(Shard(first_index + place, "valid", start, stop, file, first, part, start - bounds[part]))
+        shards.append(Shard(first_index + index, "valid", start, stop, file, first, part, start - bounds[part]))
     return shards
 
 
@@ -264,86 +254,16 @@ def part_bounds(num_images: int, image_bytes: int, lanes: int) -> list[int]:
     Returns:
         The first row of each part, and at last the number of rows.
     """
-    most_images = min(MAX_PART_IMAGES, max(1, MAX_PART_BYTES // image_bytes))
-    wanted = -(-num_images // (most_images * lanes)) * lanes
-    num_parts = min(wanted, -(-num_images // min(_MIN_PART_IMAGES, most_images)))
+    max_images = min(MAX_PART_IMAGES, max(1, MAX_PART_BYTES // image_bytes))
+    wanted = -(-num_images // (max_images * lanes)) * lanes
+    num_parts = min(wanted, -(-num_images // min(_MIN_PART_IMAGES, max_images)))
     return [part * num_images // num_parts for part in range(num_parts)] + [num_images] if num_parts else [0]
 
 
-def fit_cluster(config: Config, resources: Mapping[str, float], num_nodes: int) -> Fit:
-    """Choose the number of actors and what they compute on.
-
-    Actors ask for no CPU, so that however many they are they never keep decoding from its own.
-
-    Args:
-        config: The options.
-        resources: What the whole cluster has, by Ray's names: `CPU` and `GPU`.
-        num_nodes: Nodes with CPUs.
-
-    Raises:
-        ClusterError: If the cluster, even when idle, lacks what the job needs.
-    """
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
-    if num_cpus < 1:
-        raise ClusterError("the cluster: expected a CPU for decoding, got none; add a node with CPUs")
-    # GPU by GPU: what is left of two of them makes no place for one more actor.
-    most_on_gpus = int(num_gpus) * int(1 / config.gpus_per_actor)
-    has_gpus = most_on_gpus >= (config.actors or 1)
-    if config.device == "cuda" and not has_gpus:
-        raise ClusterError(
-            f"--device cuda: expected {(config.actors or 1) * config.gpus_per_actor:g} GPUs in the cluster, got "
-            f"{num_gpus:g}; add GPUs, ask for fewer --actors, or give --device cpu"
-        )
-    is_on_gpu = has_gpus and config.device != "cpu"
-    num_actors = config.actors or min(config.lanes, most_on_gpus if is_on_gpu else num_nodes)
-    return Fit(num_actors, config.gpus_per_actor if is_on_gpu else 0.0, max(1, num_cpus // max(num_actors, num_nodes)))
-
-
-def most_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, float]) -> int:
-    """Bound the shards between files and actors by the cluster's CPUs and the bytes of its object store.
-
-    More are asked for than there are CPUs to decode them: what waits tells an autoscaler to start nodes.
-    """
-    shard_bytes = max(shard.num_images for shard in shards) * plan.target.num_values
-    store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
-    most = max(_LEAST_IN_FLIGHT, _SHARDS_PER_CPU * int(resources.get("CPU", 0)))
-    return int(max(1, min(most, store_bytes // shard_bytes)))
-
-
-def choose_storage(plan: Plan, num_actors: int, rooms: Sequence[Room]) -> Storage:
-    """Choose memory where the images fit every node's, else disk, for all nodes alike.
-
-    Args:
-        plan: The job's plan.
-        num_actors: Actors of the job.
-        rooms: Of the nodes that they run on.
-
-    Raises:
-        ClusterError: If a node has room for its actors' images neither in memory nor on disk.
-    """
-    # Lanes and parts are dealt to actors in turn: one may have one more than another.
-    share = -(-plan.num_lanes // num_actors) / plan.num_lanes
-    needed = [plan.held_bytes * min(1.0, share * room.num_actors) for room in rooms]
-    is_short = [num_bytes > _MEMORY_SHARE * room.memory_bytes for room, num_bytes in zip(rooms, needed, strict=True)]
-    if not any(is_short):
-        return "memory"
-    for room, num_bytes, is_it_short in zip(rooms, needed, is_short, strict=True):
-        # Without training nothing is kept that disk could keep.
-        if num_bytes > _DISK_SHARE * room.disk_bytes if plan.has_training else is_it_short:
-            advice = "--epochs 0, a smaller --size" if plan.has_training else "a smaller --size"
-            disk = f" or {room.disk_bytes / 2**30:.1f} on disk" if plan.has_training else ""
-            raise ClusterError(
-                f"{room.address}: expected {num_bytes / 2**30:.1f} GiB for the images, got "
-                f"{_MEMORY_SHARE * room.memory_bytes / 2**30:.1f} in memory{disk}; give {advice}, more nodes, or "
-                "another --scratch"
-            )
-    return "disk"
-
-
 def _cut(
-    row_groups: Sequence[Sequence[int]], most_images: int, bounds: Sequence[int]
+    row_groups: Sequence[Sequence[int]], max_images: int, bounds: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:
-    """Cut files at `bounds` and, in pieces of at most `most_images`, preferably between their row groups.
+    """Cut files at `bounds` and, in pieces of at most `max_images`, preferably between their row groups.
 
     Returns:
         For each piece its first row and the row behind its last, both of the whole listing, the number of its file,
@@ -357,8 +277,8 @@ def _cut(
         cuts = sorted({*(begin + row for row in groups), *inner})
         start = begin
         for high, behind in zip(cuts[1:], [*cuts[2:], None], strict=True):
-            if behind is None or high in inner or behind - start > most_images:
-                num_pieces = -(-(high - start) // most_images)
+            if behind is None or high in inner or behind - start > max_images:
+                num_pieces = -(-(high - start) // max_images)
                 steps = [start + piece * (high - start) // num_pieces for piece in range(num_pieces + 1)]
                 pieces += [(left, right, file, left - begin) for left, right in itertools.pairwise(steps)]
                 start = high

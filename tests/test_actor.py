@@ -28,10 +28,9 @@ from pipeline.compute.exchange import TOKEN_BYTES
 from pipeline.config import Config
 from pipeline.data.files import Location
 from pipeline.data.listing import Listing
-from pipeline.decoding.images import Target
 from pipeline.decoding.shards import Loader, load_shard, shard_owners
 from pipeline.errors import ActorLostError, EvaluationError
-from pipeline.plan import make_plan
+from pipeline.plan import Target, make_plan
 from pipeline.results.figures import epoch_metric
 
 HOST = "127.0.0.1"
@@ -176,11 +175,11 @@ def make_job(num_actors=1, holes=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.plan._MIN_PART_IMAGES", 6)
         plan, cut = make_plan(config, listing, TARGET)
-    loader = Loader(location, TARGET, CLASSES, plan.deal, num_actors, None)
+    loader = Loader(location, TARGET, CLASSES, plan.assignment, num_actors, None)
     decoded = []
     for shard in cut:
         is_train = shard.split == "train"
-        ranks = shard_owners(plan.deal, num_actors, shard) if is_train else [shard.part % num_actors]
+        ranks = shard_owners(plan.assignment, num_actors, shard) if is_train else [shard.part % num_actors]
         rows = tables[shard.split].slice(shard.start, shard.num_images)
         given, _, made = load_shard(loader, shard, rows, None)
         assert len(made.table) + len(made.faults) == shard.num_images

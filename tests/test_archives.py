@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, Rows, find_archives, make_index
+from pipeline.data.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, ScannedImages, find_archives, make_index
 from pipeline.data.files import split_glob
 from pipeline.data.splits import is_held_out
 from pipeline.errors import DataError
@@ -40,7 +40,7 @@ def find(folder, pattern="", config=UNSPLIT):
 
 def make_rows(sides, labels=None, group_starts=(0,)):
     num_rows = len(sides)
-    return Rows(
+    return ScannedImages(
         keys=pa.chunked_array([pa.array([b"a.tar/%d" % row for row in range(num_rows)], pa.binary())]),
         labels=np.asarray(labels or [0] * num_rows, np.int32),
         offsets=np.arange(num_rows),

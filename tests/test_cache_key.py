@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.files import DIGITS, Location
 from pipeline.decoding import cache_key
 from pipeline.decoding.cache_key import entry_key, file_stamps, name_entry
-from pipeline.decoding.images import Target
+from pipeline.plan import Target
 
 TARGET = Target(4, 5, "L")
 NAMES = [b"3/a.png", b"3/\xff.png", b"7/c.png"]

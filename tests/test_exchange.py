@@ -18,7 +18,7 @@ TOKEN = bytes(range(TOKEN_BYTES))
 
 @pytest.fixture
 def meet():
-    """A function that connects so many with each other; they hang up afterwards."""
+    """A function that connects so many with each other; they are closed afterwards."""
     met = []
 
     def connect(number, host=HOST):
@@ -100,17 +100,17 @@ def test_it_listens_on_its_own_address_alone_and_only_until_all_are_there(meet):
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(TOKEN_BYTES) + b"\1\0\0\0", TOKEN[:5]])
-def test_strangers_are_hung_up_on(said):
+def test_strangers_are_disconnected(said):
     first, second = Exchange(HOST), Exchange(HOST)
     addresses = [first.address, second.address]
-    stranger = socket.create_connection(first.address, 5)
-    stranger.sendall(said)
-    stranger.shutdown(socket.SHUT_WR)
+    outsider = socket.create_connection(first.address, 5)
+    outsider.sendall(said)
+    outsider.shutdown(socket.SHUT_WR)
     at_once(lambda rank: (first, second)[rank].connect(rank, addresses, TOKEN), 2)
     answers = at_once(lambda rank: (first, second)[rank].gather(np.array([rank])), 2)
     assert [answer.tolist() for answer in answers] == [[[0], [1]]] * 2
-    assert select.select([stranger], [], [], 5)[0]
-    for each in (stranger, first, second):
+    assert select.select([outsider], [], [], 5)[0]
+    for each in (outsider, first, second):
         each.close()
 
 
@@ -119,9 +119,9 @@ def test_a_silent_stranger_keeps_nobody_waiting_for_long(monkeypatch):
     monkeypatch.setattr(exchange, "TIMEOUT_SECONDS", 30)
     first, second = Exchange(HOST), Exchange(HOST)
     addresses = [first.address, second.address]
-    strangers = [socket.create_connection(first.address, 5) for _ in range(20)]
+    outsiders = [socket.create_connection(first.address, 5) for _ in range(20)]
     at_once(lambda rank: (first, second)[rank].connect(rank, addresses, TOKEN), 2)
-    for each in (*strangers, first, second):
+    for each in (*outsiders, first, second):
         each.close()
 
 
@@ -129,12 +129,12 @@ def test_a_silent_stranger_keeps_nobody_waiting_for_long(monkeypatch):
 def test_a_caller_of_an_impossible_rank_is_a_stranger(rank):
     first, second, third = group = [Exchange(HOST) for _ in range(3)]
     addresses = [each.address for each in group]
-    stranger = socket.create_connection(second.address, 5)
-    stranger.sendall(TOKEN + rank.to_bytes(4, "little"))
+    outsider = socket.create_connection(second.address, 5)
+    outsider.sendall(TOKEN + rank.to_bytes(4, "little"))
     at_once(lambda rank: group[rank].connect(rank, addresses, TOKEN), 3)
     answers = at_once(lambda rank: group[rank].gather(np.array([rank])), 3)
     assert [answer.ravel().tolist() for answer in answers] == [[0, 1, 2]] * 3
-    for each in (stranger, first, second, third):
+    for each in (outsider, first, second, third):
         each.close()
 
 

@@ -23,17 +23,16 @@ from pipeline.data.files import ReadFault
 from pipeline.decoding.images import (
     DECODE_VERSION,
     REASONS,
-    SKIPPED_SCHEMA,
     Fault,
-    Target,
     choose_target,
     decode_image,
     decode_images,
     parse_headers,
     sample_rows,
-    skipped_table,
 )
 from pipeline.errors import DataError
+from pipeline.plan import Target
+from pipeline.results.tables import SKIPPED_SCHEMA, skipped_table
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROW_OF_FOUR = Target(1, 4, "RGB")

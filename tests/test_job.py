@@ -20,7 +20,7 @@ from test_tar_headers import pack
 from pipeline.config import Config
 from pipeline.data import files
 from pipeline.data.listing import list_dataset
-from pipeline.driver import cluster, connect, job, tasks, train
+from pipeline.driver import cluster, job, train, waiting
 from pipeline.errors import (
     ActorLostError,
     CacheError,
@@ -235,7 +235,7 @@ def test_images_that_memory_cannot_hold_are_kept_on_disk(
     reference, small_dataset, tmp_path, monkeypatch, caplog, num_actors
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(connect, "memory_limit", lambda: 10_000.0)  # of 156 images of 64 bytes
+    monkeypatch.setattr(cluster, "memory_limit", lambda: 10_000.0)  # of 156 images of 64 bytes
     (tmp_path / "scratch").mkdir()
     monkeypatch.chdir(tmp_path)  # actors have another working folder
     options = {"epochs": 3, "device": "cpu", "actors": num_actors, "scratch": "scratch"}
@@ -309,7 +309,7 @@ def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path
 def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
     reference, small_dataset, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(connect, "memory_limit", lambda: 10_000.0)
+    monkeypatch.setattr(cluster, "memory_limit", lambda: 10_000.0)
     on_progress, killed = kill_once_in_epoch(2, actor_pids)
 
     def fill_disk_and_kill(progress):
@@ -433,7 +433,7 @@ def test_an_actor_that_cannot_start_says_why(local_ray):
 
     actor = ray.remote(num_cpus=0)(Broken).remote()
     with pytest.raises(ClusterError, match="expected it to start, got RuntimeError: no room on this device"):
-        tasks.get(actor.answer.remote())
+        waiting.get_result(actor.answer.remote())
 
 
 def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
@@ -441,7 +441,7 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
         raise MemoryError("cannot allocate")
 
     with pytest.raises(ClusterError, match=r"shard 3: expected enough memory, got .*; give a smaller --size") as caught:
-        tasks.get(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
+        waiting.get_result(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
     assert not isinstance(caught.value, ActorLostError)
 
 
@@ -584,10 +584,10 @@ def test_more_gpus_than_the_cluster_has_are_refused(small_dataset, tmp_path):
 def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
     import ray
 
-    monkeypatch.setattr(tasks, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "STALL_SECONDS", 0.5)
     never = ray.remote(num_cpus=2)(lambda: __import__("time").sleep(60)).remote()
     with pytest.raises(StalledError, match="a sleeper: expected a result, got none"):
-        tasks.wait_some([never], "a sleeper", lambda: False)
+        waiting.wait_some([never], "a sleeper", lambda: False)
     ray.cancel(never, force=True)
 
 
@@ -607,4 +607,4 @@ def test_a_dead_actor_is_told_from_other_faults():
             os._exit(1)
 
     with pytest.raises(ActorLostError, match="an actor: expected it to live"):
-        tasks.get(ray.remote(Dying).remote().die.remote())
+        waiting.get_result(ray.remote(Dying).remote().die.remote())

@@ -10,9 +10,8 @@ import torch
 
 from pipeline.compute.actor import LaneActor
 from pipeline.compute.lanes import Lanes, shuffled
-from pipeline.decoding.images import Target
 from pipeline.errors import ClusterError
-from pipeline.plan import Deal, Plan
+from pipeline.plan import LaneAssignment, Plan, Target
 
 CPU = torch.device("cpu")
 # images, lanes, rows that a lane gives to a step, images of a chunk at most
@@ -33,7 +32,7 @@ def make_plan(num_images, num_lanes=8, seed=0):
     return Plan(
         target=Target(1, 4, "L"),
         num_classes=3,
-        deal=Deal(num_images, num_lanes),
+        assignment=LaneAssignment(num_images, num_lanes),
         part_sizes=(1,),
         has_training=True,
         batch_size=num_lanes,
@@ -51,7 +50,7 @@ def fill(plan, rows_N, lanes=None, scratch=None, device=CPU, store=CPU):
     """Put images where they belong, in pieces that come in any order."""
     lanes = range(plan.num_lanes) if lanes is None else lanes
     made = Lanes(plan, lanes, device, store, scratch)
-    rows_N = np.asarray([row for row in rows_N if plan.deal.lanes(np.array([row]))[0] in lanes])
+    rows_N = np.asarray([row for row in rows_N if plan.assignment.lanes(np.array([row]))[0] in lanes])
     for piece_N in np.array_split(np.random.default_rng(0).permutation(rows_N), 5):
         images_ND = torch.from_numpy(piece_N.astype("<i4").view(np.uint8).reshape(-1, 4)).to(device)
         made.put(piece_N, images_ND, torch.from_numpy(label_of(piece_N)).to(device))
@@ -72,8 +71,10 @@ def steps_of(made, lane_rows, num_steps, epoch=1):
 
 def order_in_a_loop(plan, rows, lane, epoch, num_chunks):
     """The rows of a lane in the order of an epoch: chunk after chunk, each of every n-th image of the lane."""
-    deal, taken = plan.deal, []
-    places = {int(deal.places(np.array([row]))[0]): row for row in rows if deal.lanes(np.array([row]))[0] == lane}
+    assignment, taken = plan.assignment, []
+    places = {
+        int(assignment.places(np.array([row]))[0]): row for row in rows if assignment.lanes(np.array([row]))[0] == lane
+    }
     for chunk in shuffled(num_chunks, plan.seed, epoch, lane, "chunks").tolist():
         inside = [places[place] for place in sorted(places) if place % num_chunks == chunk]
         taken += [inside[place] for place in shuffled(len(inside), plan.seed, epoch, lane, chunk).tolist()]
@@ -92,9 +93,9 @@ def test_an_epoch_is_that_of_a_loop(monkeypatch, scratch, num_images, num_lanes,
     monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
     plan = make_plan(num_images, num_lanes, seed=3)
     rows = [row for row in range(num_images) if not (has_holes and row % 5 in (1, 2))]
-    num_steps = -(-max(plan.deal.lane_sizes) // lane_rows)
+    num_steps = -(-max(plan.assignment.lane_sizes) // lane_rows)
     steps = steps_of(fill(plan, rows, scratch=scratch), lane_rows, num_steps, epoch=2)
-    num_chunks = -(-max(plan.deal.lane_sizes) // chunk_images)
+    num_chunks = -(-max(plan.assignment.lane_sizes) // chunk_images)
     assert plan.num_chunks == num_chunks
     for lane in range(num_lanes):
         order = order_in_a_loop(plan, rows, lane, 2, num_chunks)

@@ -8,28 +8,24 @@ import pytest
 from pipeline.config import Config
 from pipeline.data.files import Location
 from pipeline.data.listing import Listing
-from pipeline.decoding.images import Target
+from pipeline.driver.allocation import Allocation, NodeCapacity, allocate, choose_storage, max_shards_in_flight
 from pipeline.errors import ClusterError
 from pipeline.plan import (
     MAX_PART_BYTES,
     MAX_PART_IMAGES,
     MAX_SHARD_BYTES,
-    Deal,
-    Fit,
-    Room,
+    LaneAssignment,
     Shard,
-    choose_storage,
+    Target,
     cut_train,
     cut_valid,
-    fit_cluster,
     make_plan,
-    most_in_flight,
     part_bounds,
 )
 
 HUGE = 100 * MAX_SHARD_BYTES
 # images, lanes
-DEALS = [
+SIZES = [
     *itertools.product((1, 2, 5, 7, 8, 9, 100, 513, 1000, 12_396, 60_000), (1, 3, 8, 64)),
     (1_281_167, 8),
     (2_000_001, 7),
@@ -69,10 +65,10 @@ PARTS = [
 ]
 
 
-def cut_both(row_groups, most_images, bounds=None):
-    train = cut_train(row_groups, most_images)
+def cut_both(row_groups, max_images, bounds=None):
+    train = cut_train(row_groups, max_images)
     num_images = sum(groups[-1] for groups in row_groups)
-    return train, cut_valid(row_groups, most_images, bounds or [0, num_images], len(train))
+    return train, cut_valid(row_groups, max_images, bounds or [0, num_images], len(train))
 
 
 def make_listing(num_train, num_valid):
@@ -86,11 +82,11 @@ def plan_of(sizes=(10_000, 5_000), side=28, **options):
     return make_plan(Config(**options), make_listing(*sizes), Target(side, side, "L"))
 
 
-def fit(resources, num_nodes=1, **options):
-    return fit_cluster(Config(**options), resources, num_nodes)
+def allocated(resources, num_nodes=1, **options):
+    return allocate(Config(**options), resources, num_nodes)
 
 
-def deal_in_a_loop(num_images, num_lanes, run):
+def assign_in_a_loop(num_images, num_lanes, run):
     """Lane and place of every row: runs of neighbours go to the lanes in turn, each to the end of its lane."""
     lanes, places, sizes = [], [], [0] * num_lanes
     for row in range(num_images):
@@ -101,101 +97,101 @@ def deal_in_a_loop(num_images, num_lanes, run):
     return lanes, places, sizes
 
 
-# The deal
+# The assignment
 
 
-@pytest.mark.parametrize(("num_images", "num_lanes"), [sizes for sizes in DEALS if sizes[0] <= 60_000])
+@pytest.mark.parametrize(("num_images", "num_lanes"), [sizes for sizes in SIZES if sizes[0] <= 60_000])
 def test_lanes_and_places_are_those_of_a_loop(num_images, num_lanes):
-    deal, rows_N = Deal(num_images, num_lanes), np.arange(num_images)
-    lanes, places, sizes = deal_in_a_loop(num_images, num_lanes, deal.run)
-    assert deal.lanes(rows_N).tolist() == lanes
-    assert deal.places(rows_N).tolist() == places
-    assert deal.lane_sizes == tuple(sizes)
+    assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
+    lanes, places, sizes = assign_in_a_loop(num_images, num_lanes, assignment.run_length)
+    assert assignment.lanes(rows_N).tolist() == lanes
+    assert assignment.places(rows_N).tolist() == places
+    assert assignment.lane_sizes == tuple(sizes)
 
 
-@pytest.mark.parametrize(("num_images", "num_lanes"), DEALS)
+@pytest.mark.parametrize(("num_images", "num_lanes"), SIZES)
 def test_every_place_of_every_lane_is_taken_once(num_images, num_lanes):
-    deal, rows_N = Deal(num_images, num_lanes), np.arange(num_images)
-    starts_L = np.cumsum([0, *deal.lane_sizes])
-    taken_N = starts_L[deal.lanes(rows_N)] + deal.places(rows_N)
+    assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
+    starts_L = np.cumsum([0, *assignment.lane_sizes])
+    taken_N = starts_L[assignment.lanes(rows_N)] + assignment.places(rows_N)
     assert np.array_equal(np.sort(taken_N), rows_N)
 
 
-@pytest.mark.parametrize(("num_images", "num_lanes"), DEALS)
+@pytest.mark.parametrize(("num_images", "num_lanes"), SIZES)
 def test_lanes_are_alike_to_within_a_run_and_a_64th(num_images, num_lanes):
-    deal = Deal(num_images, num_lanes)
-    difference = max(deal.lane_sizes) - min(deal.lane_sizes)
-    assert difference <= deal.run
+    assignment = LaneAssignment(num_images, num_lanes)
+    difference = max(assignment.lane_sizes) - min(assignment.lane_sizes)
+    assert difference <= assignment.run_length
     assert difference <= max(1, num_images / num_lanes / 64)
 
 
-@pytest.mark.parametrize(("num_images", "num_lanes"), [sizes for sizes in DEALS if sizes[0] >= sizes[1]])
+@pytest.mark.parametrize(("num_images", "num_lanes"), [sizes for sizes in SIZES if sizes[0] >= sizes[1]])
 def test_no_lane_is_left_empty_when_there_are_images_for_all(num_images, num_lanes):
-    assert min(Deal(num_images, num_lanes).lane_sizes) > 0
+    assert min(LaneAssignment(num_images, num_lanes).lane_sizes) > 0
 
 
 def test_few_images_go_to_the_lanes_one_by_one_and_many_in_runs():
-    assert [Deal(num_images, 8).run for num_images in (5, 1000, 1024, 12_396, 2**20, 2**30)] == [
+    assert [LaneAssignment(num_images, 8).run_length for num_images in (5, 1000, 1024, 12_396, 2**20, 2**30)] == [
         1, 1, 2, 24, 2048, 2048
     ]  # fmt: skip
-    assert Deal(5, 8).lane_sizes == (1, 1, 1, 1, 1, 0, 0, 0)
+    assert LaneAssignment(5, 8).lane_sizes == (1, 1, 1, 1, 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("num_lanes", [1, 8])
 @pytest.mark.parametrize("class_sizes", [(500, 500), (6131, 6265), (990, 10), (100,) * 30, (4000, 3, 9)])
 def test_every_lane_of_a_sorted_listing_has_its_share_of_every_class(class_sizes, num_lanes):
     labels_N = np.repeat(np.arange(len(class_sizes)), class_sizes)
-    deal = Deal(len(labels_N), num_lanes)
-    lanes_N = deal.lanes(np.arange(len(labels_N)))
+    assignment = LaneAssignment(len(labels_N), num_lanes)
+    lanes_N = assignment.lanes(np.arange(len(labels_N)))
     for lane in range(num_lanes):
         counts = np.bincount(labels_N[lanes_N == lane], minlength=len(class_sizes))
-        assert np.all(np.abs(counts - np.array(class_sizes) / num_lanes) <= deal.run)
+        assert np.all(np.abs(counts - np.array(class_sizes) / num_lanes) <= assignment.run_length)
 
 
 def test_the_deal_and_the_parts_depend_on_the_images_and_the_lanes_alone():
     options = [{}, {"shard_images": 1}, {"shard_images": 77}, {"actors": 3}, {"batch_size": 8}, {"epochs": 0}]
     plans = [plan_of((12_396, 4_000), **each)[0] for each in options]
-    assert len({(plan.deal, plan.part_sizes) for plan in plans}) == 1
+    assert len({(plan.assignment, plan.part_sizes) for plan in plans}) == 1
 
 
 # The cut
 
 
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_every_row_is_in_one_shard_in_order(row_groups, most_images):
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_every_row_is_in_one_shard_in_order(row_groups, max_images):
     num_images = sum(groups[-1] for groups in row_groups)
-    for shards in cut_both(row_groups, most_images):
+    for shards in cut_both(row_groups, max_images):
         assert [row for shard in shards for row in range(shard.start, shard.stop)] == list(range(num_images))
         assert sum(shard.num_images for shard in shards) == num_images
 
 
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_no_shard_is_empty_too_large_or_of_two_files(row_groups, most_images):
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_no_shard_is_empty_too_large_or_of_two_files(row_groups, max_images):
     starts = np.cumsum([0, *(groups[-1] for groups in row_groups)])
-    for shard in itertools.chain(*cut_both(row_groups, most_images)):
-        assert 1 <= shard.num_images <= most_images
+    for shard in itertools.chain(*cut_both(row_groups, max_images)):
+        assert 1 <= shard.num_images <= max_images
         assert starts[shard.file] <= shard.start < shard.stop <= starts[shard.file + 1]
         assert shard.first == shard.start - starts[shard.file]
 
 
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_row_groups_that_fit_a_shard_are_not_cut(row_groups, most_images):
-    for shard in cut_train(row_groups, most_images):
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_row_groups_that_fit_a_shard_are_not_cut(row_groups, max_images):
+    for shard in cut_train(row_groups, max_images):
         for low, high in itertools.pairwise(row_groups[shard.file]):
             first, last = shard.first, shard.first + shard.num_images
             is_whole = first <= low and high <= last
-            assert is_whole or high <= first or last <= low or high - low > most_images
+            assert is_whole or high <= first or last <= low or high - low > max_images
 
 
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_small_row_groups_are_packed(row_groups, most_images):
-    shards = cut_train(row_groups, most_images)
-    fits = {file for file, groups in enumerate(row_groups) if max(np.diff(groups)) <= most_images}
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_small_row_groups_are_packed(row_groups, max_images):
+    shards = cut_train(row_groups, max_images)
+    fits = {file for file, groups in enumerate(row_groups) if max(np.diff(groups)) <= max_images}
     for left, right in itertools.pairwise(shards):
         if left.file == right.file and left.file in fits:
             groups = row_groups[left.file]
             following = next(row for row in groups if row > right.first)
-            assert following - left.first > most_images
+            assert following - left.first > max_images
 
 
 @pytest.mark.parametrize(
@@ -211,21 +207,21 @@ def test_a_file_is_cut_between_row_groups_and_else_in_equal_pieces(row_groups, s
     assert [(shard.start, shard.stop) for shard in cut_train([row_groups], 20)] == shards
 
 
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_shards_are_numbered_through_both_splits(row_groups, most_images):
-    train, valid = cut_both(row_groups, most_images)
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_shards_are_numbered_through_both_splits(row_groups, max_images):
+    train, valid = cut_both(row_groups, max_images)
     assert [shard.index for shard in train + valid] == list(range(len(train) + len(valid)))
     assert {shard.split for shard in train} <= {"train"}
     assert {shard.split for shard in valid} <= {"valid"}
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize(("row_groups", "most_images"), FILES)
-def test_no_shard_is_of_two_parts_and_its_offset_counts_from_its_parts_first_row(row_groups, most_images, num_parts):
+@pytest.mark.parametrize(("row_groups", "max_images"), FILES)
+def test_no_shard_is_of_two_parts_and_its_offset_counts_from_its_parts_first_row(row_groups, max_images, num_parts):
     num_images = sum(groups[-1] for groups in row_groups)
     num_parts = min(num_parts, num_images)
     bounds = [part * num_images // num_parts for part in range(num_parts + 1)]
-    _, shards = cut_both(row_groups, most_images, bounds)
+    _, shards = cut_both(row_groups, max_images, bounds)
     for shard in shards:
         assert bounds[shard.part] <= shard.start < shard.stop <= bounds[shard.part + 1]
         assert shard.offset == shard.start - bounds[shard.part]
@@ -270,7 +266,7 @@ def test_the_plan_knows_the_size_of_every_part(num_train, num_valid):
     valid = [shard for shard in shards if shard.split == "valid"]
     sizes = [sum(shard.num_images for shard in valid if shard.part == part) for part in range(len(plan.part_sizes))]
     assert list(plan.part_sizes) == sizes
-    assert (sum(plan.deal.lane_sizes), sum(sizes), min(sizes) > 0) == (num_train, num_valid, True)
+    assert (sum(plan.assignment.lane_sizes), sum(sizes), min(sizes) > 0) == (num_train, num_valid, True)
     assert [shard.index for shard in shards] == list(range(len(shards)))
 
 
@@ -281,7 +277,7 @@ def test_the_plan_cuts_by_the_bytes_of_the_target():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "options", "most_images"),
+    ("num_images", "options", "max_images"),
     [
         (1000, {}, 2048),
         (65_535, {}, 2048),
@@ -291,10 +287,10 @@ def test_the_plan_cuts_by_the_bytes_of_the_target():
         (300_000, {"shard_images": 100}, 100),
     ],
 )
-def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, most_images):
+def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, max_images):
     _, shards = make_plan(Config(**options), make_listing(num_images - 10, 10), Target(28, 28, "L"))
     largest = max(shard.num_images for shard in shards)
-    assert min(num_images - 10, most_images // 2 + 1) <= largest <= most_images
+    assert min(num_images - 10, max_images // 2 + 1) <= largest <= max_images
 
 
 @pytest.mark.parametrize(("side", "num_chunks"), [(28, 1), (1024, 16), (4096, 125)])
@@ -322,11 +318,11 @@ def test_a_plan_and_its_shards_cross_a_pickle_unchanged():
     assert pickle.loads(pickle.dumps(made)) == made
 
 
-# Room for images
+# NodeCapacity for images
 
 
 def room(memory_bytes, disk_bytes=0, num_actors=1, address="10.0.0.1"):
-    return Room(address, memory_bytes, disk_bytes, num_actors)
+    return NodeCapacity(address, memory_bytes, disk_bytes, num_actors)
 
 
 # 15,000 images of 28x28 are 11.2 MiB; with training all are held, of which memory may give four fifths.
@@ -342,16 +338,16 @@ def test_images_are_kept_in_memory_where_they_fit_else_on_disk(memory_bytes, dis
 
 
 def test_one_node_without_the_memory_sends_all_to_disk():
-    rooms = [room(HELD, HELD), room(0.1 * HELD, HELD), room(HELD, HELD)]
-    assert choose_storage(plan_of()[0], 3, rooms) == "disk"
+    capacities = [room(HELD, HELD), room(0.1 * HELD, HELD), room(HELD, HELD)]
+    assert choose_storage(plan_of()[0], 3, capacities) == "disk"
 
 
 def test_one_node_with_the_memory_alone_is_refused_where_another_needs_disk():
-    rooms = [room(HELD, 0), room(0.1 * HELD, HELD, address="10.0.0.2")]
+    capacities = [room(HELD, 0), room(0.1 * HELD, HELD, address="10.0.0.2")]
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .*; give --epochs 0, .* or another --scratch$"):
-        choose_storage(plan_of()[0], 2, rooms)
+        choose_storage(plan_of()[0], 2, capacities)
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.2: expected "):
-        choose_storage(plan_of(epochs=0)[0], 2, [rooms[0], room(0, HELD, address="10.0.0.2")])
+        choose_storage(plan_of(epochs=0)[0], 2, [capacities[0], room(0, HELD, address="10.0.0.2")])
 
 
 @pytest.mark.parametrize(
@@ -393,17 +389,19 @@ def test_without_training_no_training_image_and_not_all_validation_images_are_he
 @pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
-    assert fit({"CPU": 40}, num_nodes, device=device) == Fit(num_actors, 0, 40 // num_nodes)
+    assert allocated({"CPU": 40}, num_nodes, device=device) == Allocation(num_actors, 0, 40 // num_nodes)
 
 
 @pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
-    assert fit({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Fit(num_actors, 1, 2 if num_actors < 3 else 1)
+    assert allocated({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Allocation(
+        num_actors, 1, 2 if num_actors < 3 else 1
+    )
 
 
 def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
-    assert fit({"CPU": 4, "GPU": 8}, 2, device="cpu") == Fit(2, 0, 2)
+    assert allocated({"CPU": 4, "GPU": 8}, 2, device="cpu") == Allocation(2, 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -411,33 +409,33 @@ def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
     [(1, 0.1, 10), (3, 0.1, 30), (1, 0.5, 2), (2, 0.5, 4), (7, 0.5, 14), (1, 0.3, 3), (1, 0.01, 64), (2, 0.25, 8)],
 )
 def test_actors_share_gpus(num_gpus, share, num_actors):
-    got = fit({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64)
+    got = allocated({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64)
     assert (got.num_actors, got.gpus_per_actor) == (num_actors, share)
 
 
 @pytest.mark.parametrize(("num_gpus", "share", "num_actors"), [(2, 0.4, 4), (2, 0.6, 2), (3, 0.7, 3), (10, 0.3, 30)])
 def test_no_actor_is_split_over_two_gpus(num_gpus, share, num_actors):
     # What is left of one GPU and of another makes no place: Ray would wait for it without end.
-    assert fit({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64).num_actors == num_actors
+    assert allocated({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64).num_actors == num_actors
 
 
 @pytest.mark.parametrize(("actors", "num_gpus", "share"), [(2, 1, 1), (3, 1, 0.5), (3, 2, 0.6), (1, 0, 1), (1, 0, 0.1)])
 def test_cuda_without_gpus_enough_is_refused(actors, num_gpus, share):
     with pytest.raises(ClusterError, match=r"--device cuda: expected .* GPUs in the cluster, got .*; add GPUs"):
-        fit({"CPU": 4, "GPU": num_gpus}, device="cuda", actors=actors, gpus_per_actor=share)
+        allocated({"CPU": 4, "GPU": num_gpus}, device="cuda", actors=actors, gpus_per_actor=share)
 
 
 def test_the_message_about_gpus_says_how_many():
     with pytest.raises(ClusterError, match=r"^--device cuda: expected 1\.5 GPUs in the cluster, got 0; add GPUs,"):
-        fit({"CPU": 4}, device="cuda", actors=3, gpus_per_actor=0.5)
+        allocated({"CPU": 4}, device="cuda", actors=3, gpus_per_actor=0.5)
     with pytest.raises(ClusterError, match="expected 1 GPUs in the cluster, got 0;"):
-        fit({"CPU": 4}, device="cuda")
+        allocated({"CPU": 4}, device="cuda")
 
 
 @pytest.mark.parametrize("actors", [1, 3, 8])
 def test_actors_that_were_asked_for_are_started(actors):
-    assert fit({"CPU": 2}, 5, actors=actors) == Fit(actors, 0, 1)
-    assert fit({"CPU": 2, "GPU": 8}, 5, actors=actors) == Fit(actors, 1, 1)
+    assert allocated({"CPU": 2}, 5, actors=actors) == Allocation(actors, 0, 1)
+    assert allocated({"CPU": 2, "GPU": 8}, 5, actors=actors) == Allocation(actors, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -445,11 +443,11 @@ def test_actors_that_were_asked_for_are_started(actors):
     [(16, 1, None, 16), (16, 1, 4, 4), (16, 1, 3, 5), (2, 1, 8, 1), (64, 4, 1, 16), (64, 4, 8, 8)],
 )
 def test_an_actor_s_threads_are_its_share_of_a_node(num_cpus, num_nodes, actors, num_threads):
-    assert fit({"CPU": num_cpus}, num_nodes, actors=actors).threads_per_actor == num_threads
+    assert allocated({"CPU": num_cpus}, num_nodes, actors=actors).threads_per_actor == num_threads
 
 
 def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():
-    assert fit({"CPU": 2, "GPU": 2}, actors=3) == Fit(3, 0, 1)
+    assert allocated({"CPU": 2, "GPU": 2}, actors=3) == Allocation(3, 0, 1)
 
 
 @pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": 0.5}, {"GPU": 8}])
@@ -457,7 +455,7 @@ def test_a_cluster_without_a_cpu_is_refused(resources):
     with pytest.raises(
         ClusterError, match=r"^the cluster: expected a CPU for decoding, got none; add a node with CPUs"
     ):
-        fit(resources)
+        allocated(resources)
 
 
 @pytest.mark.parametrize(
@@ -476,8 +474,8 @@ def test_a_cluster_without_a_cpu_is_refused(resources):
 def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(num_cpus, store_mib, max_in_flight):
     # The largest shard has 15 images of 1 MiB.
     resources = {"CPU": num_cpus, "object_store_memory": store_mib * 2**20}
-    assert most_in_flight(*plan_of((1000, 1000), side=1024, shard_images=15), resources) == max_in_flight
+    assert max_shards_in_flight(*plan_of((1000, 1000), side=1024, shard_images=15), resources) == max_in_flight
 
 
 def test_without_a_known_object_store_only_the_cpus_bound():
-    assert most_in_flight(*plan_of(), {"CPU": 9.9}) == 36
+    assert max_shards_in_flight(*plan_of(), {"CPU": 9.9}) == 36

@@ -20,13 +20,13 @@ from pipeline.config import Config
 from pipeline.data.archives import find_archives
 from pipeline.data.files import Location
 from pipeline.data.formats import parquet, tar
-from pipeline.data.listing import ArchivedRows, list_archives, list_dataset
+from pipeline.data.listing import ArchiveListing, list_archives, list_dataset
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
-from pipeline.decoding.images import Target, decode_images, sample_rows
+from pipeline.decoding.images import decode_images, sample_rows
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers, shard_owners
 from pipeline.errors import DataError
-from pipeline.plan import Deal, Shard, make_plan
+from pipeline.plan import LaneAssignment, Shard, Target, make_plan
 
 LOCAL = pafs.LocalFileSystem()
 TARGET = Target(4, 5, "L")
@@ -91,7 +91,7 @@ def list_all(location, config=None):
 def rows_and_file(listing, split, number=0):
     """What a task is given of a listing."""
     listed = listing.split(split)
-    if not isinstance(listed, ArchivedRows):
+    if not isinstance(listed, ArchiveListing):
         return listed, None
     return listed.files[number].index, ShardFile(listed.files[number].archive, listed.files[number].labels)
 
@@ -104,7 +104,7 @@ def load_all(location, num_actors=1, kept=None, shard_images=11):
 def load_listed(listing, num_actors=1, kept=None, shard_images=11):
     """Load every shard; by row of the listing, what each actor has, what was skipped, and the keys of validation."""
     plan, shards = make_plan(Config(shard_images=shard_images), listing, TARGET)
-    loader = Loader(listing.location, TARGET, listing.classes, plan.deal, num_actors, kept)
+    loader = Loader(listing.location, TARGET, listing.classes, plan.assignment, num_actors, kept)
     actors, skipped, keys = {}, {}, {}
     for shard in shards:
         rows, file = rows_and_file(listing, shard.split, shard.file)
@@ -113,7 +113,7 @@ def load_listed(listing, num_actors=1, kept=None, shard_images=11):
             shard = replace(shard, entry=cache_key.name_entry(listing.location, TARGET, rows))
         tables, table, decoded = load_shard(loader, shard, rows, file)
         is_train = shard.split == "train"
-        ranks = shard_owners(plan.deal, num_actors, shard) if is_train else [shard.part % num_actors]
+        ranks = shard_owners(plan.assignment, num_actors, shard) if is_train else [shard.part % num_actors]
         for rank, given in zip(ranks, tables, strict=True):
             pixels = given["image"].combine_chunks().storage.flatten().to_numpy().reshape(len(given), 20)
             for row, label, image in zip(given["row"].to_pylist(), given["class"].to_pylist(), pixels, strict=True):
@@ -154,9 +154,9 @@ def test_the_same_images_give_the_same_tables_however_they_come(tmp_path, expect
 def test_the_split_by_owners_loses_and_doubles_nothing(tmp_path, expected, kind, num_actors):
     actors, skipped, _ = load_all(lay(tmp_path / "data", kind), num_actors)
     assert skipped == expected[1]
-    lanes = Deal(2 * SIZES["train"], 8)
+    lanes = LaneAssignment(2 * SIZES["train"], 8)
     for rank in range(num_actors):
-        own = {r: image for r, image in expected[0]["train", 0].items() if r // lanes.run % 8 % num_actors == rank}
+        own = {r: image for r, image in expected[0]["train", 0].items() if r // lanes.run_length % 8 % num_actors == rank}
         assert actors["train", rank] == own
     assert sum(len(actors["train", rank]) for rank in range(num_actors)) == len(expected[0]["train", 0])
 
@@ -164,19 +164,19 @@ def test_the_split_by_owners_loses_and_doubles_nothing(tmp_path, expected, kind,
 @pytest.mark.parametrize("num_images", [1, 9, 1000, 12_396, 100_000])
 @pytest.mark.parametrize(("num_lanes", "num_actors"), [(1, 1), (8, 1), (8, 3), (8, 8), (3, 2), (64, 5)])
 def test_owners_are_those_of_a_loop(num_images, num_lanes, num_actors):
-    deal = Deal(num_images, num_lanes)
+    assignment = LaneAssignment(num_images, num_lanes)
     for start, size in itertools.product((0, 1, 700, num_images - 1), (1, 2, 77, 2048)):
         stop = min(start + size, num_images)
         if start < stop:
-            lanes = {row // deal.run % num_lanes for row in range(start, stop)}
+            lanes = {row // assignment.run_length % num_lanes for row in range(start, stop)}
             shard = Shard(0, "train", start, stop, 0, start)
-            assert shard_owners(deal, num_actors, shard) == sorted({lane % num_actors for lane in lanes})
+            assert shard_owners(assignment, num_actors, shard) == sorted({lane % num_actors for lane in lanes})
 
 
 def test_images_on_their_way_to_training_have_no_keys(tmp_path):
     location = lay(tmp_path / "data", "folder")
     listing = list_all(location)
-    loader = Loader(location, TARGET, CLASSES, Deal(100, 8), 1, None)
+    loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, None)
     for split, columns in (("train", ["class", "image", "row"]), ("valid", ["key", "class", "image", "row"])):
         shard = Shard(0, split, 10, 20, 0, 10)
         [table], skipped, _ = load_shard(loader, shard, listing.split(split).slice(10, 10), None)
@@ -275,7 +275,7 @@ def test_a_file_that_could_not_be_looked_up_is_not_kept(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache_key.os, "stat", lambda path: os.lstat(path + b" of another name"))
         entry = cache_key.name_entry(location, TARGET, rows)
-    loader = Loader(location, TARGET, CLASSES, Deal(100, 8), 1, kept)
+    loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, kept)
     load_shard(loader, Shard(0, "train", 0, 100, 0, 0, entry=entry), rows, None)
     assert not list((tmp_path / "cache").glob("*.arrow"))
 
@@ -285,6 +285,6 @@ def test_an_archive_that_is_gone_is_one_line(tmp_path):
     listing = list_all(location)
     rows, file = rows_and_file(listing, "train")
     Path(file.archive.path).unlink()
-    loader = Loader(location, TARGET, CLASSES, Deal(100, 8), 1, None)
+    loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, None)
     with pytest.raises(DataError, match=r"train-0\.tar: expected to read it, got no such file; check the name"):
         load_shard(loader, Shard(0, "train", 0, 5, 0, 0), rows, file)

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.splits import is_held_out, people_order, split_in_path, valid_names
+from pipeline.data.splits import is_held_out, natural_sort_key, split_in_path, valid_names
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_a_hash_holds_out_about_the_fraction():
 
 
 def test_numbers_in_names_sort_by_value():
-    assert sorted([b"class10", b"class2", b"Class1"], key=people_order) == [b"Class1", b"class2", b"class10"]
+    assert sorted([b"class10", b"class2", b"Class1"], key=natural_sort_key) == [b"Class1", b"class2", b"class10"]

@@ -17,12 +17,12 @@ from jobs import evaluate
 from pipeline.config import Config
 from pipeline.data import files, storage
 from pipeline.data.listing import list_dataset
-from pipeline.data.storage import absolute_root, open_root, temporary_beside, write_whole
+from pipeline.data.storage import absolute_root, open_root, temporary_beside, write_atomic
 from pipeline.decoding import cache
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import sample_rows
 from pipeline.errors import CacheError, DataError, OutputError
-from pipeline.results import writing
+from pipeline.results import checkpoint, writing
 from pipeline.results.terminal import Progress
 
 
@@ -50,9 +50,9 @@ def test_throttled_requests_are_made_again_until_they_succeed(bucket):
         with filesystem.open_output_stream(f"{root}/a") as stream:
             stream.write(b"content")
 
-    storage.persist(write, root)
+    storage.with_retries(write, root)
     throttle.num_refused = 8
-    assert storage.persist(lambda: filesystem.open_input_stream(f"{root}/a").read(), root) == b"content"
+    assert storage.with_retries(lambda: filesystem.open_input_stream(f"{root}/a").read(), root) == b"content"
 
 
 def test_a_server_that_only_refuses_is_given_up_at_last(bucket, monkeypatch):
@@ -229,7 +229,7 @@ def test_a_uris_secret_key_is_in_no_warning_and_no_last_word(bucket, caplog, mon
     monkeypatch.setattr(storage, "_NUM_TRIES", 1)
     with caplog.at_level(logging.WARNING):
         assert cache.load(Cache.at(root), "0" * 64) is None
-        writing.delete_checkpoint(writing.Output.at(root))
+        checkpoint.delete_checkpoint(writing.Output.at(root))
     shown = [*caplog.messages, evaluate._left_undone(Progress("decode", 1, 2, 0.5), Config(out=root))]
     assert [text.partition("s3://")[2].partition("/")[0] for text in shown] == ["key:***@bucket"] * 3
     assert "hidden" not in "".join(shown)
@@ -262,7 +262,7 @@ def write_and_look(folder, stream):
 def test_a_local_file_is_written_beside_its_name(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     seen = []
-    write_whole(pafs.LocalFileSystem(), f"{tmp_path}/a", lambda stream: seen.extend(write_and_look(tmp_path, stream)))
+    write_atomic(pafs.LocalFileSystem(), f"{tmp_path}/a", lambda stream: seen.extend(write_and_look(tmp_path, stream)))
     assert seen == [temporary_beside("a").name, "a"]
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
 
@@ -271,9 +271,9 @@ def test_a_local_file_is_written_beside_its_name(tmp_path):
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, is_local):
     filesystem, path = open_root("--out", str(tmp_path) if is_local else "mock:///bucket", OutputError)
     filesystem.create_dir(path, recursive=True)
-    write_whole(filesystem, f"{path}/a", lambda stream: stream.write(b"old"))
+    write_atomic(filesystem, f"{path}/a", lambda stream: stream.write(b"old"))
     with pytest.raises(ZeroDivisionError, match="division"):
-        write_whole(filesystem, f"{path}/a", lambda stream: stream.write(b"new") and 1 / 0)
+        write_atomic(filesystem, f"{path}/a", lambda stream: stream.write(b"new") and 1 / 0)
     assert [info.base_name for info in filesystem.get_file_info(pafs.FileSelector(path))] == ["a"]
     with filesystem.open_input_stream(f"{path}/a") as stream:
         assert stream.read() == b"old"

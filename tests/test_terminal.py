@@ -4,9 +4,10 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
+from pipeline.driver.state import Clock
 from pipeline.results.figures import accuracies
-from pipeline.results.terminal import Clock, Progress, library_versions, progress_line, summary
-from pipeline.results.writing import metrics_table
+from pipeline.results.tables import metrics_table
+from pipeline.results.terminal import Progress, library_versions, progress_line, summary
 
 TWO = """\
 nearest_mean_l1

@@ -12,27 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.storage import temporary_beside
-from pipeline.decoding.images import SKIPPED_SCHEMA, Target
 from pipeline.errors import OutputError
+from pipeline.plan import Target
+from pipeline.results.checkpoint import Checkpoint, delete_checkpoint, read_checkpoint, write_checkpoint
 from pipeline.results.figures import EpochMetric, accuracies
-from pipeline.results.writing import (
-    Checkpoint,
-    Output,
-    combine_digests,
+from pipeline.results.tables import (
+    SKIPPED_SCHEMA,
     confusion_table,
-    delete_checkpoint,
     history_table,
     means_table,
     metrics_table,
     predictions_table,
-    prepare,
-    read_checkpoint,
     weights_table,
-    write_checkpoint,
-    write_run,
-    write_table,
-    write_tables,
 )
+from pipeline.results.writing import Output, combine_digests, prepare, write_run, write_table, write_tables
 
 CLASSES = ("3", "7", "ä")
 TARGET = Target(2, 3, "RGB")

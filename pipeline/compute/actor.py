@@ -29,7 +29,7 @@ from pipeline.compute.classifiers import nearest_mean, sgd_linear
 from pipeline.compute.exchange import TIMEOUT_SECONDS, Address, Exchange
 from pipeline.compute.lanes import Lanes
 from pipeline.compute.parts import Part
-from pipeline.decoding.images import one_chunk
+from pipeline.data.columns import one_chunk
 from pipeline.errors import ActorLostError
 from pipeline.plan import Plan
 from pipeline.results.figures import CLASSIFIERS, EpochRecord
@@ -147,7 +147,7 @@ class LaneActor:
         sums_KD, counts_K = nearest_mean.class_sums(images_ND, labels_N, self._plan.num_classes)
         self._sums_KD += sums_KD
         self._counts_K += counts_K
-        lanes_N = torch.from_numpy(self._plan.deal.lanes(rows_N))
+        lanes_N = torch.from_numpy(self._plan.assignment.lanes(rows_N))
         self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
             self._num_squares += nearest_mean.sum_squares(images_ND)
@@ -223,17 +223,17 @@ class LaneActor:
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
         norm_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         batches = self._train.batches(epoch, lane_rows, num_steps)
-        for place, (images_BD, labels_B, counts) in enumerate(batches):
+        for index, (images_BD, labels_B, counts) in enumerate(batches):
             losses_B, is_correct_B = sgd_linear.lane_gradients(
                 self._params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], self._centre_D
             )
             num_correct += is_correct_B.sum()
-            if len(losses_B) == losses_SZR[place].numel():
-                losses_SZR[place] = losses_B.view_as(losses_SZR[place])
+            if len(losses_B) == losses_SZR[index].numel():
+                losses_SZR[index] = losses_B.view_as(losses_SZR[index])
             else:
-                for lane_losses_R, lane_losses_B in zip(losses_SZR[place], losses_B.split(counts), strict=True):
+                for lane_losses_R, lane_losses_B in zip(losses_SZR[index], losses_B.split(counts), strict=True):
                     lane_losses_R[: len(lane_losses_B)] = lane_losses_B
-            num_images = sum(min(max(count - place * lane_rows, 0), lane_rows) for count in lane_counts)
+            num_images = sum(min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts)
             norm_sum += sgd_linear.step(
                 self._params_P, self._gather_lanes(gradients_ZP), num_images, self._learning_rate
             )
@@ -242,7 +242,7 @@ class LaneActor:
         record = EpochRecord(
             epoch=epoch,
             num_steps=num_steps,
-            lane_losses={lane: float(losses_SZR[:, place].double().sum()) for place, lane in enumerate(self._lanes)},
+            lane_losses={lane: float(losses_SZR[:, index].double().sum()) for index, lane in enumerate(self._lanes)},
             num_train_correct=int(num_correct),
             num_train=sum(lane_counts[lane] for lane in self._lanes),
             part_losses=part_losses,

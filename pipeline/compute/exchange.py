@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 # A peer that moves not a byte for so long is taken for dead.
 TIMEOUT_SECONDS = 120.0
-# A caller that has not said by then who it is, is a stranger.
+# A caller that has not said by then who it is, is a outsider.
 _HELLO_SECONDS = 2.0
 TOKEN_BYTES = 16
 # Who calls: the token of this job's actors, and the caller's rank.
@@ -59,7 +59,7 @@ class Exchange:
         Args:
             rank: This actor's number.
             addresses: Of all actors, by rank.
-            token: `TOKEN_BYTES` that only this job's actors know; other callers are hung up on.
+            token: `TOKEN_BYTES` that only this job's actors know; other callers are disconnected.
 
         Raises:
             OSError: If not all of them come in time.
@@ -115,7 +115,7 @@ class Exchange:
         return np.concatenate(pieces).reshape(mine.shape)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for each in (self._listener, *self._peers.values()):
             each.close()
 
@@ -168,7 +168,7 @@ def _read_hello(peer: socket.socket, token: bytes) -> int:
             if not received:
                 return -1
             hello += received
-    except OSError:  # of a stranger's connection
+    except OSError:  # of a outsider's connection
         return -1
     given, rank = _HELLO.unpack(hello)
     return int(rank) if given == token else -1

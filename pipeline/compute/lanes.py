@@ -50,9 +50,9 @@ class Lanes:
         self._device = device
         self._is_on_disk = scratch is not None
         self._num_chunks = plan.num_chunks
-        self._chunk_rows = -(-max(plan.deal.lane_sizes) // self._num_chunks)
+        self._chunk_rows = -(-max(plan.assignment.lane_sizes) // self._num_chunks)
         lane_places = self._num_chunks * self._chunk_rows
-        self._starts = {lane: place * lane_places for place, lane in enumerate(lanes)}
+        self._starts = {lane: index * lane_places for index, lane in enumerate(lanes)}
         num_places = len(lanes) * lane_places
         self._images_MD = empty_images(num_places, plan.target.num_values, store, scratch)
         self._labels_M = torch.empty(num_places, dtype=torch.int32, device=store)
@@ -66,11 +66,11 @@ class Lanes:
             images_ND: uint8.
             labels_N: int64.
         """
-        deal = self._plan.deal
-        places_N = deal.places(rows_N)
-        starts_L = np.array([self._starts.get(lane, -1) for lane in range(deal.num_lanes)])
+        assignment = self._plan.assignment
+        places_N = assignment.places(rows_N)
+        starts_L = np.array([self._starts.get(lane, -1) for lane in range(assignment.num_lanes)])
         # [lane][chunk][row of the chunk]: the p-th image of a lane is in chunk p modulo their number.
-        positions_N = starts_L[deal.lanes(rows_N)] + places_N % self._num_chunks * self._chunk_rows
+        positions_N = starts_L[assignment.lanes(rows_N)] + places_N % self._num_chunks * self._chunk_rows
         positions_N += places_N // self._num_chunks
         put_images(self._images_MD, positions_N, images_ND)
         self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
@@ -168,5 +168,5 @@ def put_images(images_MD: torch.Tensor, positions_N: npt.NDArray[np.int64], imag
 
 def shuffled(num_images: int, *parts: object) -> torch.Tensor:
     """Draw a permutation of 0 to `num_images` - 1, int64, on the CPU, from what it is for: seed, epoch, lane, chunk."""
-    generator = torch.Generator().manual_seed(sgd_linear.mix("order", *parts))
+    generator = torch.Generator().manual_seed(sgd_linear.derive_seed("order", *parts))
     return torch.randperm(num_images, generator=generator)

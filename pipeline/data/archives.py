@@ -25,13 +25,13 @@ import pyarrow.fs as pafs
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.data.files import ending, is_image_name
-from pipeline.data.splits import Split, is_held_out, people_order, split_in_path, valid_names
+from pipeline.data.splits import Split, is_held_out, natural_sort_key, split_in_path, valid_names
 from pipeline.errors import DataError
 
 # label: an index into the class names of the scan. offset: the first byte in a tar, the row in a Parquet file.
 # size: bytes in a tar; 0 in a Parquet file, which does not say.
 INDEX = pa.schema([("key", pa.binary()), ("label", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
-# Sides of `Rows`, before the options decide.
+# Sides of `ScannedImages`, before the options decide.
 TRAIN, VALID, NO_SPLIT, LEFT_OUT = range(4)
 
 Kind = Literal["tar", "parquet"]
@@ -88,7 +88,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ScannedImages:
     """All images of one archive in its order: what a scan has found before the options choose among them.
 
     Attributes:
@@ -130,7 +130,7 @@ def find_archives(
     """
     root = root.rstrip("/") or "/"
     with reading(root):
-        at_root = storage.persist(lambda: filesystem.get_file_info(root), root)
+        at_root = storage.with_retries(lambda: filesystem.get_file_info(root), root)
     if at_root.type == pafs.FileType.NotFound:
         raise DataError(f"--data: expected a file or folder at {root}, got nothing; check the name")
     is_folder = at_root.type == pafs.FileType.Directory and not pattern
@@ -154,11 +154,13 @@ def find_archives(
         return []
     _check_kinds(f"{root}/{pattern}".rstrip("/"), archives, image, compressed)
     ignored.update(num_others)
-    return _choose_splits(root, sorted(archives, key=lambda archive: people_order(os.fsencode(archive.name))), config)
+    return _choose_splits(
+        root, sorted(archives, key=lambda archive: natural_sort_key(os.fsencode(archive.name))), config
+    )
 
 
 def make_index(
-    archive: Archive, rows: Rows, config: Config, split_names: tuple[str, ...], ignored: Counter[str]
+    archive: Archive, rows: ScannedImages, config: Config, split_names: tuple[str, ...], ignored: Counter[str]
 ) -> tuple[Scan, Index]:
     """Choose the images of both splits and of the classes asked for, and hold out where there are no splits.
 
@@ -215,7 +217,7 @@ def reading(path: str) -> Iterator[None]:
 
 def open_file(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
     """Open a file to be read at any place."""
-    return storage.persist(lambda: filesystem.open_input_file(path), path)
+    return storage.with_retries(lambda: filesystem.open_input_file(path), path)
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
@@ -238,13 +240,13 @@ def _search(filesystem: pafs.FileSystem, root: str, pattern: str) -> Iterator[tu
                 yield above + name, info
             elif is_folder and above.count("/") < depth:
                 folders.append(f"{above}{name}/")
-        waiting += sorted(folders, key=lambda folder: people_order(os.fsencode(folder)), reverse=True)
+        waiting += sorted(folders, key=lambda folder: natural_sort_key(os.fsencode(folder)), reverse=True)
 
 
 def _list_folder(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, bool, pafs.FileInfo | None]]:
     with reading(path):
         if not is_local(filesystem):
-            for info in storage.persist(lambda: filesystem.get_file_info(pafs.FileSelector(path)), path):
+            for info in storage.with_retries(lambda: filesystem.get_file_info(pafs.FileSelector(path)), path):
                 yield info.base_name, info.type == pafs.FileType.Directory, info
             return
         # Arrow would look at every file of a class folder, before the first of them says what the folder is.
@@ -274,7 +276,7 @@ def _translate(pattern: str) -> str:
         else:
             if int(last) - int(first) >= _MAX_RANGE:
                 raise DataError(
-                    f"--data: expected a range of at most {_MAX_RANGE} numbers, got {token[0]}; use * in its place"
+                    f"--data: expected a range of at most {_MAX_RANGE} numbers, got {token[0]}; use * instead"
                 )
             numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
             parts.append(f"(?:{'|'.join(numbers)})")

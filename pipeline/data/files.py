@@ -275,7 +275,7 @@ def _read_remote(filesystem: pafs.FileSystem, path: str) -> bytes | ReadFault:
             return data
 
     try:
-        return storage.persist(read, path)
+        return storage.with_retries(read, path)
     except (FileNotFoundError, PermissionError) as exc:
         return ReadFault("unreadable", os.strerror(exc.errno) if exc.errno else type(exc).__name__)
     except OSError as exc:
@@ -329,7 +329,7 @@ def _list_remote(location: Location, prefix: bytes, *, recursive: bool) -> list[
     path = f"{root_path}/{display(prefix)}".rstrip("/")
     try:
         selector = pafs.FileSelector(path, recursive=recursive)
-        found: list[pafs.FileInfo] = storage.persist(lambda: filesystem.get_file_info(selector), path)
+        found: list[pafs.FileInfo] = storage.with_retries(lambda: filesystem.get_file_info(selector), path)
     except FileNotFoundError as exc:
         raise DataError(f"--data: expected a folder at {location.root}, got nothing; check the name") from exc
     except OSError as exc:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.archives import Archive, Scan
+from pipeline.data.columns import one_chunk
 from pipeline.data.files import (
     ARCHIVE_ENDINGS,
     IMAGE_ENDINGS,
@@ -29,15 +30,14 @@ from pipeline.data.files import (
     list_files,
     list_folder,
 )
-from pipeline.data.splits import Split, is_held_out, people_order, valid_names
-from pipeline.decoding.images import one_chunk
+from pipeline.data.splits import Split, is_held_out, natural_sort_key, valid_names
 from pipeline.errors import DataError
 
 _LABEL = pa.field("label", pa.int32())
 
 
 @dataclass(frozen=True)
-class ArchiveRows:
+class ArchiveImages:
     """One split's images in one archive: counts and a reference, nothing per image.
 
     Attributes:
@@ -54,10 +54,10 @@ class ArchiveRows:
 
 
 @dataclass(frozen=True)
-class ArchivedRows:
+class ArchiveListing:
     """One split's images in archives, in their order."""
 
-    files: tuple[ArchiveRows, ...]
+    files: tuple[ArchiveImages, ...]
 
     def __len__(self) -> int:
         return sum(rows.row_groups[-1] for rows in self.files)
@@ -74,19 +74,19 @@ class Listing:
 
     location: Location
     classes: tuple[str, ...]
-    train: pa.Table | ArchivedRows
-    valid: pa.Table | ArchivedRows
+    train: pa.Table | ArchiveListing
+    valid: pa.Table | ArchiveListing
     valid_split: str
     num_ignored: dict[str, int]
 
-    def split(self, name: Split) -> pa.Table | ArchivedRows:
+    def split(self, name: Split) -> pa.Table | ArchiveListing:
         """The images of one split."""
         return self.train if name == "train" else self.valid
 
     def row_groups(self, name: Split) -> list[tuple[int, ...]]:
         """For each file of a split, the rows at which it is best cut; class folders count as one file."""
         rows = self.split(name)
-        return [file.row_groups for file in rows.files] if isinstance(rows, ArchivedRows) else [(0, len(rows))]
+        return [file.row_groups for file in rows.files] if isinstance(rows, ArchiveListing) else [(0, len(rows))]
 
     @property
     def num_images(self) -> int:
@@ -98,7 +98,7 @@ class Listing:
         """A digest of all keys and labels, or archives, in order: equal listings have equal ones, cached or not."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for rows in (self.train, self.valid):
-            if isinstance(rows, ArchivedRows):
+            if isinstance(rows, ArchiveListing):
                 digest.update(repr([(file.archive, file.labels, file.row_groups) for file in rows.files]).encode())
                 continue
             for chunk in (chunk for name in ("key", "label") for chunk in rows[name].chunks):
@@ -189,10 +189,10 @@ def list_archives(
     classes = tuple(display(name) for name in _check_classes(location, counts["train"], counts["valid"], where))
     numbers = {name: number for number, name in enumerate(classes)}
 
-    def rows(split: Split) -> ArchivedRows:
-        return ArchivedRows(
+    def rows(split: Split) -> ArchiveListing:
+        return ArchiveListing(
             tuple(
-                ArchiveRows(
+                ArchiveImages(
                     archive,
                     index[split],
                     tuple(numbers.get(name, -1) for name in scan.class_names),
@@ -246,7 +246,7 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
         raise DataError(
             f"--classes: expected folders of {location.root}/{display(prefix)}, got "
             f"{_enumerate([display(name) for name in missing])}, which is not there; "
-            f"there are {_enumerate([display(name) for name in sorted(folders, key=people_order)])}"
+            f"there are {_enumerate([display(name) for name in sorted(folders, key=natural_sort_key)])}"
         )
     listed = {}
     for name in wanted or folders:
@@ -257,9 +257,9 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
         # At once: as Python objects the keys of all classes would take several times as much.
         columns = {"key": pa.array(keys, pa.binary())}
         if stamps is not None:
-            place_of = {key: place for place, key in enumerate(files)}
-            places = [place_of[key] for key in keys]
-            columns |= {"size": pa.array(stamps[0][places]), "time_ns": pa.array(stamps[1][places])}
+            row_of = {key: row for row, key in enumerate(files)}
+            order = [row_of[key] for key in keys]
+            columns |= {"size": pa.array(stamps[0][order]), "time_ns": pa.array(stamps[1][order])}
         listed[name] = pa.table(columns)
     return listed
 
@@ -292,7 +292,7 @@ def _check_classes(
             f"{root}: expected image files in class folders, got none; "
             f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
         )
-    classes = sorted(train.keys() | valid.keys(), key=people_order)
+    classes = sorted(train.keys() | valid.keys(), key=natural_sort_key)
     for name in classes:
         for split, listed in (("train", train), ("valid", valid)):
             if not _count(listed.get(name, 0)):

@@ -46,11 +46,11 @@ def is_held_out(key: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < int(fraction * 2**64)
 
 
-def people_order(name: bytes) -> tuple[list[bytes | int], bytes]:
+def natural_sort_key(name: bytes) -> tuple[list[bytes | int], bytes]:
     """Sort numbers inside names by value: class2 before class10."""
     # Splitting at digits puts text at even and numbers at odd places, so like is compared with like.
     parts = re.split(rb"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def _word(name: str) -> str:

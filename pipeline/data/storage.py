@@ -154,11 +154,11 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{_bucket(parts)}{parts.path}"
     else:
         plain = parts._replace(query=urlencode(query)).geturl()
-        filesystem, path = persist(lambda: pafs.FileSystem.from_uri(plain), without_secrets(uri))
+        filesystem, path = with_retries(lambda: pafs.FileSystem.from_uri(plain), without_secrets(uri))
     return filesystem, path.rstrip("/")
 
 
-def persist(operation: Callable[[], Answer], what: str) -> Answer:
+def with_retries(operation: Callable[[], Answer], what: str) -> Answer:
     """Do an operation on storage, again with growing waits while its failure may pass.
 
     Throttling and lost connections pass; wrong credentials, a missing bucket and missing files do not. An operation
@@ -190,7 +190,7 @@ def temporary_beside(path: str) -> Path:
     return Path(path).with_name(f".{Path(path).name}.{os.getpid()}{host:08x}.tmp")
 
 
-def write_whole(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], object]) -> None:
+def write_atomic(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], object]) -> None:
     """Have `write` fill a file that appears under its name when it is complete, and else not at all.
 
     Raises:
@@ -200,7 +200,7 @@ def write_whole(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.Nati
         # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
         content = pa.BufferOutputStream()
         write(content)
-        persist(lambda: _put(filesystem, path, content.getvalue()), path)
+        with_retries(lambda: _put(filesystem, path, content.getvalue()), path)
         return
     temporary = temporary_beside(path)
     try:
@@ -218,7 +218,7 @@ def delete(filesystem: pafs.FileSystem, path: str) -> None:
         with suppress(FileNotFoundError):
             filesystem.delete_file(path)
 
-    persist(try_it, path)
+    with_retries(try_it, path)
 
 
 def reason(exc: OSError) -> str:

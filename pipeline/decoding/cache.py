@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.data import storage
-from pipeline.decoding.images import Decoded, Fault, one_chunk
+from pipeline.data.columns import one_chunk
+from pipeline.decoding.images import Decoded, Fault
 from pipeline.errors import CacheError, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def prepare(cache: Cache, others: Iterable[str] = ()) -> None:
                     f"{foreign[0]} in it; choose another"
                 )
             filesystem.create_dir(path, recursive=True)
-            storage.write_whole(filesystem, f"{path}/{MARKER_FILE}", lambda stream: stream.write(_TAG + _OWNER))
+            storage.write_atomic(filesystem, f"{path}/{MARKER_FILE}", lambda stream: stream.write(_TAG + _OWNER))
         process.is_prepared = True
     except OSError as exc:
         raise CacheError(
@@ -188,7 +189,7 @@ def store(cache: Cache, key: str, decoded: Decoded) -> None:
                 return
             _make_room(process, cache.limit_bytes, num_bytes)
         path = _entry_path(process, key)
-        storage.write_whole(process.filesystem, path, lambda stream: [stream.write(part) for part in parts])
+        storage.write_atomic(process.filesystem, path, lambda stream: [stream.write(part) for part in parts])
     except (OSError, CacheError) as exc:
         _warn_once(cache, exc)
 

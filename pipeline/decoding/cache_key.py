@@ -18,9 +18,11 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
+from pipeline.data.columns import one_chunk
 from pipeline.data.files import Location, Stamps
-from pipeline.decoding.images import DECODE_VERSION, Target, one_chunk
+from pipeline.decoding.images import DECODE_VERSION
 from pipeline.errors import without_secrets
+from pipeline.plan import Target
 
 _LIBRARIES = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 

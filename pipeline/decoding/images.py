@@ -23,14 +23,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.config import Config
 from pipeline.data.files import ReadFault, display
 from pipeline.errors import DataError
+from pipeline.plan import Target
 
 # What `files.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 REASONS = ("unreadable", "not_a_file", "empty", "unidentified", "damaged", "too_large", "unsupported")
-SKIPPED_SCHEMA = pa.schema(
-    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
-     ("error", pa.string())]
-)  # fmt: skip
 # Where Pillow finds an orientation or a transparent colour; without them the pixels are final.
 _EXTRAS = frozenset(("transparency", "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
 _ALPHA_MODES = frozenset(("RGBA", "LA", "PA", "La", "RGBa"))
@@ -52,40 +49,12 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 DECODE_VERSION = 1
 _NUM_SAMPLED = 64
 # `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
-_MOST_AUTO_SIDE = 512
+_MAX_AUTO_SIDE = 512
 _FALLBACK_SIDE = 64
 
 
 # Height and width in pixels as shown, and whether it is grey.
 Header = tuple[int, int, bool]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
-
-    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale.
-    """
-
-    height: int
-    width: int
-    mode: Literal["L", "RGB"]
-    draft: bool = True
-
-    @property
-    def channels(self) -> int:
-        """1 for L, 3 for RGB."""
-        return len(self.mode)
-
-    @property
-    def num_values(self) -> int:
-        """Values of one image, D = H·W·C, which is also its size in bytes."""
-        return self.height * self.width * self.channels
-
-    @property
-    def shape(self) -> list[int]:
-        """[H, W], or [H, W, 3] for RGB."""
-        return [self.height, self.width] if self.mode == "L" else [self.height, self.width, 3]
 
 
 @dataclass(frozen=True)
@@ -113,15 +82,10 @@ class Decoded:
     is_from_cache: bool = field(default=False, compare=False)
 
 
-def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array; copied, as `combine_chunks` does in any case, only where it is more than one."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
 def sample_rows(num_images: int) -> list[int]:
     """Choose rows of a listing, evenly, whose headers `choose_target` is to see."""
     num_sampled = min(num_images, _NUM_SAMPLED)
-    return [place * num_images // num_sampled for place in range(num_sampled)]
+    return [index * num_images // num_sampled for index in range(num_sampled)]
 
 
 def parse_headers(images: Iterable[bytes | ReadFault]) -> list[Header]:
@@ -152,7 +116,7 @@ def choose_target(config: Config, headers: Sequence[Header]) -> Target:
         )
     sizes = Counter((height, width) for height, width, _ in headers)
     common_size, num_common = sizes.most_common(1)[0]
-    is_agreed = 2 * num_common >= len(headers) and max(common_size) <= _MOST_AUTO_SIDE
+    is_agreed = 2 * num_common >= len(headers) and max(common_size) <= _MAX_AUTO_SIDE
     agreed_size = common_size if is_agreed else (_FALLBACK_SIDE, _FALLBACK_SIDE)
     mode = "L" if all(is_grey for _, _, is_grey in headers) else "RGB"
     chosen_mode = _as_mode(mode if config.mode == "auto" else config.mode)
@@ -231,22 +195,6 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
     except Exception as exc:  # noqa: BLE001 - decoders raise what they like; the fault is recorded, with its words
         words = str(exc).replace(repr(stream), "the file")
         return Fault("damaged", f"{type(exc).__name__}: {words}" if words else type(exc).__name__)
-
-
-def skipped_table(
-    keys: pa.BinaryArray, labels: pa.Int32Array, faults: Sequence[tuple[int, Fault]], split: str, classes: Sequence[str]
-) -> pa.Table:
-    """Lay a shard's faults out as rows of `SKIPPED_SCHEMA`."""
-    return pa.table(
-        [
-            [display(keys[row].as_py()) for row, _ in faults],
-            [split] * len(faults),
-            [classes[labels[row].as_py()] for row, _ in faults],
-            [fault.reason for _, fault in faults],
-            [fault.error for _, fault in faults],
-        ],
-        schema=SKIPPED_SCHEMA,
-    )
 
 
 class _UnsupportedPixelsError(ValueError):

@@ -14,11 +14,13 @@ import pyarrow as pa
 
 from pipeline.data import files
 from pipeline.data.archives import Archive
+from pipeline.data.columns import one_chunk
 from pipeline.data.files import Location, ReadFault
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
-from pipeline.decoding.images import Decoded, Header, Target, decode_images, one_chunk, parse_headers, skipped_table
-from pipeline.plan import Deal, Shard
+from pipeline.decoding.images import Decoded, Header, decode_images, parse_headers
+from pipeline.plan import LaneAssignment, Shard, Target
+from pipeline.results.tables import skipped_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Loader:
         location: The dataset.
         target: What every image becomes.
         classes: Names of the K classes.
-        deal: How training images come to lanes.
+        assignment: How training images come to lanes.
         num_actors: How many actors the lanes are dealt to.
         cache: Where outcomes are kept; None for nowhere.
     """
@@ -37,7 +39,7 @@ class Loader:
     location: Location
     target: Target
     classes: tuple[str, ...]
-    deal: Deal
+    assignment: LaneAssignment
     num_actors: int
     cache: Cache | None
 
@@ -50,12 +52,12 @@ class ShardFile:
     labels: tuple[int, ...]
 
 
-def shard_owners(deal: Deal, num_actors: int, shard: Shard) -> list[int]:
+def shard_owners(assignment: LaneAssignment, num_actors: int, shard: Shard) -> list[int]:
     """Name the actors, by rank, that some of a training shard's images belong to."""
     # Every image of a run goes to one lane, and after as many runs as there are lanes they come again.
-    first_run, last_run = shard.start // deal.run, (shard.stop - 1) // deal.run
-    last_run = min(last_run, first_run + deal.num_lanes - 1)
-    return sorted({run % deal.num_lanes % num_actors for run in range(first_run, last_run + 1)})
+    first_run, last_run = shard.start // assignment.run_length, (shard.stop - 1) // assignment.run_length
+    last_run = min(last_run, first_run + assignment.num_lanes - 1)
+    return sorted({run % assignment.num_lanes % num_actors for run in range(first_run, last_run + 1)})
 
 
 def load_shard(
@@ -92,21 +94,19 @@ def load_shard(
     if shard.split == "valid":
         return [table], skipped, decoded
     table = table.drop_columns("key")
-    wanted = shard_owners(loader.deal, loader.num_actors, shard)
+    wanted = shard_owners(loader.assignment, loader.num_actors, shard)
     if len(wanted) == 1:
         return [table], skipped, decoded
-    ranks_N = loader.deal.lanes(shard.start + kept_N.astype(np.int64)) % loader.num_actors
+    ranks_N = loader.assignment.lanes(shard.start + kept_N.astype(np.int64)) % loader.num_actors
     return [table.filter(pa.array(ranks_N == rank)) for rank in wanted], skipped, decoded
 
 
-def sample_headers(
-    loader_location: Location, rows: pa.Table, file: ShardFile | None, places: Sequence[int]
-) -> list[Header]:
+def sample_headers(location: Location, rows: pa.Table, file: ShardFile | None, sampled: Sequence[int]) -> list[Header]:
     """Look at the headers of some images of a listing or of an archive's index, leaving out what has none."""
     # Row by row, as to take them all at once loads pyarrow.compute, which is longer than a sample takes.
-    chosen = pa.concat_tables([rows.slice(place, 1) for place in places])
+    chosen = pa.concat_tables([rows.slice(row, 1) for row in sampled])
     archive = file.archive if file else None
-    return parse_headers(_read(loader_location, chosen, one_chunk(chosen["key"]), archive))
+    return parse_headers(_read(location, chosen, one_chunk(chosen["key"]), archive))
 
 
 def _load(

@@ -14,10 +14,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,14 +27,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config import Config
 from pipeline.data import files, storage
 from pipeline.data.files import Location
-from pipeline.driver import connect, tasks
+from pipeline.driver.allocation import Allocation, NodeCapacity
+from pipeline.driver.waiting import STALL_SECONDS, get_result
 from pipeline.errors import ClusterError, DataError, OutputError
-from pipeline.plan import Fit, Room
 from pipeline.results.writing import RUN_FILE, Output
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
+# Ray's own share of a node's memory for its object store.
+STORE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,17 @@ def living_nodes() -> list[Node]:
         Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
     ]
     return sorted(nodes, key=lambda node: (node.address, node.node_id))
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return what the whole cluster has, by Ray's names."""
+    resources: dict[str, float] = ray.cluster_resources()
+    return resources
+
+
+def living_ids() -> set[str]:
+    """Return Ray's ids of the living nodes."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def working_nodes() -> list[Node]:
@@ -180,21 +195,21 @@ def _look(location: Location, names: Sequence[bytes], marker: str | None) -> tup
     return files.file_sizes(location, names), marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
 
 
-def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
+def measure_capacities(nodes: Sequence[Node], allocation: Allocation, scratch: str) -> list[NodeCapacity]:
     """Ask the nodes that actors may come to for their room for images.
 
     Raises:
         ClusterError: If a node has no such folder.
     """
-    is_on_gpu = fit.gpus_per_actor > 0
+    is_on_gpu = allocation.gpus_per_actor > 0
     fitting = [node for node in nodes if (node.resources.get("GPU", 0.0) if is_on_gpu else node.num_cpus) > 0]
-    chosen = sorted(fitting, key=lambda node: -node.num_cpus)[: fit.num_actors]
-    num_each = -(-fit.num_actors // len(chosen))
+    chosen = sorted(fitting, key=lambda node: -node.num_cpus)[: allocation.num_actors]
+    num_each = -(-allocation.num_actors // len(chosen))
     if len(nodes) == 1:  # this one: no process need be started for it
-        answers = [(chosen[0], _measure_room(scratch))]
+        answers = [(chosen[0], _measure_capacity(scratch))]
     else:
-        answers = _ask(chosen, "a look at the nodes' memory and disks", _measure_room, scratch)
-    rooms = []
+        answers = _ask(chosen, "a look at the nodes' memory and disks", _measure_capacity, scratch)
+    capacities = []
     for node, (memory_bytes, disk_bytes) in answers:
         if disk_bytes is None:
             raise ClusterError(
@@ -202,8 +217,8 @@ def find_rooms(nodes: Sequence[Node], fit: Fit, scratch: str) -> list[Room]:
             )
         # Ray's figure leaves out its object store; a control group's limit it may not know of.
         memory_bytes = min(node.resources.get("memory", math.inf), memory_bytes)
-        rooms.append(Room(node.address, memory_bytes, disk_bytes, num_each))
-    return rooms
+        capacities.append(NodeCapacity(node.address, memory_bytes, disk_bytes, num_each))
+    return capacities
 
 
 def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: object) -> list[tuple[Node, Any]]:
@@ -214,14 +229,14 @@ def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: 
         strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         asked[task.options(scheduling_strategy=strategy).remote(*args)] = node
     answers = []
-    deadline = time.monotonic() + tasks.STALL_SECONDS
+    deadline = time.monotonic() + STALL_SECONDS
     while asked:
         ready, _ = ray.wait(list(asked), num_returns=1, timeout=_TICK_SECONDS)
         living = {node.node_id for node in living_nodes()}
         for ref in ready:
             node = asked.pop(ref)
             try:
-                answers.append((node, tasks.get(ref, f"{what} of {node.address}")))
+                answers.append((node, get_result(ref, f"{what} of {node.address}")))
             except ClusterError:
                 if node.node_id in living:
                     raise
@@ -233,7 +248,27 @@ def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: 
     return answers
 
 
-def _measure_room(scratch: str) -> tuple[float, float | None]:
+def _measure_capacity(scratch: str) -> tuple[float, float | None]:
     """Return the memory that this process's control groups leave, after Ray's own share, and the free disk, if any."""
     disk_bytes = shutil.disk_usage(scratch).free if Path(scratch).is_dir() else None
-    return connect.memory_limit() * (1 - connect.STORE_SHARE), disk_bytes
+    return memory_limit() * (1 - STORE_SHARE), disk_bytes
+
+
+def memory_limit() -> float:
+    """Return the bytes of memory that this process and its siblings may take, by the machine and control groups."""
+    limit = float(psutil.virtual_memory().total)
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return limit
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        # Version 2 has one tree, and version 1 one for memory.
+        base, name = (
+            ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        )
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for folder in (Path(base, path.strip("/")), *Path(base, path.strip("/")).parents):
+            with suppress(OSError, ValueError):  # not there, or `max`
+                limit = min(limit, float((folder / name).read_text()))
+    return limit

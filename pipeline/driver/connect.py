@@ -29,13 +29,13 @@ import ray._private.services
 import ray._private.utils
 import ray.exceptions
 
+from pipeline.driver.cluster import STORE_SHARE, memory_limit
 from pipeline.errors import ClusterError
 
 _CONNECT_SECONDS = 5.0
 _GRACE_SECONDS = 3.0
 _END_SECONDS = 10.0
-# Ray's own share of a node's memory for its object store, and the least that it takes.
-STORE_SHARE = 0.3
+# The least that Ray takes for its object store.
 _LEAST_STORE_BYTES = 80 * 2**20
 _REGISTER_SECONDS = 30.0
 _POLL_SECONDS = 0.01
@@ -119,26 +119,6 @@ def connected(address: str | None) -> Iterator[bool]:
         _leave_ray(others)
         if is_main:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-
-
-def memory_limit() -> float:
-    """Return the bytes of memory that this process and its siblings may take, by the machine and control groups."""
-    limit = float(psutil.virtual_memory().total)
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
-        return limit
-    for _, controllers, path in (line.split(":", 2) for line in groups):
-        # Version 2 has one tree, and version 1 one for memory.
-        base, name = (
-            ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-        )
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        for folder in (Path(base, path.strip("/")), *Path(base, path.strip("/")).parents):
-            with suppress(OSError, ValueError):  # not there, or `max`
-                limit = min(limit, float((folder / name).read_text()))
-    return limit
 
 
 def _check_address(address: str | None) -> None:

@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import threading
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import asdict, replace
+from concurrent.futures import wait
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pipeline import __version__
 from pipeline.config import Config
-from pipeline.data import archives, files, storage
-from pipeline.data.files import Location
-from pipeline.data.listing import Listing, list_dataset
+from pipeline.data import files, storage
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
-from pipeline.decoding.images import SKIPPED_SCHEMA, Target, choose_target, sample_rows
-from pipeline.decoding.shards import sample_headers
-from pipeline.driver import cluster, connect, scan, tasks, train
+from pipeline.driver import cluster, connect, scan, train
+from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
+from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
-from pipeline.driver.feed import Job, Tally, feed, write_part
-from pipeline.driver.scan import Found
-from pipeline.driver.tasks import Actor
+from pipeline.driver.feed import feed, score
+from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
-from pipeline.errors import AccountError, ActorLostError, ClusterError, OptionError, OutputError, without_secrets
-from pipeline.plan import Fit, Plan, Storage, choose_storage, fit_cluster, make_plan
-from pipeline.results import figures, terminal, writing
-from pipeline.results.terminal import Clock, Progress
+from pipeline.driver.waiting import get_result
+from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError
+from pipeline.plan import Plan, make_plan
+from pipeline.results import checkpoint, figures, tables, writing
+from pipeline.results.run import RunRecord, run_json
+from pipeline.results.tables import SKIPPED_SCHEMA
+from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
 
 logger = logging.getLogger(__name__)
@@ -79,28 +75,28 @@ def evaluate(
         prepare_cache(cache, [*data, output.root])
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
-    look = _begin_look(location, config)
-    wait([look], timeout=0.03)  # a small folder's faults need not wait for Ray
-    if look.done():
-        look.result()
+    pending = scan.begin_listing(location, config)
+    wait([pending], timeout=0.03)  # a small folder's faults need not wait for Ray
+    if pending.done():
+        pending.result()
     with connect.connected(config.address) as is_joined:
         on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
         nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
-        fit = _fit(config, nodes)
-        actors = _start_actors(config, fit)  # which import torch while the listing is read
+        allocation = _allocate(config, nodes)
+        actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
-            listing, target = _finish_look(look, location, config, nodes, output, clock, on_progress)
-            plan, shards = make_plan(config, listing, target)
-            kept_in = _choose_storage(config, plan, fit, nodes)
+            listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
+            plan, shards = make_plan(config, *listed)
+            kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
-                shards = scan.name_entries(listing, plan, shards, on_progress)
+                shards = scan.name_entries(listed[0], plan, shards, on_progress)
             node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, listing, target, plan, shards, fit, kept_in, node_ids, output, cache, clock, on_progress)
+            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, on_progress)
             return _run(job, actors)
         finally:
-            tasks.end_actors(actors)
+            end_actors(actors)
 
 
 def _meet_nodes(config: Config, on_progress: Callable[[Progress], None], *, is_joined: bool) -> list[Node]:
@@ -115,51 +111,18 @@ def _meet_nodes(config: Config, on_progress: Callable[[Progress], None], *, is_j
     return cluster.living_nodes()
 
 
-def _finish_look(
-    look: Future[tuple[Listing, Target] | Found],
-    location: Location,
-    config: Config,
-    nodes: list[Node],
-    output: Output,
-    clock: Clock,
-    on_progress: Callable[[Progress], None],
-) -> tuple[Listing, Target]:
-    """Wait for the look at the dataset, see that all nodes have the same, and have archives indexed."""
-    while not look.done():
-        on_progress(Progress("start", 0, 1, 0.0))
-        wait([look], timeout=0.2)
-    look_at = look.result()
-    if len(nodes) > 1:
-        cluster.check_paths(nodes, location, _some_files(location, look_at), output)
-    if isinstance(look_at, Found):
-        clock.enter("scan")
-        return scan.list_archives(location, config, look_at, on_progress)
-    return look_at
-
-
-def _some_files(location: Location, look: tuple[Listing, Target] | Found) -> list[bytes]:
-    """Choose some images, or archives, of a local folder by their names below the root."""
-    if location.kind != "folder":
-        return []
-    if isinstance(look, Found):
-        return [os.fsencode(os.path.relpath(look.archives[place].path, location.root)) for place in (0, -1)]
-    rows: Any = look[0].train  # a table, as archives are only found yet
-    keys = rows["key"]
-    return [keys[place].as_py() for place in (0, len(keys) // 2, len(keys) - 1)]
-
-
-def _fit(config: Config, nodes: list[Node]) -> Fit:
+def _allocate(config: Config, nodes: list[Node]) -> Allocation:
     resources = cluster.total_resources(nodes)
-    return fit_cluster(config, resources, sum(node.num_cpus > 0 for node in nodes))
+    return allocate(config, resources, sum(node.num_cpus > 0 for node in nodes))
 
 
-def _start_actors(config: Config, fit: Fit) -> list[Actor]:
+def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     node_ids = [node.node_id for node in cluster.working_nodes()]
-    return tasks.start_actors(fit, node_ids, has_training=config.epochs > 0)
+    return start_actors(allocation, node_ids, has_training=config.epochs > 0)
 
 
-def _choose_storage(config: Config, plan: Plan, fit: Fit, nodes: list[Node]) -> Storage:
-    chosen = choose_storage(plan, fit.num_actors, cluster.find_rooms(nodes, fit, config.scratch))
+def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:
+    chosen = choose_storage(plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch))
     if chosen == "disk":
         logger.info(
             "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
@@ -168,39 +131,12 @@ def _choose_storage(config: Config, plan: Plan, fit: Fit, nodes: list[Node]) -> 
     return chosen
 
 
-def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Target] | Found]:
-    """Look in a thread that nothing waits for: an interrupt need not wait for a slow listing's end."""
-    look: Future[tuple[Listing, Target] | Found] = Future()
-
-    def run() -> None:
-        try:
-            look.set_result(_look(location, config))
-        except BaseException as exc:  # noqa: BLE001 - all of it: what is kept here is raised by result()
-            look.set_exception(exc)
-
-    threading.Thread(target=run, daemon=True).start()
-    return look
-
-
-def _look(location: Location, config: Config) -> tuple[Listing, Target] | Found:
-    """List the dataset and settle the images' size and mode from a sample; archives are only found, not yet opened."""
-    if location.kind != "parquet":
-        ignored: Counter[str] = Counter()
-        filesystem, root = location.filesystem
-        if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):
-            return Found(found, ignored)
-    listing = list_dataset(location, config)
-    places = sample_rows(len(listing.train))
-    return listing, choose_target(config, sample_headers(location, listing.train, None, places))
-
-
 def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     """Run with these actors, and with others, going on from the last finished epoch, as often as they die."""
     fingerprint = train.fingerprint_of(job)
-    checkpoint = writing.read_checkpoint(job.output, fingerprint) if job.config.resume else None
     training = Training([], None)
-    if checkpoint:
-        training, fingerprint = Training(checkpoint.history, checkpoint.params_P), checkpoint.fingerprint
+    if job.config.resume and (kept := checkpoint.read_checkpoint(job.output, fingerprint)):
+        training, fingerprint = Training(kept.history, kept.params_P), kept.fingerprint
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
@@ -210,48 +146,48 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     while True:
         num_epochs = len(training.history)
         try:
-            actors = actors or _start_actors(job.config, job.fit)
+            actors = actors or _start_actors(job.config, job.allocation)
             scratch = job.config.scratch if job.storage == "disk" else None
-            tally = feed(job, actors, tasks.begin(actors, job.plan, job.fit, scratch))
-            _check_images(job, tally, fingerprint)
+            counts = feed(job, actors, begin_actors(actors, job.plan, job.allocation, scratch))
+            _check_images(job, counts, fingerprint)
             if num_deaths == 0:
-                _say_where_gpus_are_missing(job, tally)
+                _say_where_gpus_are_missing(job, counts)
             if job.plan.has_training:
                 train.train(job, actors, training, fingerprint)
-                _score(job, actors, tally)
-            return _write(job, tally, training)
+                score(job, actors, counts)
+            return _write(job, counts, training)
         except ActorLostError as exc:
             train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
             if num_deaths > _MAX_DEATHS:
                 raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
             logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
-            job = _fit_again(job)
+            job = _reallocate(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             train.save(job, training, fingerprint)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
-            tasks.end_actors(actors)
+            end_actors(actors)
             actors = []
 
 
-def _fit_again(job: Job) -> Job:
+def _reallocate(job: Job) -> Job:
     """Look at what is left of the cluster, since what died may have been a node."""
     show = job.on_progress
     cluster.wait_for_gpus(job.config, lambda what, done, total: show(Progress(what, done, total, 0.0)))
     nodes = cluster.living_nodes()
-    fit = _fit(job.config, nodes)
-    if job.fit.gpus_per_actor > 0 and fit.gpus_per_actor == 0:
+    allocation = _allocate(job.config, nodes)
+    if job.allocation.gpus_per_actor > 0 and allocation.gpus_per_actor == 0:
         logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
     # Once on disk, on disk: how much of it actors that are ending still take is not to be told.
-    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, fit, nodes)
-    return replace(job, fit=fit, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
+    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes)
+    return replace(job, allocation=allocation, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
 
 
-def _check_images(job: Job, tally: Tally, fingerprint: dict[str, Any]) -> None:
+def _check_images(job: Job, counts: ImageCounts, fingerprint: dict[str, Any]) -> None:
     """See that what training goes on with are the images that it began with, not others under their names."""
-    images = hashlib.sha256(tally.counts_K.tobytes() + tally.means_KD.tobytes()).hexdigest()
+    images = hashlib.sha256(counts.train_counts_K.tobytes() + counts.means_KD.tobytes()).hexdigest()
     if fingerprint.setdefault("images", images) != images:
         raise OutputError(
             f"{job.listing.location.root}: expected the images with which {job.output.root} was begun, got others; run "
@@ -259,98 +195,71 @@ def _check_images(job: Job, tally: Tally, fingerprint: dict[str, Any]) -> None:
         )
 
 
-def _say_where_gpus_are_missing(job: Job, tally: Tally) -> None:
-    num_on_cpu = tally.devices.count("cpu")
-    if job.fit.gpus_per_actor > 0 and num_on_cpu:
+def _say_where_gpus_are_missing(job: Job, counts: ImageCounts) -> None:
+    num_on_cpu = counts.devices.count("cpu")
+    if job.allocation.gpus_per_actor > 0 and num_on_cpu:
         logger.warning(
             "%d actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU", num_on_cpu
         )
 
 
-def _score(job: Job, actors: list[Actor], tally: Tally) -> None:
-    """Have every part scored by all classifiers and written."""
-    job.clock.enter("score")
-    waiting = {write_part(job, actors, part): part for part in range(len(job.plan.part_sizes))}
-    while waiting:
-        finished = tasks.wait_some(
-            list(waiting),
-            f"{len(waiting)} prediction files",
-            lambda: job.show("score", len(tally.digests), len(job.plan.part_sizes)),
-        )
-        for done in finished:
-            tally.take_part(waiting.pop(done), tasks.get(done))
-
-
-def _write(job: Job, tally: Tally, training: Training) -> dict[str, Any]:
+def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
     """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
     job.clock.enter("write")
     listing, output = job.listing, job.output
-    num_train, num_valid = tally.num_decoded["train"], tally.num_decoded["valid"]
-    confusions = tally.confusions
+    num_train, num_valid = counts.num_decoded["train"], counts.num_decoded["valid"]
+    confusions = counts.confusions
     for name, confusion_KK in confusions.items():
         num_scored = int(confusion_KK.sum())
-        is_right = num_scored == num_valid and int(tally.counts_K.sum()) == num_train
-        if not is_right or num_train + num_valid + tally.num_skipped != listing.num_images:
-            raise AccountError(
+        is_right = num_scored == num_valid and int(counts.train_counts_K.sum()) == num_train
+        if not is_right or num_train + num_valid + counts.num_skipped != listing.num_images:
+            raise ImageCountError(
                 f"{name}: expected {listing.num_images} listed images, got {num_train} to train on "
-                f"({tally.counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
-                f"{tally.num_skipped} skipped; run again, and if it comes again report it"
+                f"({counts.train_counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
+                f"{counts.num_skipped} skipped; run again, and if it comes again report it"
             )
     rows = [
         row for name, counts_KK in confusions.items() for row in figures.accuracies(name, listing.classes, counts_KK)
     ]
-    digests = {f"part-{part:05d}": digest for part, digest in tally.digests.items()}
-    tables = {
-        "metrics": writing.metrics_table(rows),
-        "confusion": writing.confusion_table(listing.classes, confusions),
-        "means": writing.means_table(listing.classes, job.target, tally.counts_K, tally.means_KD),
+    digests = {f"part-{part:05d}": digest for part, digest in counts.digests.items()}
+    contents = {
+        "metrics": tables.metrics_table(rows),
+        "confusion": tables.confusion_table(listing.classes, confusions),
+        "means": tables.means_table(listing.classes, job.target, counts.train_counts_K, counts.means_KD),
     }
     if training.params is not None:
-        centre_D = tally.counts_K @ tally.means_KD.astype(np.float64) / tally.counts_K.sum()
-        tables["weights"] = writing.weights_table(listing.classes, job.target, training.params, centre_D)
-        tables["history"] = writing.history_table(training.history)
-    for name, table in tables.items():
+        centre_D = counts.train_counts_K @ counts.means_KD.astype(np.float64) / counts.train_counts_K.sum()
+        contents["weights"] = tables.weights_table(listing.classes, job.target, training.params, centre_D)
+        contents["history"] = tables.history_table(training.history)
+    for name, table in contents.items():
         digests[name] = writing.write_table(output, name, table)
-    skipped = (tasks.get(tally.skipped[index]) for index in sorted(tally.skipped))
+    skipped = (get_result(counts.skipped[index]) for index in sorted(counts.skipped))
     digests["skipped"] = writing.write_tables(output, "skipped", SKIPPED_SCHEMA, skipped)
-    seconds = job.clock.read()
-    places = {"data": job.config.data, "out": job.config.out, "cache": job.config.cache}
-    shown_places = {name: place and without_secrets(place) for name, place in places.items()}
-    run = {
-        "version": __version__,
-        "options": {**asdict(job.config), **shown_places},
-        "versions": terminal.library_versions(),
-        "dataset": {
-            "root": without_secrets(listing.location.root),
-            "classes": list(listing.classes),
-            "valid_split": listing.valid_split,
-            "num_ignored_files": listing.num_ignored,
-        },
-        "target": asdict(job.target),
-        "num_listed": listing.num_images,
-        "num_train": num_train,
-        "num_valid": num_valid,
-        "num_skipped": tally.num_skipped,
-        "num_skipped_by_reason": dict(sorted(tally.num_skipped_by_reason.items())),
-        "num_resized": tally.num_resized,
-        "num_shards": len(job.shards),
-        "num_shards_from_cache": tally.num_from_cache,
-        "learning_rate": training.learning_rate,
-        "stopped_by": figures.stop_reason(job.config, training.history),
-        "num_nodes": len(job.node_ids),
-        "actors": {
-            "number": job.fit.num_actors,
-            "gpus_each": job.fit.gpus_per_actor,
-            "devices": tally.devices,
-            "images_kept_in": sorted(set(tally.stores)),
-        },
-        "began": job.clock.began,
-        "seconds": seconds,
-        "images_per_s": listing.num_images / seconds["decode"],
-        "metrics": tables["metrics"].to_pylist(),
-        "results_sha256": writing.combine_digests(digests),
-        "out": without_secrets(output.root),
-    }
+    run = run_json(
+        RunRecord(
+            config=job.config,
+            listing=job.listing,
+            target=job.target,
+            output=output,
+            num_train=num_train,
+            num_valid=num_valid,
+            num_skipped_by_reason=dict(sorted(counts.num_skipped_by_reason.items())),
+            num_resized=counts.num_resized,
+            num_shards=len(job.shards),
+            num_shards_from_cache=counts.num_from_cache,
+            learning_rate=training.learning_rate,
+            stopped_by=figures.stop_reason(job.config, training.history),
+            num_nodes=len(job.node_ids),
+            num_actors=job.allocation.num_actors,
+            gpus_per_actor=job.allocation.gpus_per_actor,
+            devices=counts.devices,
+            stores=counts.stores,
+            began=job.clock.began,
+            seconds=job.clock.read(),
+            metrics=contents["metrics"].to_pylist(),
+            results_sha256=writing.combine_digests(digests),
+        )
+    )
     writing.write_run(output, run)
-    writing.delete_checkpoint(output)
+    checkpoint.delete_checkpoint(output)
     return run

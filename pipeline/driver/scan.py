@@ -1,43 +1,116 @@
-"""A look into what was listed, by tasks, before anything is decoded: archives are indexed, files asked for their times.
+"""The listing, as the driver makes it: class folders by itself, archives' indexes and files' times by tasks.
 
-What enters: archives that are only found yet, or shards of class folders. What leaves: a listing; or the shards, each
-with the name of its entry in the cache. Always: what a job takes from the cache is what the files were at this moment.
+Input: a location and the options. Output: a listing with the target of its images; and, where there is a cache,
+shards with the names of their entries. Invariant: what a job takes from the cache is what its files were at this time.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data import archives
 from pipeline.data import listing as listings
 from pipeline.data.archives import Archive, Scan
 from pipeline.data.files import Location
-from pipeline.data.listing import ArchivedRows, Listing
+from pipeline.data.listing import ArchiveListing, Listing
 from pipeline.data.splits import Split
-from pipeline.decoding.images import Header, Target, choose_target, sample_rows
-from pipeline.driver import tasks
-from pipeline.driver.tasks import Ref
-from pipeline.plan import Plan, Shard, most_in_flight
+from pipeline.decoding.images import Header, choose_target, sample_rows
+from pipeline.decoding.shards import sample_headers
+from pipeline.driver import cluster, tasks
+from pipeline.driver.allocation import max_shards_in_flight
+from pipeline.driver.cluster import Node
+from pipeline.driver.state import Clock
+from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
+from pipeline.plan import Plan, Shard, Target
 from pipeline.results.terminal import Progress
+from pipeline.results.writing import Output
 
 # Archives that are indexed, or wait for it, at one time.
 _MAX_SCANS = 256
+_TICK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundArchives:
     """The archives of a dataset, not yet opened, and the files beside them, by ending."""
 
     archives: list[Archive]
     num_ignored: Counter[str]
 
 
+# What the driver itself can tell of a dataset, without Ray: all of class folders, of archives only which there are.
+FirstListing = tuple[Listing, Target] | FoundArchives
+
+
+def begin_listing(location: Location, config: Config) -> Future[FirstListing]:
+    """List in a thread that nothing waits for: an interrupt need not wait for a slow listing's end."""
+    pending: Future[FirstListing] = Future()
+
+    def run() -> None:
+        try:
+            pending.set_result(_list_first(location, config))
+        except BaseException as exc:  # noqa: BLE001 - all of it: what is kept here is raised by result()
+            pending.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return pending
+
+
+def finish_listing(
+    pending: Future[FirstListing],
+    location: Location,
+    config: Config,
+    nodes: list[Node],
+    output: Output,
+    clock: Clock,
+    on_progress: Callable[[Progress], None],
+) -> tuple[Listing, Target]:
+    """Wait for the listing, check that all nodes have the same files, and have archives indexed."""
+    while not pending.done():
+        on_progress(Progress("start", 0, 1, 0.0))
+        wait([pending], timeout=_TICK_SECONDS)
+    first = pending.result()
+    if len(nodes) > 1:
+        cluster.check_paths(nodes, location, _some_files(location, first), output)
+    if isinstance(first, FoundArchives):
+        clock.enter("scan")
+        return list_archives(location, config, first, on_progress)
+    return first
+
+
+def _list_first(location: Location, config: Config) -> FirstListing:
+    """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
+    if location.kind != "parquet":
+        ignored: Counter[str] = Counter()
+        filesystem, root = location.filesystem
+        if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):
+            return FoundArchives(found, ignored)
+    listing = listings.list_dataset(location, config)
+    rows = sample_rows(len(listing.train))
+    return listing, choose_target(config, sample_headers(location, listing.train, None, rows))
+
+
+def _some_files(location: Location, first: FirstListing) -> list[bytes]:
+    """Choose some images, or archives, of a local folder by their names below the root."""
+    if location.kind != "folder":
+        return []
+    if isinstance(first, FoundArchives):
+        return [os.fsencode(os.path.relpath(first.archives[index].path, location.root)) for index in (0, -1)]
+    rows: Any = first[0].train  # a table, as archives are only found yet
+    keys = rows["key"]
+    return [keys[index].as_py() for index in (0, len(keys) // 2, len(keys) - 1)]
+
+
 def list_archives(
-    location: Location, config: Config, found: Found, on_progress: Callable[[Progress], None]
+    location: Location, config: Config, found: FoundArchives, on_progress: Callable[[Progress], None]
 ) -> tuple[Listing, Target]:
     """Have every archive indexed by a task, and settle the images' size and mode from a sample.
 
@@ -56,27 +129,27 @@ def list_archives(
         return False
 
     while len(scans) < num_all:
-        while len(waiting) < _MAX_SCANS and (place := next(upcoming, None)) is not None:
-            ref, indexes[place] = tasks.submit_scan(location, found.archives[place], config)
-            waiting[ref] = place
-        for done in tasks.wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
-            place = waiting.pop(done)
-            scans[place] = tasks.get(done, f"indexing {found.archives[place].path}")
-    parts = [(archive, scans[place], indexes[place]) for place, archive in enumerate(found.archives)]
+        while len(waiting) < _MAX_SCANS and (index := next(upcoming, None)) is not None:
+            ref, indexes[index] = tasks.submit_scan(location, found.archives[index], config)
+            waiting[ref] = index
+        for done in wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+            index = waiting.pop(done)
+            scans[index] = get_result(done, f"indexing {found.archives[index].path}")
+    parts = [(archive, scans[index], indexes[index]) for index, archive in enumerate(found.archives)]
     listing = listings.list_archives(location, parts, found.num_ignored, config)
     return listing, choose_target(config, _sample_headers(listing, show))
 
 
 def _sample_headers(listing: Listing, on_tick: Callable[[], bool]) -> list[Header]:
-    assert isinstance(listing.train, ArchivedRows)
-    places = sample_rows(len(listing.train))
+    assert isinstance(listing.train, ArchiveListing)
+    sampled = sample_rows(len(listing.train))
     asked, start = [], 0
     for rows in listing.train.files:
         stop = start + rows.row_groups[-1]
-        if inside := [place - start for place in places if start <= place < stop]:
+        if inside := [index - start for index in sampled if start <= index < stop]:
             asked.append(tasks.submit_header_sample(listing.location, rows, inside))
         start = stop
-    answers = tasks.wait_all(asked, "looking at some images", on_tick)
+    answers = wait_all(asked, "looking at some images", on_tick)
     return [header for headers in answers for header in headers]
 
 
@@ -89,13 +162,13 @@ def name_entries(
     there will be when they are decoded.
     """
     listed: dict[Split, Any] = {"train": listing.train, "valid": listing.valid}
-    if any(isinstance(rows, ArchivedRows) for rows in listed.values()):
+    if any(isinstance(rows, ArchiveListing) for rows in listed.values()):
         return shards
     begun = time.monotonic()
     named: dict[int, Shard] = {}
     waiting: dict[Ref, Shard] = {}
     upcoming = iter(shards)
-    max_in_flight = most_in_flight(plan, shards, tasks.cluster_resources())
+    max_in_flight = max_shards_in_flight(plan, shards, cluster.cluster_resources())
     num_done = 0
 
     def show() -> bool:
@@ -106,8 +179,8 @@ def name_entries(
         while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
             rows = listed[shard.split].slice(shard.start, shard.num_images)
             waiting[tasks.submit_entry_name(listing.location, plan.target, rows)] = shard
-        for done in tasks.wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
+        for done in wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
             shard = waiting.pop(done)
-            named[shard.index] = replace(shard, entry=tasks.get(done, f"looking up files of shard {shard.index}"))
+            named[shard.index] = replace(shard, entry=get_result(done, f"looking up files of shard {shard.index}"))
             num_done += shard.num_images
     return [named[shard.index] for shard in shards]

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.driver import tasks
-from pipeline.driver.feed import Job
-from pipeline.driver.tasks import Actor
+from pipeline.driver.actors import Actor, count_steps
+from pipeline.driver.state import Job
+from pipeline.driver.waiting import get_result, is_finished, wait_all
 from pipeline.errors import TrainingError
-from pipeline.results import figures, writing
+from pipeline.results import checkpoint, figures
+from pipeline.results.checkpoint import Checkpoint
 from pipeline.results.figures import EpochMetric
-from pipeline.results.writing import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +54,15 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     job.clock.enter("train")
     last_saved = time.monotonic()
     begun = [actor.call.remote("begin_training", training.params) for actor in actors]
-    num_steps = -(-max(job.plan.deal.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
+    num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
-    rates = tasks.wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
+    rates = wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
     training.learning_rate = rates[0]
     while figures.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
         watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
-        records = tasks.wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        records = wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
         row = figures.epoch_metric(records)
         if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
@@ -70,7 +70,7 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
                 f"{training.learning_rate:g}"
             )
         # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
-        training.params = tasks.get(refs[0][1])
+        training.params = get_result(refs[0][1])
         training.history.append(row)
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
             save(job, training, fingerprint)
@@ -81,7 +81,7 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
 def save(job: Job, training: Training, fingerprint: dict[str, Any]) -> None:
     """Write a checkpoint of what is trained so far, if anything is."""
     if training.params is not None:
-        writing.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, training.params))
+        checkpoint.write_checkpoint(job.output, Checkpoint(fingerprint, training.history, training.params))
 
 
 def fingerprint_of(job: Job) -> dict[str, Any]:
@@ -100,15 +100,15 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
 
 def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
     """Return a function that shows how far an epoch is and says whether its steps go on."""
-    asked, last_count = tasks.count_steps(actor), 0
+    asked, last_count = count_steps(actor), 0
     loss = history[-1].train_loss if history else None
 
     def look() -> bool:
         nonlocal asked, last_count
         count = last_count
-        if tasks.is_finished(asked):
-            count = tasks.get(asked)
-            asked = tasks.count_steps(actor)
+        if is_finished(asked):
+            count = get_result(asked)
+            asked = count_steps(actor)
         job.show("train", count, num_steps, epoch=epoch, loss=loss)
         has_moved, last_count = count != last_count, count
         return has_moved

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-_MOST_CLASSES = 10
+_MAX_CLASSES = 10
 _ENDS = 5
 
 
@@ -42,31 +42,6 @@ class Progress:
     loss: float | None = None
 
 
-class Clock:
-    """Seconds by phase; a phase that is entered again goes on."""
-
-    def __init__(self) -> None:
-        self.began = datetime.now(UTC).isoformat(timespec="seconds")
-        self._started = time.perf_counter()
-        self._entered = self._started
-        self._phase = "start"
-        self._seconds: dict[str, float] = {}
-
-    def enter(self, phase: str) -> None:
-        """End the phase that is under way and begin another."""
-        self._seconds = self.read()
-        del self._seconds["total"]
-        self._phase, self._entered = phase, time.perf_counter()
-
-    def since_entered(self) -> float:
-        """Seconds since the phase under way began."""
-        return time.perf_counter() - self._entered
-
-    def read(self) -> dict[str, float]:
-        """Seconds of every phase so far, and of all in `total`."""
-        now = time.perf_counter()
-        spent = self._seconds.get(self._phase, 0.0) + now - self._entered
-        return {**self._seconds, self._phase: spent, "total": now - self._started}
 
 
 def library_versions() -> dict[str, str]:
@@ -133,7 +108,7 @@ def summary(run: Mapping[str, Any]) -> str:
 def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     classes = [row for row in rows if row["scope"] == "class"]
     shown, num_between = classes, 0
-    if len(classes) > _MOST_CLASSES:
+    if len(classes) > _MAX_CLASSES:
         shown = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
         num_between = max(0, len(shown) - 2 * _ENDS)
         if num_between:

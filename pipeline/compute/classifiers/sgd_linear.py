@@ -47,7 +47,7 @@ def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) ->
 
 def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
     """Draw small normal weights from the seed, on the CPU so that every device starts alike; biases are 0. [P]."""
-    generator = torch.Generator().manual_seed(mix(seed, "weights"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "weights"))
     params_P = torch.zeros(num_classes * num_values + num_classes)
     params_P[: num_classes * num_values].normal_(std=0.01, generator=generator)
     return params_P
@@ -189,6 +189,6 @@ def _aligned_rows(rows_BV: torch.Tensor) -> torch.Tensor:
     return padded_BV[:, :num_values].copy_(rows_BV)
 
 
-def mix(*parts: object) -> int:
+def derive_seed(*parts: object) -> int:
     """Turn what a random stream is for into a seed; streams of neighbouring seeds or lanes have nothing in common."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

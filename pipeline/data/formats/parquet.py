@@ -27,15 +27,15 @@ from pipeline.data.archives import (
     VALID,
     Archive,
     Index,
-    Rows,
     Scan,
+    ScannedImages,
     is_local,
     make_index,
     open_file,
     reading,
 )
 from pipeline.data.files import MAX_FILE_BYTES, ReadFault
-from pipeline.data.splits import people_order
+from pipeline.data.splits import natural_sort_key
 from pipeline.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "png", "jpg")
@@ -77,7 +77,7 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
         label_type = file.schema_arrow.field(label).type
     labels, class_names = _read_labels(archive, pa.chunked_array(values, label_type), names)
     side = {None: NO_SPLIT, "train": TRAIN, "valid": VALID}[archive.split]
-    rows = Rows(
+    rows = ScannedImages(
         keys=pa.chunked_array(keys, pa.binary()),
         labels=labels,
         offsets=np.arange(len(labels), dtype=np.int64),
@@ -184,9 +184,9 @@ def _find_image(archive: Archive, schema: pa.Schema) -> tuple[str, bool]:
             return index >= 0 and _is_bytes(kind.field(index).type)
         return _is_bytes(kind)
 
-    fit = [name for name in schema.names if holds_images(name)]
-    declared = [name for name, feature in _features(schema).items() if _type_of(feature) == "Image" and name in fit]
-    name = _find_column(archive, "image", declared, [name for name in IMAGE_COLUMNS if name in fit], schema)
+    fitting = [name for name in schema.names if holds_images(name)]
+    declared = [name for name, feature in _features(schema).items() if _type_of(feature) == "Image" and name in fitting]
+    name = _find_column(archive, "image", declared, [name for name in IMAGE_COLUMNS if name in fitting], schema)
     kind = schema.field(name).type
     return name, pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
@@ -237,7 +237,7 @@ def _read_labels(
     if not len(encoded):
         return np.zeros(0, np.int32), ()
     found = encoded.chunk(0).dictionary.to_pylist()
-    order = sorted(range(len(found)), key=lambda label: people_order(found[label].encode()))
+    order = sorted(range(len(found)), key=lambda label: natural_sort_key(found[label].encode()))
     ranks = np.argsort(np.asarray(order)).astype(np.int32)
     indices = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
     return ranks[indices], tuple(found[label] for label in order)

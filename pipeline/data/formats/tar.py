@@ -30,8 +30,8 @@ from pipeline.data.archives import (
     VALID,
     Archive,
     Index,
-    Rows,
     Scan,
+    ScannedImages,
     is_local,
     make_index,
     open_file,
@@ -39,7 +39,7 @@ from pipeline.data.archives import (
 )
 from pipeline.data.files import MAX_FILE_BYTES, ReadFault, display, ending, is_image_name
 from pipeline.data.formats.tar_headers import walk
-from pipeline.data.splits import people_order, valid_names
+from pipeline.data.splits import natural_sort_key, valid_names
 from pipeline.errors import DataError
 
 _JSON_LABELS = ("label", "class", "cls")
@@ -127,9 +127,9 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
         sides = np.where((labels < 0) & (sides[folders] != _OTHER_SPLIT), LEFT_OUT, sides[folders])
     # As in a folder: an image beside the class folders is of no class, one of another split is not looked at.
     ignored.update(ending(key) for key in keys.filter(pa.array(sides == LEFT_OUT)).to_pylist())
-    order = sorted(range(len(names)), key=lambda label: people_order(names[label]))
+    order = sorted(range(len(names)), key=lambda label: natural_sort_key(names[label]))
     ranks = np.argsort(np.asarray([*order, len(order)])).astype(np.int32)  # the last one stands for -1
-    rows = Rows(
+    rows = ScannedImages(
         keys=keys,
         labels=ranks[labels],
         offsets=np.asarray(members.offsets, np.int64),
@@ -156,7 +156,7 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
         DataError: If the tar cannot be read, or is not the one any more that was scanned.
     """
     offsets, sizes = rows["offset"].to_pylist(), rows["size"].to_pylist()
-    most_bytes, most_between = (
+    max_bytes, max_between = (
         (_LOCAL_RUN_BYTES, _LOCAL_WINDOW_BYTES) if is_local(filesystem) else (_REMOTE_RUN_BYTES, _REMOTE_WINDOW_BYTES)
     )
     with reading(archive.path), open_file(filesystem, archive.path) as file:
@@ -170,12 +170,12 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
             end = start
             while (
                 last < len(offsets)
-                and 0 <= offsets[last] - end <= most_between
-                and (last == first or offsets[last] + sizes[last] - start <= most_bytes)
+                and 0 <= offsets[last] - end <= max_between
+                and (last == first or offsets[last] + sizes[last] - start <= max_bytes)
             ):
                 end = offsets[last] + sizes[last]
                 last += 1
-            block = storage.persist(partial(file.read_at, end - start, start), archive.path)
+            block = storage.with_retries(partial(file.read_at, end - start, start), archive.path)
             if len(block) != end - start:
                 raise DataError(
                     f"{archive.path}: expected the {archive.size_bytes} bytes that were listed, got fewer; "
@@ -242,9 +242,9 @@ def _read_folders(
     split_names, classes = [], []
     for folder in folders:
         parts = folder.split(b"/") if folder else []
-        place = next((place for place, part in enumerate(parts) if part == train or part in valids), -1)
-        split_names.append(parts[place] if place >= 0 else None)
-        below = parts[place + 1 : place + 2] if place >= 0 else parts[-1:]
+        depth = next((depth for depth, part in enumerate(parts) if part == train or part in valids), -1)
+        split_names.append(parts[depth] if depth >= 0 else None)
+        below = parts[depth + 1 : depth + 2] if depth >= 0 else parts[-1:]
         classes.append(below[0] if below else None)
     used = [train] * (train in split_names) + [name for name in valids if name in split_names][:1]
     if archive.split is not None:

@@ -54,7 +54,7 @@ def walk(
     Raises:
         DataError: If this is no tar, is damaged, cut off, or has sparse members.
     """
-    for header, long_name, window, place, start, size in _headers(file, path, window_bytes):
+    for header, long_name, window, inside, start, size in _headers(file, path, window_bytes):
         kind = header[156]
         name = _clean(long_name or _short_name(header))
         if kind == _SPARSE:
@@ -62,7 +62,7 @@ def walk(
         if kind in _FILE_TYPES:
             if name:
                 is_text = name[name.rfind(b".") :].lower() in text_endings
-                yield name, start, size, _read_text(file, path, window, place, start, size) if is_text else b""
+                yield name, start, size, _read_text(file, path, window, inside, start, size) if is_text else b""
         elif kind != _FOLDER:
             ignored["link" if kind in _LINK_TYPES else "no file"] += 1
 
@@ -117,11 +117,11 @@ def _read_size(header: bytes, path: str, at: int, long_size: int | None) -> int:
     return size if long_size is None or header[156] in _ABOUT_NEXT else long_size
 
 
-def _read_text(file: pa.NativeFile, path: str, window: bytes, place: int, start: int, size: int) -> bytes:
+def _read_text(file: pa.NativeFile, path: str, window: bytes, inside: int, start: int, size: int) -> bytes:
     if size > _MAX_TEXT_BYTES:
         raise _damaged(path, start)
-    if place + size <= len(window):
-        return window[place : place + size]
+    if inside + size <= len(window):
+        return window[inside : inside + size]
     text: bytes = file.read_at(size, start)
     return text
 

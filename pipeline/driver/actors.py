@@ -1,0 +1,134 @@
+"""The actors' processes: started, given their job, asked and ended.
+
+Input: an allocation and a plan. Output: handles of actors and references to their answers. Invariant: the driver never
+imports what an actor computes with; an actor does its calls in the order in which they are sent.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.compute.exchange import TOKEN_BYTES, Address
+from pipeline.driver.allocation import Allocation
+from pipeline.driver.tasks import _import_torch, leave_pandas_out
+from pipeline.driver.waiting import Ref
+from pipeline.errors import ActorLostError
+from pipeline.plan import Plan
+from pipeline.results import tables
+
+if TYPE_CHECKING:
+    from pipeline.results.writing import Output
+
+Actor = Any  # a handle of ActorProcess
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A written prediction file: its content's digest and, by classifier, its confusion counts, int64 [K, K]."""
+
+    digest: str
+    confusions: dict[str, npt.NDArray[np.int64]]
+
+
+class ActorProcess:
+    """A `LaneActor` in a process of Ray's.
+
+    It is imported only there, so that the driver and the decoding workers never load torch; and it is joined with
+    the writing of results here, because the modules below do not know of each other.
+    """
+
+    def __init__(self, *, has_training: bool) -> None:
+        leave_pandas_out()
+        _import_torch(has_training=has_training)
+
+    def begin(self, plan: Plan, rank: int, allocation: Allocation, scratch: str | None) -> tuple[str, str]:
+        """Become one of a job's actors; name its device and where it keeps its images."""
+        from pipeline.compute.actor import LaneActor
+
+        on_gpu, threads = allocation.gpus_per_actor > 0, min(allocation.threads_per_actor, os.cpu_count() or 1)
+        self._actor = LaneActor(
+            plan, rank, allocation.num_actors, is_on_gpu=on_gpu, num_threads=threads, scratch=scratch
+        )
+        return self._actor.describe()
+
+    def call(self, method: str, *args: object) -> Any:
+        """Call a method of the actor."""
+        return getattr(self._actor, method)(*args)
+
+    def listen(self) -> Address:
+        """Wait for the other actors' calls on this node's own address, and return where they reach this one."""
+        return self._actor.listen(str(ray.util.get_node_ip_address()))
+
+    def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
+        """Score a part and write its prediction file."""
+        from pipeline.results import writing  # here, because decoding workers load this module too
+
+        scored = self._actor.score_part(part)
+        table = tables.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
+        digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
+        return PartRecord(digest, scored.confusions)
+
+
+def start_actors(allocation: Allocation, node_ids: Sequence[str], *, has_training: bool) -> list[Actor]:
+    """Start the actors' processes, which import torch; nothing is waited for.
+
+    Args:
+        allocation: How the job fits the cluster.
+        node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
+        has_training: Whether SGD follows the distances.
+    """
+    if not node_ids:
+        raise ActorLostError("the actors: expected a node with CPUs, got none")
+    # The group "watch" answers while an epoch runs.
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": allocation.gpus_per_actor, "concurrency_groups": {"watch": 1}}
+    actor_class: Any = ray.remote(**options)(ActorProcess)
+    return [
+        actor_class.options(
+            scheduling_strategy="DEFAULT"
+            if allocation.gpus_per_actor > 0
+            else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
+        ).remote(has_training=has_training)
+        for rank in range(allocation.num_actors)
+    ]
+
+
+def begin_actors(actors: Sequence[Actor], plan: Plan, allocation: Allocation, scratch: str | None) -> list[Ref]:
+    """Give actors their job and let them meet.
+
+    Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
+
+    Args:
+        actors: As `start_actors` returns them.
+        plan: The job's plan.
+        allocation: As they were started by.
+        scratch: The folder for images that memory cannot hold; None where it can.
+
+    Returns:
+        References to the names of their devices, followed by those of their meeting.
+    """
+    begun = [actor.begin.remote(plan, rank, allocation, scratch) for rank, actor in enumerate(actors)]
+    if allocation.num_actors > 1:
+        addresses = [actor.listen.remote() for actor in actors]
+        token = secrets.token_bytes(TOKEN_BYTES)
+        begun += [actor.call.remote("join_group", token, *addresses) for actor in actors]
+    return begun
+
+
+def count_steps(actor: Actor) -> Ref:
+    """Ask an actor, beside what it is doing, for the number of training steps done."""
+    return actor.call.options(concurrency_group="watch").remote("count_steps")
+
+
+def end_actors(actors: Sequence[Actor]) -> None:
+    """End actors at once; those that are ended already stay so."""
+    for actor in actors:
+        ray.kill(actor)
