@@ -205,8 +205,10 @@ def _centre_and_rate(part: Part) -> tuple[torch.Tensor, float]:
     from pipeline.compute.classifiers import nearest_mean, sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
-    sums_KD, _ = nearest_mean.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
-    return sgd_linear.centre_and_rate(sums_KD, len(labels_N), nearest_mean.sum_squares(images_ND))
+    sums_KD, counts_K = nearest_mean.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
+    means_KD = nearest_mean.class_means(sums_KD, counts_K)
+    found = sgd_linear.find_centre(sums_KD, counts_K, means_KD, nearest_mean.sum_squares(images_ND))
+    return found.centre_D, found.safe_rate
 
 
 def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
@@ -320,7 +322,7 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     keys = pa.array([b"train/class/%09d.png" % number for number in range(_SHARD_IMAGES)], pa.binary())
     rows = pa.table({"key": keys, "label": pa.array([0] * _SHARD_IMAGES, pa.int32())})
     listing = Listing(Location("folder", "/nothing"), ("a", "b"), rows, rows, "valid", {})
-    plan, shards = make_plan(config, listing, target := Target(28, 28, "L"))
+    plan, shards = make_plan(config, listing, target := Target(28, 28, "L"), 0)
     last = shards[-1]
     many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
     many.append(replace(last, index=part.num_shards - 1))

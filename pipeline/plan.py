@@ -183,13 +183,18 @@ class Plan:
         return (num_train + num_valid) * self.target.num_values
 
 
-def make_plan(config: Config, listing: Listing, target: Target) -> tuple[Plan, list[Shard]]:
-    """Cut both splits and settle what the actors need to know; shards come back with training first."""
+def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int) -> tuple[Plan, list[Shard]]:
+    """Cut both splits and settle what the actors need to know; shards come back with training first.
+
+    Args:
+        config: The options.
+        listing: What the dataset holds.
+        target: What every image becomes.
+        score_bytes: Of one validation image's scores by all classifiers.
+    """
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
     max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
-    # Two distances and a probability for each class, beside the pixels.
-    scored_bytes = target.num_values + 12 * len(listing.classes)
-    bounds = part_bounds(len(listing.valid), scored_bytes, config.lanes)
+    bounds = part_bounds(len(listing.valid), target.num_values + score_bytes, config.lanes)
     train = cut_train(listing.row_groups("train"), max_images)
     valid = cut_valid(listing.row_groups("valid"), max_images, bounds, len(train))
     plan = Plan(

@@ -71,8 +71,8 @@ def serve():
             return
         try:
             if method == "start":
-                if actor and actor._exchange:
-                    actor._exchange.close()
+                if actor:
+                    actor.close()
                 *plan_and_rank, scratch = args
                 actor, answer = LaneActor(*plan_and_rank, is_on_gpu=False, scratch=scratch), None
             else:
@@ -174,7 +174,7 @@ def make_job(num_actors=1, holes=None, **options):
     config = Config(**{"shard_images": 3, "batch_size": 32, "epochs": 2, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.plan._MIN_PART_IMAGES", 6)
-        plan, cut = make_plan(config, listing, TARGET)
+        plan, cut = make_plan(config, listing, TARGET, 12 * len(CLASSES))
     loader = Loader(location, TARGET, CLASSES, plan.assignment, num_actors, None)
     decoded = []
     for shard in cut:
@@ -504,10 +504,10 @@ def test_peers_that_do_not_come_are_lost_actors(monkeypatch, rank):
     actor = LaneActor(make_job()[0], rank, 2, is_on_gpu=False)
     own_address, nobody = actor.listen(HOST), (HOST, 1)
     addresses = (own_address, nobody) if rank == 0 else (nobody, own_address)
-    with pytest.raises(ActorLostError, match=rf"^actor {rank}: expected 2 actors to meet, got ") as caught:
+    with pytest.raises(ActorLostError, match=rf"^actor {rank}: expected 2 actors to connect, got ") as caught:
         actor.join_group(TOKEN, *addresses)
     assert "\n" not in str(caught.value)
-    actor._exchange.close()
+    actor.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine, or a torch, without CUDA")

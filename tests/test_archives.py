@@ -8,8 +8,9 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.archives import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, ScannedImages, find_archives, make_index
+from pipeline.data.archives import find_archives
 from pipeline.data.files import split_glob
+from pipeline.data.formats.index import LEFT_OUT, NO_SPLIT, TRAIN, VALID, Archive, ScannedImages, make_index
 from pipeline.data.splits import is_held_out
 from pipeline.errors import DataError
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.data.files import DIGITS, Location
-from pipeline.decoding import cache_key
+from pipeline.decoding import cache_key, images
 from pipeline.decoding.cache_key import entry_key, file_stamps, name_entry
 from pipeline.plan import Target
 
@@ -75,7 +75,7 @@ def test_whatever_differs_makes_another_key(name):
 
 def test_another_version_of_decoding_makes_another_key(monkeypatch):
     before = make_key()
-    monkeypatch.setattr(cache_key, "DECODE_VERSION", cache_key.DECODE_VERSION + 1)
+    monkeypatch.setattr(cache_key, "DECODE_VERSION", images.DECODE_VERSION + 1)
     assert make_key() != before
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import download
-from pipeline.data.download import MNIST_SAMPLE, Archive, cache_folder, fetch
+from pipeline.data.download import MNIST_SAMPLE, Download, cache_folder, fetch
 from pipeline.errors import DownloadError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -87,7 +87,7 @@ SMALL_TGZ = _tgz(*[_member(name, content) for name, content in SMALL.items()])
 
 
 def _archive(url, data=SMALL_TGZ, folder="set"):
-    return Archive("small", url, len(data), hashlib.md5(data[: 2**20]).hexdigest(), folder)
+    return Download("small", url, len(data), hashlib.md5(data[: 2**20]).hexdigest(), folder)
 
 
 def _serve(server, data=SMALL_TGZ, answer=None):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.compute.classifiers import nearest_mean, sgd_linear
+from pipeline.compute.scoring import confusion
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,8 +94,8 @@ def test_a_tie_goes_to_the_first_class():
 
 def test_confusion_is_that_of_the_cpu():
     labels_N, predictions_N = draw(5000, 1, 12)[1], draw(5000, 1, 12, seed=1)[1]
-    expected_KK = nearest_mean.confusion(labels_N, predictions_N, 12)
-    assert torch.equal(nearest_mean.confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
+    expected_KK = confusion(labels_N, predictions_N, 12)
+    assert torch.equal(confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
 
 
 @pytest.mark.parametrize(

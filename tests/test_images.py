@@ -762,9 +762,9 @@ def test_resized_images_are_counted():
 
 def test_keys_that_are_not_utf8_are_spelled_out():
     keys = ["train/ä.png".encode(), b"train/\xe4.png", b"train/\xff\xfe/7.png", b"plain.png"]
-    table, faults, _ = decode_all([COLOUR_PNG, COLOUR_PNG, b"", COLOUR_PNG], keys=keys)
+    table, [(row, fault)], _ = decode_all([COLOUR_PNG, COLOUR_PNG, b"", COLOUR_PNG], keys=keys)
     assert table["key"].to_pylist() == ["train/ä.png", "train/\\xe4.png", "plain.png"]
-    skipped = skipped_table(pa.array(keys), pa.array([0] * 4, pa.int32()), faults, "train", ["3"])
+    skipped = skipped_table([(keys[row], 0, fault)], "train", ["3"])
     assert skipped["key"].to_pylist() == ["train/\\xff\\xfe/7.png"]
 
 
@@ -801,9 +801,8 @@ def test_doubtful_files_that_decode_warn_nobody():
 
 
 def test_skipped_images_are_laid_out_by_the_schema():
-    keys, labels = pa.array([b"train/7/1.png", b"train/3/2.png"]), pa.array([1, 0], pa.int32())
-    faults = [(0, Fault("empty", "the file has no bytes")), (1, Fault("damaged", "OSError: x"))]
-    table = skipped_table(keys, labels, faults, "train", ("3", "7"))
+    empty, damaged = Fault("empty", "the file has no bytes"), Fault("damaged", "OSError: x")
+    table = skipped_table([(b"train/7/1.png", 1, empty), (b"train/3/2.png", 0, damaged)], "train", ("3", "7"))
     assert table.schema == SKIPPED_SCHEMA
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("train/7/1.png", "train", "7", "empty", "the file has no bytes"),
@@ -811,7 +810,7 @@ def test_skipped_images_are_laid_out_by_the_schema():
 
 
 def test_no_faults_make_an_empty_table_of_the_schema():
-    table = skipped_table(pa.array([b"a"]), pa.array([0], pa.int32()), [], "valid", ("3", "7"))
+    table = skipped_table([], "valid", ("3", "7"))
     assert (len(table), table.schema) == (0, SKIPPED_SCHEMA)
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.archives import Archive, Scan
 from pipeline.data.files import Location, ReadFault, display, locate, read_images
+from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import list_archives, list_dataset
 from pipeline.errors import DataError
 

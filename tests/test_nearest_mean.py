@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, pairwise_distances
 
 from pipeline.compute.classifiers import nearest_mean
+from pipeline.compute.scoring import confusion
 
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "mnist_sample.tgz"
 # images, values of one image, classes; the last is an image large enough for torch to share among threads
@@ -209,7 +210,7 @@ def test_classes_with_one_mean_tie():
 @pytest.mark.parametrize(("num_images", "num_classes"), [(0, 2), (1, 1), (500, 2), (2000, 12)])
 def test_confusion_counts_as_a_loop_does(num_images, num_classes):
     labels_N, predictions_N = np.random.default_rng(3).integers(0, num_classes, (2, num_images))
-    counts_KK = nearest_mean.confusion(torch.tensor(labels_N), torch.tensor(predictions_N), num_classes).numpy()
+    counts_KK = confusion(torch.tensor(labels_N), torch.tensor(predictions_N), num_classes).numpy()
     expected_KK = np.zeros((num_classes, num_classes), np.int64)
     for label, prediction in zip(labels_N, predictions_N, strict=True):
         expected_KK[label, prediction] += 1
@@ -219,7 +220,7 @@ def test_confusion_counts_as_a_loop_does(num_images, num_classes):
 
 def test_confusion_is_that_of_scikit_learn():
     labels_N, predictions_N = np.random.default_rng(4).integers(0, 7, (2, 300))
-    counts_KK = nearest_mean.confusion(torch.tensor(labels_N), torch.tensor(predictions_N), 7)
+    counts_KK = confusion(torch.tensor(labels_N), torch.tensor(predictions_N), 7)
     np.testing.assert_array_equal(counts_KK, confusion_matrix(labels_N, predictions_N, labels=range(7)))
 
 
@@ -272,7 +273,7 @@ def stack(sample, split):
 def test_mnist_sample_gives_the_published_accuracies(sample, sample_means, classifier, num_correct, accuracies, mean):
     images_ND, labels_N = stack(sample, "valid")
     predictions_N = nearest_mean.nearest(torch.tensor(distances(images_ND, sample_means)[classifier]))
-    counts_KK = nearest_mean.confusion(torch.tensor(labels_N), predictions_N, 2).numpy()
+    counts_KK = confusion(torch.tensor(labels_N), predictions_N, 2).numpy()
     shares_K = np.diag(counts_KK) / counts_KK.sum(1)
     assert counts_KK.sum(1).tolist() == [1010, 1028]
     assert np.diag(counts_KK).tolist() == num_correct

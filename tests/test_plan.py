@@ -79,7 +79,7 @@ def make_listing(num_train, num_valid):
 
 
 def plan_of(sizes=(10_000, 5_000), side=28, **options):
-    return make_plan(Config(**options), make_listing(*sizes), Target(side, side, "L"))
+    return make_plan(Config(**options), make_listing(*sizes), Target(side, side, "L"), 24)
 
 
 def allocated(resources, num_nodes=1, **options):
@@ -272,7 +272,7 @@ def test_the_plan_knows_the_size_of_every_part(num_train, num_valid):
 
 def test_the_plan_cuts_by_the_bytes_of_the_target():
     listing = make_listing(100, 100)
-    small, large = (make_plan(Config(), listing, Target(side, side, "RGB"))[1] for side in (28, 4096))
+    small, large = (make_plan(Config(), listing, Target(side, side, "RGB"), 24)[1] for side in (28, 4096))
     assert (len(small), len(large)) == (2, 200)  # of 48 MiB, so that no two fit a shard
 
 
@@ -288,7 +288,7 @@ def test_the_plan_cuts_by_the_bytes_of_the_target():
     ],
 )
 def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, max_images):
-    _, shards = make_plan(Config(**options), make_listing(num_images - 10, 10), Target(28, 28, "L"))
+    _, shards = make_plan(Config(**options), make_listing(num_images - 10, 10), Target(28, 28, "L"), 24)
     largest = max(shard.num_images for shard in shards)
     assert min(num_images - 10, max_images // 2 + 1) <= largest <= max_images
 
@@ -307,7 +307,7 @@ def test_the_plan_does_not_depend_on_the_number_of_actors():
 @pytest.mark.parametrize(("epochs", "has_training"), [(0, False), (1, True)])
 def test_the_plan_carries_the_options_of_training(epochs, has_training):
     config = Config(epochs=epochs, batch_size=16, learning_rate=0.5, seed=3, gpus_per_actor=0.25)
-    plan, _ = make_plan(config, make_listing(9, 9), Target(2, 3, "L"))
+    plan, _ = make_plan(config, make_listing(9, 9), Target(2, 3, "L"), 24)
     assert (plan.has_training, plan.batch_size, plan.learning_rate, plan.seed) == (has_training, 16, 0.5, 3)
     assert (plan.target, plan.num_classes, plan.num_lanes, plan.gpus_per_actor) == (Target(2, 3, "L"), 2, 8, 0.25)
 

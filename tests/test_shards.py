@@ -103,7 +103,7 @@ def load_all(location, num_actors=1, kept=None, shard_images=11):
 
 def load_listed(listing, num_actors=1, kept=None, shard_images=11):
     """Load every shard; by row of the listing, what each actor has, what was skipped, and the keys of validation."""
-    plan, shards = make_plan(Config(shard_images=shard_images), listing, TARGET)
+    plan, shards = make_plan(Config(shard_images=shard_images), listing, TARGET, 36)
     loader = Loader(listing.location, TARGET, listing.classes, plan.assignment, num_actors, kept)
     actors, skipped, keys = {}, {}, {}
     for shard in shards:
@@ -111,7 +111,7 @@ def load_listed(listing, num_actors=1, kept=None, shard_images=11):
         rows = rows if file else rows.slice(shard.start, shard.num_images)
         if kept and not file:
             shard = replace(shard, entry=cache_key.name_entry(listing.location, TARGET, rows))
-        tables, table, decoded = load_shard(loader, shard, rows, file)
+        tables, faults, decoded = load_shard(loader, shard, rows, file)
         is_train = shard.split == "train"
         ranks = shard_owners(plan.assignment, num_actors, shard) if is_train else [shard.part % num_actors]
         for rank, given in zip(ranks, tables, strict=True):
@@ -120,10 +120,9 @@ def load_listed(listing, num_actors=1, kept=None, shard_images=11):
                 actors.setdefault((shard.split, rank), {})[shard.start + row] = (label, image.tobytes())
             if not is_train:
                 keys |= dict(zip(given["row"].to_numpy() + shard.start, given["key"].to_pylist(), strict=True))
-        reasons = table["reason"].to_pylist() if table is not None else []
-        for (row, fault), reason in zip(decoded.faults, reasons, strict=True):
-            assert fault.reason == reason
-            skipped[shard.split, shard.start + row] = reason
+        for (row, fault), (_, _, same_fault) in zip(decoded.faults, faults, strict=True):
+            assert fault == same_fault
+            skipped[shard.split, shard.start + row] = fault.reason
     return actors, skipped, keys
 
 
@@ -156,7 +155,9 @@ def test_the_split_by_owners_loses_and_doubles_nothing(tmp_path, expected, kind,
     assert skipped == expected[1]
     lanes = LaneAssignment(2 * SIZES["train"], 8)
     for rank in range(num_actors):
-        own = {r: image for r, image in expected[0]["train", 0].items() if r // lanes.run_length % 8 % num_actors == rank}
+        own = {
+            r: image for r, image in expected[0]["train", 0].items() if r // lanes.run_length % 8 % num_actors == rank
+        }
         assert actors["train", rank] == own
     assert sum(len(actors["train", rank]) for rank in range(num_actors)) == len(expected[0]["train", 0])
 
@@ -180,7 +181,7 @@ def test_images_on_their_way_to_training_have_no_keys(tmp_path):
     for split, columns in (("train", ["class", "image", "row"]), ("valid", ["key", "class", "image", "row"])):
         shard = Shard(0, split, 10, 20, 0, 10)
         [table], skipped, _ = load_shard(loader, shard, listing.split(split).slice(10, 10), None)
-        assert (table.column_names, table["row"].type, skipped) == (columns, pa.int32(), None)
+        assert (table.column_names, table["row"].type, skipped) == (columns, pa.int32(), [])
         assert table["row"].to_pylist() == list(range(10))
 
 
@@ -210,7 +211,7 @@ def test_the_cache_gives_the_same_tables_to_any_number_of_actors(tmp_path, kind)
     location = lay(tmp_path / "data", kind)
     for num_actors in (1, 1, 3):
         assert load_all(location, num_actors, kept) == load_all(location, num_actors)
-    _, shards = make_plan(Config(shard_images=11), list_all(location), TARGET)
+    _, shards = make_plan(Config(shard_images=11), list_all(location), TARGET, 36)
     assert cache.usage(kept).num_entries == len(shards)
 
 

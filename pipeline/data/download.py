@@ -1,6 +1,6 @@
 """Named datasets, fetched once over HTTPS into the user's cache folder.
 
-What enters: an `Archive`, the record of what is published about a dataset's `.tgz` file, and a cache folder. What
+What enters: an `Download`, the record of what is published about a dataset's `.tgz` file, and a cache folder. What
 leaves: the folder with the unpacked dataset. One thing always holds: the dataset's folder is there whole or not at all,
 since it is built in a temporary folder beside it and renamed in one step.
 """
@@ -41,7 +41,7 @@ _MALFORMED = (ValueError, LookupError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Archive:
+class Download:
     """What is published about one dataset's `.tgz` file.
 
     The MD5 is that of the first 2^20 bytes, because fastai publishes no other and itself checks just that. It tells
@@ -61,7 +61,7 @@ class Archive:
         return PurePosixPath(urllib.parse.urlsplit(self.url).path).name
 
 
-MNIST_SAMPLE = Archive(
+MNIST_SAMPLE = Download(
     name="mnist_sample",
     url="https://s3.amazonaws.com/fast-ai-sample/mnist_sample.tgz",
     size_bytes=3_214_948,
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
     return base / "image-baseline"
 
 
-def fetch(archive: Archive, cache: Path, on_progress: Callable[[int, int], None] | None = None) -> Path:
+def fetch(archive: Download, cache: Path, on_progress: Callable[[int, int], None] | None = None) -> Path:
     """Give the folder of a dataset, downloading and unpacking it the first time.
 
     A file of the archive's name that the user put into `cache` is used in place of a download, and kept. Processes
@@ -132,7 +132,7 @@ def fetch(archive: Archive, cache: Path, on_progress: Callable[[int, int], None]
     return folder
 
 
-def _download(archive: Archive, target: Path, advice: str, on_progress: Callable[[int, int], None] | None) -> None:
+def _download(archive: Download, target: Path, advice: str, on_progress: Callable[[int, int], None] | None) -> None:
     num_bytes = 0
     with target.open("wb") as file:
         for chunk in _receive(archive, advice):
@@ -146,7 +146,7 @@ def _download(archive: Archive, target: Path, advice: str, on_progress: Callable
                 on_progress(num_bytes, archive.size_bytes)
 
 
-def _receive(archive: Archive, advice: str) -> Iterator[bytes]:
+def _receive(archive: Download, advice: str) -> Iterator[bytes]:
     num_bytes = 0
     try:
         with _open(archive.url) as response:
@@ -203,7 +203,7 @@ def _reason(exc: Exception) -> str:
     return str(cause) or type(cause).__name__
 
 
-def _verify(archive: Archive, source: Path, where: str, advice: str) -> None:
+def _verify(archive: Download, source: Path, where: str, advice: str) -> None:
     size_bytes = source.stat().st_size
     if size_bytes != archive.size_bytes:
         raise DownloadError(f"{where}: expected {archive.size_bytes} bytes, got {size_bytes}; {advice}")

@@ -28,6 +28,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.data import storage
+from pipeline.data.formats import format_of
 from pipeline.errors import DataError
 
 # Sizes in bytes and times of the last change in nanoseconds, [N] each; -1 for what is not known.
@@ -37,7 +38,6 @@ IMAGE_ENDINGS = tuple(
     b".png .apng .jpg .jpeg .jpe .jfif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif .tiff .webp .jp2 .j2k .jpx "
     b".avif".split()
 )
-ARCHIVE_ENDINGS = frozenset((".tar", ".parquet"))
 _GLOB = re.compile(r"[*{]")
 DIGITS = Path(__file__).with_name("digits.parquet")
 MAX_FILE_BYTES = 2**30
@@ -112,7 +112,7 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         return Location("uri", storage.trimmed("--data", root, DataError), pattern)
     try:
         folder = Path(root).expanduser()
-        if folder.is_dir() or (folder.is_file() and folder.suffix.lower() in ARCHIVE_ENDINGS):
+        if folder.is_dir() or (folder.is_file() and format_of(folder.name)):
             return Location("folder", str(folder.resolve()), pattern)
         found = "a file" if folder.exists() else "nothing"
     except RuntimeError:

@@ -18,18 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.data.archives import Archive, Scan
 from pipeline.data.columns import one_chunk
-from pipeline.data.files import (
-    ARCHIVE_ENDINGS,
-    IMAGE_ENDINGS,
-    Location,
-    display,
-    ending,
-    is_image_name,
-    list_files,
-    list_folder,
-)
+from pipeline.data.files import IMAGE_ENDINGS, Location, display, ending, is_image_name, list_files, list_folder
+from pipeline.data.formats import ENDINGS
+from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.splits import Split, is_held_out, natural_sort_key, valid_names
 from pipeline.errors import DataError
 
@@ -139,7 +131,7 @@ def list_dataset(location: Location, config: Config) -> Listing:
         train, valid = _hold_out(_list_classes(location, b"", config, ignored), config.valid_fraction)
         where = {"train": "the training share", "valid": "the held-out share"}
     classes = _check_classes(location, train, valid, where)
-    if archived := sorted(ignored.keys() & ARCHIVE_ENDINGS):
+    if archived := sorted(ignored.keys() & set(ENDINGS)):
         raise DataError(
             f"{location.root}: expected either class folders of images or archives, got images and "
             f"{ignored[archived[0]]} {archived[0]} beside them; move one of them elsewhere, or name the archives by a "

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Bytes of image files to uint8 tensors of one size and mode, shard by shard.
+
+Input: a shard's rows of the listing. Output: a table of tensors and a table of skipped images. Invariant: every image
+is in exactly one of the two, and the same from a folder, an archive or the cache.
+"""

@@ -1,6 +1,6 @@
 """One shard, from its files or the cache to its outcome, cut into what each actor is to have.
 
-What enters: a `Shard` and its rows of the listing. What leaves: tables for actors and a table of skipped images.
+What enters: a `Shard` and its rows of the listing. What leaves: tables for actors, and the skipped images.
 Always: the same images come from a class folder, an archive or the cache as the same tables.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data import files
-from pipeline.data.archives import Archive
 from pipeline.data.columns import one_chunk
 from pipeline.data.files import Location, ReadFault
+from pipeline.data.formats import reader_of
+from pipeline.data.formats.index import Archive
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
-from pipeline.decoding.images import Decoded, Header, decode_images, parse_headers
+from pipeline.decoding.images import Decoded, Fault, Header, decode_images, parse_headers
 from pipeline.plan import LaneAssignment, Shard, Target
-from pipeline.results.tables import skipped_table
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def shard_owners(assignment: LaneAssignment, num_actors: int, shard: Shard) -> l
 
 def load_shard(
     loader: Loader, shard: Shard, rows: pa.Table, file: ShardFile | None
-) -> tuple[list[pa.Table], pa.Table | None, Decoded]:
+) -> tuple[list[pa.Table], list[tuple[bytes, int, Fault]], Decoded]:
     """Read and decode a shard, or take it from the cache.
 
     Args:
@@ -73,8 +73,8 @@ def load_shard(
 
     Returns:
         Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation `key`: one for
-        each of the training images' `shard_owners`, or one of all validation images; the table of skipped images, if
-        there are any; and the outcome as a whole.
+        each of the training images' `shard_owners`, or one of all validation images; of each skipped image the key, the
+        class and the reason; and the outcome as a whole.
 
     Raises:
         DataError: If the storage itself fails.
@@ -86,9 +86,7 @@ def load_shard(
         labels = one_chunk(rows["label"])
     keys = one_chunk(rows["key"])
     decoded = _load(loader, shard, rows, keys, labels, file.archive if file else None)
-    skipped = None
-    if decoded.faults:
-        skipped = skipped_table(keys, labels, decoded.faults, shard.split, loader.classes)
+    skipped = [(keys[row].as_py(), labels[row].as_py(), fault) for row, fault in decoded.faults]
     kept_N = np.delete(np.arange(shard.num_images, dtype=np.int32), [row for row, _ in decoded.faults])
     table = decoded.table.append_column("row", pa.array(kept_N))
     if shard.split == "valid":
@@ -137,8 +135,5 @@ def _read(
 ) -> Iterator[bytes | ReadFault]:
     if archive is None:
         return files.read_images(location, keys)
-    from pipeline.data.formats import parquet, tar  # here, because few datasets need them
-
     filesystem, _ = location.filesystem
-    read_rows = tar.read_rows if archive.kind == "tar" else parquet.read_rows
-    return read_rows(filesystem, archive, rows)
+    return reader_of(archive).read_rows(filesystem, archive, rows)

@@ -1,1 +1,5 @@
-"""TODO."""
+"""The driver: the one process that connects to Ray and steers a job.
+
+Input: a `Config`. Output: the result files. Invariant: it holds references, counts, means and parameters, never images
+or their rows; no other room imports Ray.
+"""

@@ -13,8 +13,7 @@ from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, storage
 from pipeline.decoding.cache import Cache
@@ -86,7 +85,7 @@ def evaluate(
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
-            plan, shards = make_plan(config, *listed)
+            plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
             kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
@@ -227,9 +226,9 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
         "confusion": tables.confusion_table(listing.classes, confusions),
         "means": tables.means_table(listing.classes, job.target, counts.train_counts_K, counts.means_KD),
     }
-    if training.params is not None:
-        centre_D = counts.train_counts_K @ counts.means_KD.astype(np.float64) / counts.train_counts_K.sum()
-        contents["weights"] = tables.weights_table(listing.classes, job.target, training.params, centre_D)
+    if training.params is not None and training.centre_D is not None:
+        weights = tables.weights_table(listing.classes, job.target, training.params, training.centre_D)
+        contents["weights"] = weights
         contents["history"] = tables.history_table(training.history)
     for name, table in contents.items():
         digests[name] = writing.write_table(output, name, table)

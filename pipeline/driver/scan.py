@@ -18,8 +18,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import archives
 from pipeline.data import listing as listings
-from pipeline.data.archives import Archive, Scan
 from pipeline.data.files import Location
+from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
 from pipeline.data.splits import Split
 from pipeline.decoding.images import Header, choose_target, sample_rows

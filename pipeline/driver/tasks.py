@@ -21,8 +21,9 @@ import ray
 import ray.exceptions
 
 from pipeline.config import Config
-from pipeline.data.archives import Archive, Scan
 from pipeline.data.files import Location
+from pipeline.data.formats import reader_of
+from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveImages
 from pipeline.data.splits import Split
 from pipeline.decoding import cache_key
@@ -30,6 +31,7 @@ from pipeline.decoding.images import Header
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers
 from pipeline.driver.waiting import Ref
 from pipeline.plan import Shard, Target
+from pipeline.results.tables import skipped_table
 
 
 class _NoPandas(MetaPathFinder):
@@ -105,7 +107,8 @@ def _decode_shard(
     tables, skipped, decoded = load_shard(loader, shard, rows, file)
     num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
     counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
-    return (*tables, skipped, counts)
+    table = skipped_table(skipped, shard.split, loader.classes) if skipped else None
+    return (*tables, table, counts)
 
 
 def _to_bytes(rows: pa.Table) -> bytes:
@@ -143,11 +146,8 @@ def submit_scan(location: Location, archive: Archive, config: Config) -> tuple[R
 @ray.remote(num_returns=3)
 def _scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Scan, pa.Table, pa.Table]:
     leave_pandas_out()
-    from pipeline.data.formats import parquet, tar  # here, because few datasets need them
-
     filesystem, _ = location.filesystem
-    scan = tar.scan if archive.kind == "tar" else parquet.scan
-    found, index = scan(filesystem, archive, config)
+    found, index = reader_of(archive).scan(filesystem, archive, config)
     return found, index["train"], index["valid"]
 
 

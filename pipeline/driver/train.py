@@ -31,11 +31,19 @@ _CHECKPOINT_SECONDS = 5.0
 
 @dataclass
 class Training:
-    """Training as it stands, which outlives the actors; `params` is float32 [P], or None before the first epoch."""
+    """Training as it stands, which outlives the actors.
+
+    Attributes:
+        history: A row a finished epoch.
+        params: float32 [P]; None before the first epoch.
+        learning_rate: None before training has begun.
+        centre_D: The mean image, float64, 0 to 1; None before training has begun.
+    """
 
     history: list[EpochMetric]
     params: npt.NDArray[np.float32] | None
     learning_rate: float | None = None
+    centre_D: npt.NDArray[np.float64] | None = None
 
 
 def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[str, Any]) -> None:
@@ -56,8 +64,8 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     begun = [actor.call.remote("begin_training", training.params) for actor in actors]
     num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
-    rates = wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
-    training.learning_rate = rates[0]
+    answers = wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
+    training.learning_rate, training.centre_D = answers[0]
     while figures.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from pipeline.config import Config
 
-CLASSIFIERS = ("nearest_mean_l1", "nearest_mean_rms", "sgd_linear")
 # The 0.975 quantile of the standard normal distribution, for an interval of 95 %.
 _Z = 1.959963984540054
 
@@ -25,7 +24,7 @@ class Metric:
     """One row of `metrics.parquet`.
 
     Attributes:
-        classifier: One of `CLASSIFIERS`.
+        classifier: Its name.
         scope: `class`, `all`, or `mean_of_classes`, the plain mean of the class accuracies.
         class_name: For scope `class`.
         num_images: Validation images; None for `mean_of_classes`, as the other counts and the interval.

@@ -1,1 +1,72 @@
-"""TODO."""
+"""The classifiers, as one table: all that is told by classifier (columns, figures, summary) follows from it.
+
+Input: a `Block` of images with what was learnt from the training images. Output: a prediction for each image and, where
+the classifier has them, a score for each class. Invariant: an image's output depends on that image and on what was
+learnt, and not on the block that it is in.
+
+A classifier is added by a file beside this one, with a function like `majority_class.score`, and a record in
+`CLASSIFIERS`. The records are read by processes that never import torch: what a classifier computes with is imported by
+its `load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.compute.block import Block
+
+# Scores, float32 [N, K], or None; and predictions, int64 [N].
+Scorer: TypeAlias = "Callable[[Block], tuple[torch.Tensor | None, torch.Tensor]]"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """One classifier.
+
+    Attributes:
+        name: What columns and figures are called by.
+        load: Imports and returns the function that scores a block.
+        has_scores: Whether it has a score for each class.
+        needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
+    """
+
+    name: str
+    load: Callable[[], Scorer]
+    has_scores: bool = True
+    needs_epochs: bool = False
+
+
+def _nearest_mean_l1() -> Scorer:
+    from pipeline.compute.classifiers import nearest_mean
+
+    return nearest_mean.score_l1
+
+
+def _nearest_mean_rms() -> Scorer:
+    from pipeline.compute.classifiers import nearest_mean
+
+    return nearest_mean.score_rms
+
+
+def _sgd_linear() -> Scorer:
+    from pipeline.compute.classifiers import sgd_linear
+
+    return sgd_linear.score
+
+
+# In the order in which they are shown.
+CLASSIFIERS = (
+    Classifier("nearest_mean_l1", _nearest_mean_l1),
+    Classifier("nearest_mean_rms", _nearest_mean_rms),
+    Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
+)
+
+
+def score_bytes(num_classes: int) -> int:
+    """Return the bytes of one image's scores by all classifiers, whichever of them a job uses."""
+    return sum(4 * num_classes for classifier in CLASSIFIERS if classifier.has_scores)

@@ -1,7 +1,7 @@
 """Class means and the distances of images to them: the nearest-mean classifiers.
 
-What enters: uint8 images, one row an image, and labels. What leaves: exact integer sums, float32 means and
-distances, counts. Always: an image's distances depend on that image and the means alone.
+Input: uint8 images, one row an image, and labels. Output: exact integer sums, float32 means and distances.
+Invariant: distances of an image depend on that image and the means alone.
 
 Axes: N images, K classes, D values of one image (H·W·C). Pixels are 0 to 255, distances on pixels divided by 255.
 """
@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from pipeline.compute.block import Block
 
 # Sums of uint8 in float32 are exact up to 2^24, which 65,793 rows of 255 reach; fewer stay in the cache.
 _SUM_ROWS = 1024
@@ -114,12 +118,18 @@ def distances(
     return l1_NK, rms_NK
 
 
+def score_l1(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block by the mean absolute difference to each class mean; see `classifiers.Scorer`."""
+    l1_NK, _ = block.distances
+    return l1_NK, nearest(l1_NK)
+
+
+def score_rms(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block by the root of the mean squared difference to each class mean; see `classifiers.Scorer`."""
+    _, rms_NK = block.distances
+    return rms_NK, nearest(rms_NK)
+
+
 def nearest(distances_NK: torch.Tensor) -> torch.Tensor:
     """Choose the class of the smallest distance, the first one on a tie; int64 [N]."""
     return distances_NK.argmin(1)
-
-
-def confusion(labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count images by true class (rows) and predicted class (columns); int64 [K, K]."""
-    pairs_N = labels_N * num_classes + predictions_N
-    return torch.bincount(pairs_N, minlength=num_classes**2).view(num_classes, num_classes)

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import log_softmax
+
+if TYPE_CHECKING:
+    from pipeline.compute.block import Block
 
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
@@ -23,7 +28,23 @@ _SCORE_BYTES = 32 * 2**20
 _STEP_ROWS = 512
 
 
-def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) -> tuple[torch.Tensor, float]:
+@dataclass(frozen=True)
+class Centre:
+    """The mean training image, and the step that is safe for images around it.
+
+    Attributes:
+        centre_D: What training and scoring take off the pixels, float32, 0 to 1, on the CPU.
+        of_means_D: The same as the mean of the class means, float64: with it the written bias is that of the written
+            means, whoever computes it.
+        safe_rate: The length of the step.
+    """
+
+    centre_D: torch.Tensor
+    of_means_D: torch.Tensor
+    safe_rate: float
+
+
+def find_centre(sums_KD: torch.Tensor, counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int) -> Centre:
     """Find the mean image, and the step that is safe for images around it.
 
     Descent is stable while the step is below 2 / L, where L, the largest curvature of softmax cross-entropy, is at most
@@ -33,16 +54,17 @@ def centre_and_rate(sums_KD: torch.Tensor, num_images: int, num_squares: int) ->
 
     Args:
         sums_KD: int64, the sums of each class's pixels, 0 to 255.
-        num_images: Images in these sums.
+        counts_K: int64, the images in these sums.
+        means_KD: float32, 0 to 1, as `nearest_mean.class_means` returns them.
         num_squares: The sum of all squared pixels.
-
-    Returns:
-        The mean image, float32 [D], 0 to 1, on the CPU, and the step's length.
     """
     # On the CPU and in float64, so that every actor and every device finds the same.
+    counts_K = counts_K.cpu()
+    num_images = int(counts_K.sum())
     centre_D = sums_KD.sum(0).cpu().double() / (255 * num_images)
     variance = num_squares / (255**2 * num_images) - float(centre_D.square().sum())
-    return centre_D.float(), 4 / (variance + 1)
+    of_means_D = counts_K.double() @ means_KD.cpu().double() / num_images
+    return Centre(centre_D.float(), of_means_D, 4 / (variance + 1))
 
 
 def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
@@ -163,6 +185,14 @@ def step(
     params_P.sub_(total_P, alpha=learning_rate)
     norm: torch.Tensor = torch.linalg.vector_norm(total_P)
     return norm
+
+
+def score(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block by the probability of each class; see `classifiers.Scorer`."""
+    trained = block.trained
+    num_classes = len(trained.counts_K)
+    log_probabilities_NK = log_probabilities(trained.params_P, block.images_ND, num_classes, trained.centre_D)
+    return log_probabilities_NK.exp(), log_probabilities_NK.argmax(1)
 
 
 def score_rows(num_values: int) -> int:

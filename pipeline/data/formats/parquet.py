@@ -21,7 +21,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.data.archives import (
+from pipeline.data.files import MAX_FILE_BYTES, ReadFault
+from pipeline.data.formats.index import (
     NO_SPLIT,
     TRAIN,
     VALID,
@@ -34,7 +35,6 @@ from pipeline.data.archives import (
     open_file,
     reading,
 )
-from pipeline.data.files import MAX_FILE_BYTES, ReadFault
 from pipeline.data.splits import natural_sort_key
 from pipeline.errors import DataError
 

@@ -23,7 +23,8 @@ import pyarrow.fs as pafs
 
 from pipeline.config import Config
 from pipeline.data import storage
-from pipeline.data.archives import (
+from pipeline.data.files import MAX_FILE_BYTES, ReadFault, display, ending, is_image_name
+from pipeline.data.formats.index import (
     LEFT_OUT,
     NO_SPLIT,
     TRAIN,
@@ -37,7 +38,6 @@ from pipeline.data.archives import (
     open_file,
     reading,
 )
-from pipeline.data.files import MAX_FILE_BYTES, ReadFault, display, ending, is_image_name
 from pipeline.data.formats.tar_headers import walk
 from pipeline.data.splits import natural_sort_key, valid_names
 from pipeline.errors import DataError

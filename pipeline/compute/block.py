@@ -1,0 +1,53 @@
+"""A block of validation images beside what was learnt from the training images: what a classifier scores.
+
+Input: images on a device and a `Trained`. Output: what several classifiers share, computed once. Invariant: a block is
+scored on the device that it is on.
+
+Axes: N images, K classes, D values of an image, P parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from pipeline.compute.classifiers import nearest_mean
+
+
+@dataclass
+class Trained:
+    """What all training images have come to.
+
+    Attributes:
+        counts_K: Training images of each class, int64.
+        means_KD: Their means, float32, 0 to 1.
+        params_P: The linear model, float32; empty without SGD.
+        centre_D: The mean image, which is taken off the linear model's inputs, float32; empty without SGD.
+    """
+
+    counts_K: torch.Tensor
+    means_KD: torch.Tensor
+    params_P: torch.Tensor
+    centre_D: torch.Tensor
+
+
+@dataclass
+class Block:
+    """Images that are scored together.
+
+    Attributes:
+        images_ND: uint8, 0 to 255.
+        trained: What was learnt.
+        num_threads: Threads for distances, on the CPU.
+    """
+
+    images_ND: torch.Tensor
+    trained: Trained
+    num_threads: int = 1
+
+    @cached_property
+    def distances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distances to all class means by `l1` and `rms`, float32 [N, K] each: one pass over the pixels."""
+        return nearest_mean.distances(self.images_ND, self.trained.means_KD, self.num_threads)

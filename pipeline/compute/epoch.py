@@ -1,0 +1,84 @@
+"""The losses, hits and gradient norms of one epoch, as one actor meets them.
+
+Input: what every step gives. Output: an `EpochRecord`. Invariant: a lane's losses are added lane by lane, so that the
+sums do not depend on which actor holds which lane.
+
+Axes: B rows of a step, R rows that a lane gives to a step at most, S steps, Z lanes of this actor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.results.figures import EpochRecord
+
+
+class EpochSums:
+    """What one actor adds up in an epoch.
+
+    Args:
+        lanes: The numbers of its Z lanes.
+        num_steps: S.
+        lane_rows: R.
+        device: Where steps are computed, and their figures kept until the end: a GPU is not waited for in each step.
+    """
+
+    def __init__(self, lanes: Sequence[int], num_steps: int, lane_rows: int, device: torch.device) -> None:
+        self.num_steps_done = 0
+        self._started = time.perf_counter()
+        self._lanes = lanes
+        self._losses_SZR = torch.zeros(num_steps, len(lanes), lane_rows, device=device)
+        self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._norm_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_step(
+        self, losses_B: torch.Tensor, is_correct_B: torch.Tensor, lane_counts: Sequence[int], norm: torch.Tensor
+    ) -> None:
+        """Take the next step's figures.
+
+        Args:
+            losses_B: float32, in nats, lane after lane.
+            is_correct_B: bool.
+            lane_counts: Rows of each lane.
+            norm: Of the mean gradient, a scalar.
+        """
+        losses_ZR = self._losses_SZR[self.num_steps_done]
+        if len(losses_B) == losses_ZR.numel():
+            losses_ZR.copy_(losses_B.view_as(losses_ZR))
+        else:
+            for lane_losses_R, lane_losses_B in zip(losses_ZR, losses_B.split(list(lane_counts)), strict=True):
+                lane_losses_R[: len(lane_losses_B)] = lane_losses_B
+        self._num_correct += is_correct_B.sum()
+        self._norm_sum += norm
+        self.num_steps_done += 1
+
+    def record(
+        self, epoch: int, num_train: int, part_losses: Mapping[int, float], valid_confusion_KK: npt.NDArray[np.int64]
+    ) -> EpochRecord:
+        """Put the epoch's figures together.
+
+        Args:
+            epoch: From 1.
+            num_train: Images of this actor's lanes.
+            part_losses: By part, the sum of its validation images' losses after the epoch.
+            valid_confusion_KK: Of these parts.
+        """
+        num_steps = len(self._losses_SZR)
+        return EpochRecord(
+            epoch=epoch,
+            num_steps=num_steps,
+            lane_losses={
+                lane: float(self._losses_SZR[:, index].double().sum()) for index, lane in enumerate(self._lanes)
+            },
+            num_train_correct=int(self._num_correct),
+            num_train=num_train,
+            part_losses=dict(part_losses),
+            valid_confusion=valid_confusion_KK,
+            gradient_norm=float(self._norm_sum) / num_steps,
+            seconds=time.perf_counter() - self._started,
+        )
