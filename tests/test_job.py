@@ -17,6 +17,7 @@ import ray
 from PIL import Image
 from test_tar_headers import pack
 
+from pipeline.compute.classifiers import CLASSIFIERS
 from pipeline.config import Config
 from pipeline.data import files
 from pipeline.data.listing import list_dataset
@@ -103,6 +104,7 @@ def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp
 def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
     run = evaluate(mnist_png, tmp_path / "out", device="cpu")
     assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
+    assert accuracy(run, "majority_class")["num_correct"] == 1135  # all ones, the class of most training images
     assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.922
 
@@ -460,7 +462,7 @@ def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "confusion.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json", "skipped.parquet"
     ]  # fmt: skip
-    assert {row["classifier"] for row in run["metrics"]} == {"nearest_mean_l1", "nearest_mean_rms"}
+    assert {row["classifier"] for row in run["metrics"]} == {"majority_class", "nearest_mean_l1", "nearest_mean_rms"}
     assert run["stopped_by"] is None
 
 
@@ -507,7 +509,7 @@ def test_run_json_and_the_tables_say_the_same(small_dataset, tmp_path):
     assert [row["epoch"] for row in read(out, "history")] == [1, 2]
     assert [row["class"] for row in read(out, "means")] == ["2", "10"]
     assert run["num_listed"] == 104
-    assert sum(row["num_images"] for row in read(out, "confusion")) == 3 * 24
+    assert sum(row["num_images"] for row in read(out, "confusion")) == len(CLASSIFIERS) * 24
 
 
 def test_the_counts_of_the_tables_follow_from_the_predictions(small_dataset, tmp_path):
