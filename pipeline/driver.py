@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -185,6 +186,8 @@ def _begin_look(location: Location, config: Config) -> Future[tuple[Listing, Tar
     look: Future[tuple[Listing, Target] | Found] = Future()
 
     def run() -> None:
+        # While Ray starts, the main thread has it wait, and what any thread hears would be answered by Ray's handler.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             look.set_result(_look(location, config))
         except BaseException as exc:  # noqa: BLE001 - all of it: what is kept here is raised by result()
