@@ -168,7 +168,7 @@ def _fit(config: Config, nodes: list[Node]) -> Fit:
 
 def _start_actors(config: Config, fit: Fit) -> list[Actor]:
     node_ids = [node.node_id for node in driver_cluster.working_nodes()]
-    return driver_ray.start_actors(fit, node_ids, has_training=config.epochs > 0)
+    return driver_ray.start_actors(fit, node_ids)
 
 
 def _choose_storage(config: Config, plan: Plan, fit: Fit, nodes: list[Node]) -> Storage:

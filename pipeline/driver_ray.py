@@ -65,9 +65,9 @@ class ActorProcess:
     the writing of results here, because the modules below do not know of each other.
     """
 
-    def __init__(self, *, has_training: bool) -> None:
+    def __init__(self) -> None:
         leave_pandas_out()
-        _import_torch(has_training=has_training)
+        _import_torch()
 
     def begin(self, plan: Plan, rank: int, fit: Fit, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""
@@ -116,19 +116,12 @@ def leave_pandas_out() -> None:
     sys.meta_path.remove(finder)
 
 
-def _import_torch(*, has_training: bool) -> None:
-    """Import torch; for distances alone, in two thirds of the time that it takes of itself."""
-    # How operators act on tensors without data, for compilers, and on random numbers, for training.
-    unused = "torch._meta_registrations"
-    is_left_out = not has_training and unused not in sys.modules
-    if is_left_out:
-        sys.modules[unused] = ModuleType(unused)
+def _import_torch() -> None:
+    """Import torch."""
     gc.disable()  # what the import leaves is there to stay, and need not be looked through
     importlib.import_module("torch")
     gc.freeze()
     gc.enable()
-    if is_left_out:
-        del sys.modules[unused]
 
 
 def cluster_resources() -> dict[str, float]:
@@ -142,13 +135,12 @@ def living_ids() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def start_actors(fit: Fit, node_ids: Sequence[str], *, has_training: bool) -> list[Actor]:
+def start_actors(fit: Fit, node_ids: Sequence[str]) -> list[Actor]:
     """Start the actors' processes, which import torch; nothing is waited for.
 
     Args:
         fit: How the job fits the cluster.
         node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
-        has_training: Whether SGD follows the distances.
     """
     if not node_ids:
         raise ActorLostError("the actors: expected a node with CPUs, got none")
@@ -160,7 +152,7 @@ def start_actors(fit: Fit, node_ids: Sequence[str], *, has_training: bool) -> li
             scheduling_strategy="DEFAULT"
             if fit.gpus_per_actor > 0
             else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
-        ).remote(has_training=has_training)
+        ).remote()
         for rank in range(fit.num_actors)
     ]
 

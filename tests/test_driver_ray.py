@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 
 
@@ -17,17 +16,3 @@ def test_pyarrow_does_not_import_pandas_and_others_can(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "not yet\npandas is imported\n"
-
-
-@pytest.mark.parametrize(("has_training", "is_loaded"), [(False, False), (True, True)])
-def test_torch_computes_without_what_only_training_needs_and_finds_it_later(has_training, is_loaded):
-    program = (
-        f"import sys; from pipeline import driver_ray; driver_ray._import_torch(has_training={has_training})\n"
-        "print('torch._decomp' in sys.modules)\n"
-        "from pipeline import actors, distance; import torch\n"
-        "sums_KD, _ = distance.class_sums(torch.tensor([[2], [3]], dtype=torch.uint8), torch.tensor([0, 0]), 1)\n"
-        "import torch._meta_registrations; print(int(sums_KD), torch.Generator().initial_seed() > 0)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{is_loaded}\n5 True\n"
