@@ -83,6 +83,11 @@ def connected(address: str | None) -> Iterator[bool]:
                     is_fast = _start(others)
             except Exception as exc:  # Ray raises plain ones too
                 where = f"--address {address}" if address else "Ray"
+                if not is_joined:
+                    raise ClusterError(
+                        f"{where}: expected Ray to start, got {exc}; see the newest session's logs, by default "
+                        "/tmp/ray/session_latest/logs"
+                    ) from exc
                 raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
         yield is_joined
     finally:

@@ -12,12 +12,16 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 PLAIN_VARIABLE = "IMAGE_BASELINE_PLAIN_RAY"
+_POLL_S = 0.01
+_LOOK_S = 10.0
+_CLIENT = "ray._raylet.GcsClient"
 _RAYLET = "raylet"
 # The raylet, Ray's process on every node, wants two agents that live as long as it does, and the ports they listen on.
 # This one does nothing until its input, the raylet's end of a pipe, is closed; nobody connects to the ports.
@@ -72,6 +76,17 @@ def _start_without_agents(start_process: Any) -> Any:
     return start_ray_process
 
 
+def _look_often_for_node(wait_for_node: Any) -> Any:
+    def get_node(gcs_address: str, node_id: str) -> Any:
+        client = pkgutil.resolve_name(_CLIENT)(address=gcs_address)
+        deadline = time.monotonic() + _LOOK_S
+        while not client.get_all_node_info() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return wait_for_node(gcs_address, node_id)
+
+    return get_node
+
+
 def _find_no_dashboard(original: Any) -> Any:
     def get_dashboard_dependency_error() -> ImportError:
         return ImportError("no dashboard is wanted")
@@ -106,6 +121,13 @@ STARTS = (
         "? %",
     ),
     Replacement(
+        "ray._private.services.get_node",
+        ("gcs_address", "node_id"),
+        _look_often_for_node,
+        "Ray looks once a second whether its raylet is up",
+        "? %",
+    ),
+    Replacement(
         "ray._private.utils.get_dashboard_dependency_error",
         (),
         _find_no_dashboard,
@@ -135,19 +157,20 @@ def find_reason_for_plain() -> str | None:
     if os.environ.get(PLAIN_VARIABLE) == "1":
         return f"{PLAIN_VARIABLE} is 1"
     for each in REPLACEMENTS:
-        try:
-            parameters = tuple(inspect.signature(pkgutil.resolve_name(each.path)).parameters)
-        except (ImportError, AttributeError):
-            found = "none"
-        except (TypeError, ValueError):  # no function, or one without a signature
-            found = "another thing"
-        else:
-            if parameters[: len(each.parameters)] == each.parameters:
-                continue
-            found = f"({', '.join(parameters)})"
-        expected = f"{each.path}({', '.join(each.parameters)})"
-        return f"Ray {importlib.metadata.version('ray')}: expected {expected}, got {found}"
+        found = _find_parameters(each.path)
+        if found is None or found[: len(each.parameters)] != each.parameters:
+            expected = f"{each.path}({', '.join(each.parameters)})"
+            got = "none" if found is None else f"({', '.join(found)})"
+            return f"Ray {importlib.metadata.version('ray')}: expected {expected}, got {got}"
     return None
+
+
+def _find_parameters(path: str) -> tuple[str, ...] | None:
+    """Return the names of a function's parameters; None where there is no such function."""
+    try:
+        return tuple(inspect.signature(pkgutil.resolve_name(path)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
 
 
 @contextmanager

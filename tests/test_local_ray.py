@@ -39,7 +39,7 @@ services.start_ray_process = lambda *arguments, **options: original(*arguments, 
 """
 _BREAK = """
 from pipeline import local_ray
-local_ray._AGENT_ARGUMENTS["--dashboard_agent_command"] = ""  # of which Ray's raylet dies
+local_ray._GIVEN_ARGUMENTS |= {"--unknown"}
 """
 
 
@@ -103,7 +103,8 @@ def test_what_only_shows_when_ray_starts_is_a_plain_ray_too(digest, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results_sha256"] == digest
     [line] = [line for line in done.stderr.splitlines() if PLAIN in line]
-    assert line.startswith(f"Ray {ray.__version__}: expected to start with fewer services, got ")
+    reason = "expected to start with fewer services, got a raylet without --unknown"
+    assert line == f"Ray {ray.__version__}: {reason}; {PLAIN}"
 
 
 _SHOW_REPLACED = """
