@@ -156,7 +156,9 @@ def _start(others: set[psutil.Process]) -> bool:
                     _initialize("local", object_store_memory=_choose_store_bytes())
             except Exception as exc:  # noqa: BLE001 - whatever another version makes of the stand-ins
                 _leave_ray(others, is_fast=False)
-                reason = f"Ray {ray.__version__}: expected to start with fewer services, got {exc}"
+                reason = (
+                    f"Ray {ray.__version__}: expected to start with fewer services, got {' '.join(str(exc).split())}"
+                )
             else:
                 return True
         logger.warning(
