@@ -6,18 +6,14 @@ finished for `STALL_SECONDS` there is an error that names what was waited for.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import secrets
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.abc import MetaPathFinder
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +30,7 @@ from pipeline.decode import Header, Target
 from pipeline.errors import ActorLostError, ClusterError, EvaluationError, StalledError
 from pipeline.exchange import TOKEN_BYTES, Address
 from pipeline.files import Location
+from pipeline.imports import leave_pandas_out
 from pipeline.loading import Loader, ShardFile
 from pipeline.shards import Fit, Plan, Shard
 from pipeline.sources import ArchiveRows
@@ -67,7 +64,7 @@ class ActorProcess:
 
     def __init__(self) -> None:
         leave_pandas_out()
-        _import_torch()
+        importlib.import_module("torch")  # while the listing is read, and not when the first images are here
 
     def begin(self, plan: Plan, rank: int, fit: Fit, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""
@@ -93,35 +90,6 @@ class ActorProcess:
         table = results.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
         digest = results.write_table(output, f"{results.PREDICTIONS}/part-{part:05d}", table)
         return PartRecord(digest, scored.confusions)
-
-
-class _NoPandas(MetaPathFinder):
-    """Says that there is no pandas."""
-
-    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> None:
-        if fullname == "pandas":
-            raise ModuleNotFoundError("pandas is left out")
-
-
-@cache
-def leave_pandas_out() -> None:
-    """Keep pyarrow from importing pandas in this process, of which nothing here is used.
-
-    Where pandas is installed, pyarrow's first conversion imports it, which takes a process longer than a small dataset.
-    pyarrow asks once: if pandas is not to be had then, it works without; what needs pandas still finds it later.
-    """
-    finder = _NoPandas()
-    sys.meta_path.insert(0, finder)
-    pa.array([0])
-    sys.meta_path.remove(finder)
-
-
-def _import_torch() -> None:
-    """Import torch."""
-    gc.disable()  # what the import leaves is there to stay, and need not be looked through
-    importlib.import_module("torch")
-    gc.freeze()
-    gc.enable()
 
 
 def cluster_resources() -> dict[str, float]:
