@@ -161,7 +161,7 @@ def main(is_json: bool, **options: Any) -> None:
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
         from pipeline.driver import job
-        from pipeline.driver.tasks import leave_pandas_out
+        from pipeline.driver.imports import leave_pandas_out
 
         leave_pandas_out()
         # Ray prints what its node manager has to say where only the summary belongs.

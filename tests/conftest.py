@@ -14,6 +14,8 @@ from pipeline.data import storage
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+# No test joins a Ray that somebody else runs on this machine.
+os.environ.setdefault("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(autouse=True)

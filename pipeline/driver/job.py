@@ -117,7 +117,7 @@ def _allocate(config: Config, nodes: list[Node]) -> Allocation:
 
 def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     node_ids = [node.node_id for node in cluster.working_nodes()]
-    return start_actors(allocation, node_ids, has_training=config.epochs > 0)
+    return start_actors(allocation, node_ids)
 
 
 def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:
