@@ -42,8 +42,6 @@ class Progress:
     loss: float | None = None
 
 
-
-
 def library_versions() -> dict[str, str]:
     """The versions of what the figures depend on."""
     return {

@@ -53,8 +53,6 @@ class Output:
         return storage.open_root("--out", self.root, OutputError)
 
 
-
-
 def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
     """Make the folder and see that nothing of value is in the way.
 
@@ -147,28 +145,6 @@ def write_run(output: Output, run: Mapping[str, Any]) -> None:
 def combine_digests(digests: Mapping[str, str]) -> str:
     """Digest the digests of all tables, by name: one value to compare two runs by."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:
