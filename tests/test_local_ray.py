@@ -168,7 +168,7 @@ def test_a_request_to_all_of_the_group_while_a_plain_ray_starts_is_answered(tmp_
         left = processes_with(*next(iter(mark.items())))
     finally:
         end_processes(processes_with(*next(iter(mark.items()))))
-    assert (process.returncode, stdout, left) == (128 + signum, "", [])
+    assert (process.returncode, stdout, left) == (128 + signum, "", []), stderr
     assert stderr.splitlines()[-1] == "interrupted: nothing was evaluated"
 
 

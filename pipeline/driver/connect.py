@@ -203,7 +203,8 @@ def _choose_store_bytes() -> int | None:
 def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
     """Disconnect, and end whatever this process started except `others`."""
     started = [child for child in psutil.Process().children() if child not in others]
-    ended: set[psutil.Process] = set()
+    # Before the raylet dies: its own children are nobody's children then.
+    ended = set(_family(started))
 
     def end_at_once() -> None:
         for child in started:

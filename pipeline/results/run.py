@@ -1,7 +1,7 @@
 """`run.json`: one run's options, versions, counts and figures, and the mark that it is finished.
 
-Input: a `RunRecord`. Output: what `run.json` holds. Invariant: no secret key of a URI is in it, and what two runs of the
-same content differ in (times, places, versions) is outside `results_sha256`.
+Input: a `RunRecord`. Output: what `run.json` holds. Invariant: no secret key of a URI is in it, and what two runs of
+the same content differ in (times, places, versions) is outside `results_sha256`.
 """
 
 from __future__ import annotations

@@ -9,22 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.data import storage
-from pipeline.plan import Target
-from pipeline.errors import OutputError, without_secrets
-from pipeline.results.figures import EpochMetric, Metric
+from pipeline.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
