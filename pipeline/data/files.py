@@ -103,7 +103,7 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         # Here, because its HTTP and tar libraries would load in every decoding process.
         from pipeline.data import download
 
-        return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
+        return Location("folder", str(download.fetch(download.cache_folder(), on_download)))
     data = storage.plain_path(data)
     # A path that is there is meant, even if it reads as a pattern.
     is_there = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111 - of what can be no path, too
