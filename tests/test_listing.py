@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
@@ -37,12 +36,6 @@ def lay(folder, keys):
     return Location("folder", str(folder))
 
 
-def lay_parquet(folder, keys):
-    images = [key.encode() for key in keys]
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "image": images}), folder / "small.parquet")
-    return Location("parquet", str(folder / "small.parquet"))
-
-
 def lay_mock(keys):
     location = Location("uri", "mock:///bucket/digits")
     filesystem, root = location.filesystem
@@ -56,8 +49,6 @@ def lay_mock(keys):
 
 def lay_as(kind, folder, keys):
     match kind:
-        case "parquet":
-            return lay_parquet(folder, keys)
         case "mock":
             return lay_mock(keys)
         case "file uri":
@@ -66,7 +57,7 @@ def lay_as(kind, folder, keys):
             return lay(folder, keys)
 
 
-every_kind = pytest.mark.parametrize("kind", ["folder", "parquet", "mock", "file uri"])
+every_kind = pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
 
 
 def keys_of(table):
@@ -420,8 +411,7 @@ def test_a_uri_is_located_without_connecting(uri):
 
 
 def test_digits_are_in_the_package():
-    location = locate("digits")
-    assert (location.kind, location.root) == ("parquet", "digits")
+    assert locate("digits") == Location("package", "digits")
 
 
 @pytest.mark.parametrize(
@@ -666,7 +656,7 @@ def test_a_uri_s_listing_has_sizes_and_times_for_a_cache(fraction, tmp_path):
 
 def test_the_same_files_have_the_same_digest_wherever_they_lie(tmp_path):
     digests = set()
-    for kind in ("folder", "parquet", "mock", "file uri"):
+    for kind in ("folder", "mock", "file uri"):
         (tmp_path / kind).mkdir()
         digests.add(list_dataset(lay_as(kind, tmp_path / kind, KEYS), Config()).sha256)
     assert len(digests) == 1
@@ -802,7 +792,7 @@ def test_a_path_that_is_there_is_meant_even_if_it_reads_as_a_pattern(tmp_path, m
 # Between processes
 
 
-@pytest.mark.parametrize("kind", ["folder", "parquet", "file uri"])
+@pytest.mark.parametrize("kind", ["folder", "file uri"])
 def test_a_location_crosses_a_pickle_without_what_it_has_opened(kind, tmp_path):
     location = lay_as(kind, tmp_path, KEYS)
     unused = pickle.dumps(location)

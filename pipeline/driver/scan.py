@@ -91,7 +91,7 @@ def finish_listing(
 
 def _list_first(location: Location, config: Config) -> FirstListing:
     """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
-    if location.kind != "parquet":
+    if location.kind != "package":
         ignored: Counter[str] = Counter()
         filesystem, root = location.filesystem
         if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):
