@@ -1,7 +1,7 @@
 """The options of a job, checked.
 
-What enters: the options as the command line parsed them. What leaves: a frozen `Config` in which every value
-can be used. Checks that need the data or the cluster stand where these are known.
+Input: the options as the command line parsed them. Output: a frozen `Config` in which every value can be used. Checks
+that need the data or the cluster stand where these are known.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A listing cut into shards, images dealt to lanes and parts: the plan of a job.
 
-What enters: the number of images and the options. What leaves: numbered shards, each some neighbours in the listing,
-and the rule by which an image has its place in a lane. Always: both depend on the listing and the options alone, never
-on the number of workers; every image is in one shard; and how the listing is cut does not change where an image goes.
+Input: the number of images and the options. Output: numbered shards, each some neighbours in the listing, and the rule
+by which an image has its place in a lane. Invariant: both depend on the listing and the options alone, never on the
+number of workers; every image is in one shard; and how the listing is cut does not change where an image goes.
 """
 
 from __future__ import annotations

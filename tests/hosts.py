@@ -118,7 +118,11 @@ class Host:
         """Name a namespace of this host."""
         return os.readlink(f"/proc/{self.pid}/ns/{kind}")  # noqa: PTH115 - no path, a name
 
-    def run(self, *args, stdin=None, timeout=120, **environment):
+    def path(self, name):
+        """Return where a path of this host is found from outside."""
+        return Path(f"/proc/{self.pid}/root{name}")
+
+    def run(self, *args, stdin=None, timeout=600, **environment):
         """Run a command on this host to its end and return it; its output is text."""
         return subprocess.run(
             self.command(*args, **environment),
@@ -284,7 +288,7 @@ def _machine_state():
     return {link["ifname"] for link in links}, set(Path("/proc/self/mountinfo").read_text().splitlines())
 
 
-def _wait_until(is_done, what, timeout_s=20):
+def _wait_until(is_done, what, timeout_s=200):
     deadline = time.monotonic() + timeout_s
     while not is_done():
         assert time.monotonic() < deadline, f"expected {what}, got nothing for {timeout_s} s"

@@ -11,8 +11,10 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -468,6 +470,14 @@ def test_a_part_without_a_decoded_image_is_empty():
         assert {int(counts_KK.sum()) for counts_KK in part.confusions.values()} == {0}
 
 
+def has_unread(process):
+    """Say whether something has come to a process that it has not read."""
+    ports = {f":{each.laddr.port:04X}" for each in psutil.Process(process.pid).net_connections() if each.raddr}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(local[-5:] in ports and not queues.endswith(":00000000") for _, local, _, _, queues, *_ in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks for what was sent in /proc")
 @pytest.mark.parametrize("method", ["finish_means", "train_epoch"])
 def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
     plan, decoded = make_job(2)
@@ -478,7 +488,8 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
         ask_all(group, "finish_means")
         ask_all(group, "begin_training", None)
     answer = group[0](method, *([1] if method == "train_epoch" else []))
-    time.sleep(0.2)  # until it waits for the other one
+    while not has_unread(started[1]):  # then the first has sent its own, and waits for the other's
+        assert started[0].poll() is None
     started[1].kill()
     began = time.monotonic()
     with pytest.raises(ActorLostError, match=r"^actor 0: expected the other actors") as caught:

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import benchmark
@@ -111,19 +112,33 @@ def test_a_failed_command_is_an_error_with_its_last_words(tmp_path, black_and_wh
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_command_that_runs(noisy_dataset, tmp_path, signum):
-    out = tmp_path / "runs.parquet"
-    options = ["--data", noisy_dataset, "--out", out, "--only", "plain_loop"]
+def test_an_interrupt_ends_the_command_that_runs(tmp_path, signum):
+    image, out = tmp_path / "data" / "train" / "a" / "0.png", tmp_path / "runs.parquet"
+    for folder in (image.parent, tmp_path / "data" / "valid" / "a"):
+        folder.mkdir(parents=True)
+    os.mkfifo(image)  # whoever opens it waits for an end that never comes
+    options = ["--data", tmp_path / "data", "--out", out, "--only", "plain_loop"]
     command = [sys.executable, ROOT / "jobs" / "benchmark.py", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("warm-up: ")
+        while (writer := open_if_read(image)) is None:
+            assert process.poll() is None, process.stderr.read()
         process.send_signal(signum)
         words = process.stderr.read()
+        os.close(writer)
     assert process.returncode == 130
     assert "interrupted: 0 runs were done" in words
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    assert not [line for line in commands if os.fsencode(noisy_dataset) in line]
+    assert not [line for line in commands if os.fsencode(tmp_path / "data") in line]
     assert not out.exists()
+
+
+def open_if_read(fifo):
+    """Open a FIFO to write to it once somebody reads it; None before."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # nobody reads it yet
+        time.sleep(0.01)
+        return None
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 import uuid
 
 import click.testing
@@ -16,11 +14,17 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, command, end_processes, processes_with
+from gate import Gate, gated_command
 from PIL import Image
 
 from jobs.evaluate import main
 
 MARK = "IMAGE_BASELINE_TEST"
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return Gate(tmp_path / "gate")
 
 
 def run(*args, **environment):
@@ -87,21 +91,18 @@ def test_the_summary_goes_to_standard_output_and_nothing_else(tmp_path):
 
 
 @pytest.mark.ray
-def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path):
+def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path, gate):
     """One run as it is, and one with another OMP_NUM_THREADS of which an actor dies in the middle of training."""
-    options = ("--epochs", 60, "--actors", 2, "--json")
+    options = ("--epochs", 3, "--actors", 2, "--json")
     first = run_json(*options, "--out", tmp_path / "first", OMP_NUM_THREADS="1")
     mark = str(uuid.uuid4())
-    screen, terminal = os.openpty()
     options += ("--out", tmp_path / "second")
-    process = command(*options, stderr=terminal, OMP_NUM_THREADS="3", **{MARK: mark})
-    os.close(terminal)
-    shown = read_until(screen, rb"epoch \d+ of 60, step .*loss \d")
-    os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
-    shown += read_until(screen, rb"starting all actors anew, to go on after epoch (\d+)")
-    stdout, _ = process.communicate(timeout=180)
-    os.close(screen)
-    assert process.returncode == 0, shown
+    process = gated_command(gate, "train", *options, OMP_NUM_THREADS="3", **{MARK: mark})
+    with gate.held("train", process):
+        os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert re.search(r"starting all actors anew, to go on after epoch [12]\n", stderr)
     assert json.loads(stdout)["results_sha256"] == first["results_sha256"]
 
 
@@ -134,18 +135,17 @@ except errors.ClusterError as exc:
 
 
 @pytest.mark.ray
-def test_a_local_job_listens_on_this_machine_alone(small_dataset, tmp_path):
+def test_a_local_job_listens_on_this_machine_alone(small_dataset, tmp_path, gate):
     mark = str(uuid.uuid4())
-    screen, terminal = os.openpty()
+    # So many that it is training for certain when it is asked to end, wherever in Ray's code that is.
     options = ("--data", small_dataset, "--epochs", 1_000_000, "--actors", 2, "--address", "local")
-    process = command(*options, "--out", tmp_path / "out", stderr=terminal, **{MARK: mark})
-    os.close(terminal)
-    read_until(screen, rb"epoch \d+ of 1000000, step .*loss \d")
-    addresses = [address for each in processes_with(MARK, mark) for address in listening_addresses(each)]
+    process = gated_command(gate, "train", *options, "--out", tmp_path / "out", **{MARK: mark})
+    with gate.held("train", process):
+        addresses = [address for each in processes_with(MARK, mark) for address in listening_addresses(each)]
     os.kill(process.pid, signal.SIGINT)
-    threading.Thread(target=read_until, args=(screen, rb"interrupted: .*"), daemon=True).start()
-    process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert set(addresses) == {"127.0.0.1"}
+    assert (process.returncode, last_line(stderr)[:13]) == (130, "interrupted: ")
 
 
 def listening_addresses(process):
@@ -156,35 +156,36 @@ def listening_addresses(process):
     return [each.laddr.ip.removeprefix("::ffff:") for each in sockets if each.status == psutil.CONN_LISTEN]
 
 
-def read_until(screen, pattern):
-    """Read what a terminal shows until a pattern is there; a job that ends before fails the test."""
-    shown = b""
-    while not re.search(pattern, shown):
-        shown += os.read(screen, 1024)
-    return shown
-
-
 def actors_of(mark):
     return [process for process in processes_with(MARK, mark) if "ray::ActorProcess" in " ".join(process.cmdline())]
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay_s", [0.5, 2.0, 5.0])
-def test_an_interrupt_says_what_was_left_and_leaves_no_process(small_dataset, tmp_path, signum, delay_s):
+@pytest.mark.parametrize(
+    ("moment", "left_undone"),
+    [
+        ("start", "nothing was evaluated"),
+        ("decode", r"decoded \d+ of 156 images, .* is unfinished, run again"),
+        ("train", r"epoch 2 of 3, step .* is unfinished, go on with --resume --out .*"),
+    ],
+)
+def test_an_interrupt_says_what_was_left_and_leaves_no_process(
+    small_dataset, tmp_path, gate, signum, moment, left_undone
+):
     mark = str(uuid.uuid4())
-    options = ("--data", small_dataset, "--epochs", 1_000_000, "--out", tmp_path / "out")
-    process = command(*options, **{MARK: mark})
+    options = ("--data", small_dataset, "--shard-images", 4, "--epochs", 3, "--out", tmp_path / "out")
+    process = gated_command(gate, moment, *options, **{MARK: mark})
     try:
-        time.sleep(delay_s)
-        # A terminal sends Ctrl-C to all that it started; whoever ends a job asks the job alone.
-        os.killpg(process.pid, signum) if signum == signal.SIGINT else os.kill(process.pid, signum)
+        with gate.held(moment, process):
+            # A terminal sends Ctrl-C to all that it started; whoever ends a job asks the job alone.
+            os.killpg(process.pid, signum) if signum == signal.SIGINT else os.kill(process.pid, signum)
         stdout, stderr = process.communicate(timeout=60)
         left = processes_with(MARK, mark)
     finally:
         end_processes(processes_with(MARK, mark))
     assert (process.returncode, stdout) == (128 + signum, "")
-    assert last_line(stderr).startswith("interrupted: ")
+    assert re.fullmatch(f"interrupted: {left_undone}", last_line(stderr))
     assert left == []
     assert not (tmp_path / "out" / "run.json").exists()
     assert not list(tmp_path.glob("out/**/*.tmp"))
@@ -257,7 +258,7 @@ os.register_at_fork(after_in_parent=ask)
 
 def assert_ends_while_ray_starts(tmp_path, ask, **environment):
     mark = str(uuid.uuid4())
-    process = command("--epochs", 1_000_000, "--out", tmp_path / "out", **{MARK: mark}, **environment)
+    process = command("--out", tmp_path / "out", **{MARK: mark}, **environment)
     try:
         ask(process)
         stdout, stderr = process.communicate(timeout=60)
@@ -275,15 +276,35 @@ def test_a_request_to_end_while_ray_starts_its_processes_is_heard(tmp_path):
     assert_ends_while_ray_starts(tmp_path, lambda _: None, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
 
 
-@pytest.mark.ray
-def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path):
-    def ask(process):
-        driver = psutil.Process(process.pid)
-        while process.poll() is None and "raylet" not in {child.name() for child in driver.children()}:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGTERM)
+# Stands still in the fork that starts Ray's node manager, once that runs.
+_GATE_IN_A_FORK = """
+import os, pathlib, sys, time
+def stand_still():
+    import psutil
+    if not sys.argv[0].endswith("evaluate.py"):
+        return
+    driver = psutil.Process()
+    while driver.cmdline() in [child.cmdline() for child in driver.children()]:  # it is not yet what it is to be
+        time.sleep(0.001)
+    if "raylet" in {child.name() for child in driver.children()}:
+        folder = pathlib.Path(os.environ["GATE"])
+        (folder / "raylet").touch()
+        while not (folder / "raylet.go").exists():
+            time.sleep(0.01)
+os.register_at_fork(after_in_parent=stand_still)
+"""
 
-    assert_ends_while_ray_starts(tmp_path, ask)
+
+@pytest.mark.ray
+def test_a_request_to_all_of_the_group_while_ray_starts_is_answered(tmp_path, gate):
+    def ask(process):
+        with gate.held("raylet", process):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    gate.folder.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(_GATE_IN_A_FORK)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    assert_ends_while_ray_starts(tmp_path, ask, GATE=str(gate.folder), PYTHONPATH=path)
 
 
 _NOTE_SLOW_IMPORTS = """

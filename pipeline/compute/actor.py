@@ -1,9 +1,9 @@
 """The state of one computing process: images on one device, class means, a model.
 
-What enters: decoded Arrow tables, one a shard. What leaves: counts, sums, epoch records, scored parts: small things.
-Always: an image is copied to its place in one buffer when it arrives, and its place depends on the listing alone.
+Input: decoded Arrow tables, one a shard. Output: counts, sums, epoch records, scored parts: small things. Invariant:
+an image is copied to its position in one buffer when it arrives, and that depends on the listing alone.
 
-Axes as in `distance` and `sgd`; M is the number of positions in a buffer, listed images that may yet be skipped.
+Axes as in `nearest_mean` and `sgd_linear`; M is the number of positions in a buffer, listed images that may yet be skipped.
 """
 
 from __future__ import annotations

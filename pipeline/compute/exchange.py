@@ -1,7 +1,7 @@
-"""What actors tell each other while they compute, each connected with every other by TCP.
+"""Arrays exchanged between actors while they compute, each connected with every other by TCP.
 
-What enters: an array of every actor, of one shape. What leaves: at every actor, all of them in the actors' order.
-Always: an actor that is gone is an error at once, and one that is silent is an error after `TIMEOUT_SECONDS`.
+Input: an array of every actor, of one shape. Output: at every actor, all of them in the actors' order. Invariant: an
+actor that is gone is an error at once, and one that is silent is an error after `TIMEOUT_SECONDS`.
 
 The sockets are those of the thread that computes. A library that has threads of its own for them, gloo for one, wakes
 several for each exchange, which took 1.6 ms between steps of 4 ms on two cores, where this takes 0.2.

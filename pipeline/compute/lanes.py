@@ -1,7 +1,7 @@
 """The training images of some lanes, in memory, on a GPU or on disk, and the order in which an epoch takes them.
 
-What enters: images with their lanes and places. What leaves: for each step, the next rows of every lane. Always: the
-order depends on the seed, the epoch, the lane and the images' places alone, and not on where the images are kept.
+Input: images with their lanes and places. Output: for each step, the next rows of every lane. Invariant: the order
+depends on the seed, the epoch, the lane and the images' places alone, and not on where the images are kept.
 
 A lane is stored as chunks, each of every n-th image of it, so that a chunk of a sorted listing holds all classes. An
 epoch takes the chunks of a lane in another order each time, and the images of a chunk in another order: what is on disk

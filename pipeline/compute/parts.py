@@ -1,7 +1,7 @@
 """The validation images of one part, until they are scored and written to the part's prediction file.
 
-What enters: images with their places in the part. What leaves: their keys and labels in the order of the listing, and
-their pixels in blocks. Always: an image's place depends on the listing alone; those of skipped images stay empty.
+Input: images with their places in the part. Output: their keys and labels in the order of the listing, and their
+pixels in blocks. Invariant: an image's place depends on the listing alone; those of skipped images stay empty.
 
 Axes: D values of an image, M places, N images.
 """

@@ -1,7 +1,7 @@
 """What a dataset holds: its splits, its classes and the images of each, in one order.
 
-What enters: a location and the options; for archives, what was found inside. What leaves: a `Listing`. Always: both
-splits have the same classes, at least two, each with an image, and the same files give the same listing.
+Input: a location and the options; for archives, what was found inside. Output: a `Listing`. Invariant: both splits
+have the same classes, at least two, each with an image, and the same files give the same listing.
 """
 
 from __future__ import annotations

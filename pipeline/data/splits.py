@@ -1,7 +1,7 @@
 """What splits are called, which side an image is held out to, and in which order people read names.
 
-What enters: names, as a file system or an archive gives them. What leaves: the split that a name stands for. Always:
-the answer depends on the name and the options alone, so that every process comes to the same.
+Input: names, as a file system or an archive gives them. Output: the split that a name stands for. Invariant: the
+answer depends on the name and the options alone, so that every process comes to the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Folders and object stores by URI: opened, and asked again while they are throttled or out of reach.
 
-What enters: URIs as users give them. What leaves: file systems of `pyarrow.fs` and paths on them. Always: an
-operation that cannot get better, as one with wrong credentials, is tried once; one that may is tried for a minute.
+Input: URIs as users give them. Output: file systems of `pyarrow.fs` and paths on them. Invariant: an operation that
+cannot get better, as one with wrong credentials, is tried once; one that may is tried for a minute.
 
 S3 is reached by the usual settings: the query of the URI (`region`, `endpoint_override`, `scheme`,
 `anonymous=true`), or AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_PROFILE and a node's instance profile.

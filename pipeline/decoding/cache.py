@@ -1,8 +1,8 @@
 """Decoded shards, kept from one run to the next.
 
-What enters: a shard's outcome and, from `cache_key`, a digest of all that it depends on. What leaves: the same outcome,
-mapped from its file. Always: what comes out is bit for bit what went in, or None; nothing that happens to a cache ends
-a job; and no file is touched that the cache did not write.
+Input: a shard's outcome and, from `cache_key`, a digest of all that it depends on. Output: the same outcome, mapped
+from its file. Invariant: what comes out is bit for bit what went in, or None; nothing that happens to a cache ends a
+job; and no file is touched that the cache did not write.
 
 An entry, `<key>.arrow`, is an Arrow IPC stream, which any reader of Arrow opens, and behind it a checksum. A shard in
 which a file could not be read is not kept: that file is to be tried again, and may be good the next time.

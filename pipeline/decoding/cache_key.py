@@ -1,7 +1,7 @@
 """What a decoded shard was made from, as the name of its entry in a cache.
 
-What enters: a dataset, a target and a shard's rows of the listing. What leaves: a digest. Always: when the images of
-the shard, or what becomes of them, may be others, so is the digest.
+Input: a dataset, a target and a shard's rows of the listing. Output: a digest. Invariant: when the images of the
+shard, or what becomes of them, may be others, so is the digest.
 """
 
 from __future__ import annotations

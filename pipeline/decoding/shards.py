@@ -1,7 +1,7 @@
 """One shard, from its files or the cache to its outcome, cut into what each actor is to have.
 
-What enters: a `Shard` and its rows of the listing. What leaves: tables for actors, and the skipped images.
-Always: the same images come from a class folder, an archive or the cache as the same tables.
+Input: a `Shard` and its rows of the listing. Output: tables for actors, and the skipped images. Invariant: the same
+images come from a class folder, an archive or the cache as the same tables.
 """
 
 from __future__ import annotations

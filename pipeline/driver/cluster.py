@@ -1,7 +1,7 @@
 """The cluster as the job finds it: its nodes, waiting for more of them, and whether all see the same files.
 
-What enters: the options. What leaves: nodes, or an error that says what the cluster lacks. Always: what is waited for
-is asked of the autoscaler, where there is one, and not for longer than `--wait-seconds`.
+Input: the options. Output: nodes, or an error that says what the cluster lacks. Invariant: what is waited for is asked
+of the autoscaler, where there is one, and not for longer than `--wait-seconds`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From files to the actors: shards are decoded by tasks and handed to the actor that owns their lane or part.
 
-What enters: a `Job` and its actors. What leaves: `ImageCounts`; the images are with the actors then. Always: no more
-than `max_shards_in_flight` shards are between their files and their actor, and what finishes first is handled first.
+Input: a `Job` and its actors. Output: `ImageCounts`; the images are with the actors then. Invariant: no more than
+`max_shards_in_flight` shards are between their files and their actor, and what finishes first is handled first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The job from its options to its results: listing, feeding, training, scoring, writing.
 
-What enters: a `Config`. What leaves: the result files and what `run.json` says. Always: the driver holds references,
-counts, means and parameters, never images or their rows, and the work in flight is bounded by bytes.
+Input: a `Config`. Output: the result files and what `run.json` says. Invariant: the driver holds references, counts,
+means and parameters, never images or their rows, and the work in flight is bounded by bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the driver needs of Ray: a connection, actors, a decoding task, and waiting that cannot hang.
 
-What enters: calls. What leaves: results, or an error of our own tree for every fault of Ray's. Always: with nothing
-finished for `STALL_SECONDS` there is an error that names what was waited for.
+Input: calls. Output: results, or an error of our own tree for every fault of Ray's. Invariant: with nothing finished
+for `STALL_SECONDS` there is an error that names what was waited for.
 """
 
 from __future__ import annotations

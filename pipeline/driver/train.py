@@ -1,7 +1,7 @@
 """Training epoch by epoch, as the driver sees it: a small record of each, checkpoints, and when to stop.
 
-What enters: a `Job` and actors that hold its images. What leaves: a `Training` that is kept up to date. Always: what is
-in it belongs to finished epochs, so that new actors can go on from it.
+Input: a `Job` and actors that hold its images. Output: a `Training` that is kept up to date. Invariant: what is in it
+belongs to finished epochs, so that new actors can go on from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Counts to accuracies.
 
-What enters: confusion counts and epoch sums, all of them whole numbers or sums by lane and part. What leaves: figures
-with their intervals. Always: the same counts give the same figures, in whatever order they were added.
+Input: confusion counts and epoch sums, all of them whole numbers or sums by lane and part. Output: figures with their
+intervals. Invariant: the same counts give the same figures, in whatever order they were added.
 """
 
 from __future__ import annotations

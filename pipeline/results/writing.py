@@ -1,7 +1,7 @@
 """The result tables, written whole or not at all.
 
-What enters: figures, counts and scored parts. What leaves: Parquet files and `run.json` in a folder or below a URI.
-Always: a file under its final name is complete, and `run.json` is written last, so a folder without it is unfinished.
+Input: figures, counts and scored parts. Output: Parquet files and `run.json` in a folder or below a URI. Invariant: a
+file under its final name is complete, and `run.json` is written last, so a folder without it is unfinished.
 """
 
 from __future__ import annotations

@@ -41,6 +41,12 @@ class Classifier:
     needs_epochs: bool = False
 
 
+def _majority_class() -> Scorer:
+    from pipeline.compute.classifiers import majority_class
+
+    return majority_class.score
+
+
 def _nearest_mean_l1() -> Scorer:
     from pipeline.compute.classifiers import nearest_mean
 
@@ -61,6 +67,7 @@ def _sgd_linear() -> Scorer:
 
 # In the order in which they are shown.
 CLASSIFIERS = (
+    Classifier("majority_class", _majority_class, has_scores=False),
     Classifier("nearest_mean_l1", _nearest_mean_l1),
     Classifier("nearest_mean_rms", _nearest_mean_rms),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),

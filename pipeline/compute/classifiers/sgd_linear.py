@@ -1,8 +1,8 @@
 """A linear model and its stochastic gradient descent, with the gradient cut into lanes.
 
-What enters: uint8 images, one row an image, and labels. What leaves: parameters, losses, probabilities. Always: a
-lane's gradient is computed from its own rows by products of its own, and lanes are added in their order, so that
-the result does not depend on which process holds which lane.
+Input: uint8 images, one row an image, and labels. Output: parameters, losses, probabilities. Invariant: a lane's
+gradient is computed from its own rows by products of its own, and lanes are added in their order, so that the result
+does not depend on which process holds which lane.
 
 Axes: N images, B rows of a step, K classes, D values of one image, L lanes, Z lanes that one process holds, P
 parameters (K·D weights, class by class, then K biases). Parameters and gradients are float32, labels int64.

@@ -1,8 +1,8 @@
 """Parquet files with the bytes of images, as Hugging Face datasets writes them, and plainer ones.
 
-What enters: a Parquet file with a column of images, a struct of `bytes` and `path` or plain bytes, and one of classes.
-What leaves: a `Scan` with an index of row numbers; and for rows of the index, the bytes. Always: a scan reads no
-image, and a read decodes only the row groups it needs, a few images at a time.
+Input: a Parquet file with a column of images, a struct of `bytes` and `path` or plain bytes, and one of classes.
+Output: a `Scan` with an index of row numbers; and for rows of the index, the bytes. Invariant: a scan reads no image,
+and a read decodes only the row groups it needs, a few images at a time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tar files of images: what is inside, and the bytes of the images.
 
-What enters: an uncompressed tar, as WebDataset writes it (`0001.png` beside `0001.cls` or `0001.json`) or packed from
-class folders (`train/3/1.png`). What leaves: a `Scan` with an index of byte ranges; and for rows of the index, the
-bytes. Always: nothing is unpacked, a member's name is never a path, and what is listed lies within the file.
+Input: an uncompressed tar, as WebDataset writes it (`0001.png` beside `0001.cls` or `0001.json`) or packed from class
+folders (`train/3/1.png`). Output: a `Scan` with an index of byte ranges; and for rows of the index, the bytes.
+Invariant: nothing is unpacked, a member's name is never a path, and what is listed lies within the file.
 """
 
 from __future__ import annotations

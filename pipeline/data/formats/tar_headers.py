@@ -1,7 +1,7 @@
 """The headers of a tar file: which members there are, and where their bytes lie.
 
-What enters: an open file that can be read at any place. What leaves: name, place and size of each regular member.
-Always: every step goes forward and every member lies within the file, whatever the headers say.
+Input: an open file that can be read at any place. Output: name, place and size of each regular member. Invariant:
+every step goes forward and every member lies within the file, whatever the headers say.
 
 The formats are POSIX ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html) and GNU's
 (https://www.gnu.org/software/tar/manual/html_node/Standard.html). Python's `tarfile` reads them too, at several times
