@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
+from builders import encode
 from test_lanes import order_in_a_loop
 from torch.nn.functional import cross_entropy
 
@@ -47,21 +47,13 @@ CHUNK_BYTES = 5 * TARGET.num_values  # so that a lane has several chunks
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    """An actor sets the threads of its process."""
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    """As in the other processes."""
+def _as_in_processes(monkeypatch, one_thread):
+    """Small chunks and one thread, as in the other processes; an actor sets the threads of its process."""
     monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", CHUNK_BYTES)
 
 
 def serve():
-    """Be a process with one actor at a time: calls come on standard input, answers go to standard output."""
+    """Run one actor at a time: calls come on standard input, answers go to standard output."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     plans._CHUNK_BYTES = CHUNK_BYTES
@@ -150,11 +142,7 @@ def make_images(split):
     labels_N = np.sort(np.arange(NUM_TRAIN if split == "train" else NUM_VALID) % 3)
     noise_NHW = numbers.integers(0, 150, (len(labels_N), TARGET.height, TARGET.width))
     images_NHW = noise_NHW + 80 * (np.arange(TARGET.width) % 3 == labels_N[:, None, None])
-    files = []
-    for image_HW in images_NHW.astype(np.uint8):
-        stream = io.BytesIO()
-        Image.fromarray(image_HW).save(stream, "PNG")
-        files.append(stream.getvalue())
+    files = [encode(image_HW) for image_HW in images_NHW.astype(np.uint8)]
     return files, images_NHW.reshape(len(labels_N), -1), labels_N
 
 
@@ -208,6 +196,15 @@ def run(group, plan, decoded, num_epochs=2):
         "params": [[params_P for _, params_P in epoch] for epoch in epochs],
         "parts": score(group, plan),
     }
+
+
+def prepared(plan, decoded, params_P=None):
+    """One actor that has its images, the means, and is about to train, or has these parameters."""
+    [actor] = alone(plan)
+    feed([actor], decoded)
+    actor("finish_means")()
+    actor("begin_training", params_P)()
+    return actor
 
 
 def score(group, plan):
@@ -348,9 +345,8 @@ def test_several_actors_give_the_bits_of_one(processes, num_actors):
     plan, decoded = make_job(num_actors)
     got = run(together(processes(num_actors), plan), plan, decoded)
     assert_same(got, reference())
-    assert [[params_P is None for params_P in params] for params in got["params"]] == [
-        [rank > 0 for rank in range(num_actors)]
-    ] * 2
+    of_rank_0_alone = [rank > 0 for rank in range(num_actors)]
+    assert [[params_P is None for params_P in params] for params in got["params"]] == [of_rank_0_alone] * 2
 
 
 def test_images_on_disk_give_the_bits_of_memory_and_leave_nothing(tmp_path):
@@ -455,25 +451,19 @@ def test_what_an_actor_is_given_stays_as_it_is():
 
 def test_a_part_is_forgotten_once_it_is_scored():
     plan, decoded = make_job()
-    [actor] = alone(plan)
-    feed([actor], decoded)
-    actor("finish_means")()
-    actor("begin_training", None)()
+    actor = prepared(plan, decoded)
     actor("score_part", 0)()
     with pytest.raises(KeyError, match="0"):
         actor("score_part", 0)()
 
 
-def test_a_part_of_which_nothing_is_left_is_empty():
+def test_a_part_without_a_decoded_image_is_empty():
     plan, decoded = make_job()
     empty = [
         (shard, tables if shard.split == "train" else {rank: table[:0] for rank, table in tables.items()})
         for shard, tables in decoded
     ]
-    [actor] = alone(plan)
-    feed([actor], empty)
-    actor("finish_means")()
-    actor("begin_training", None)()
+    actor = prepared(plan, empty)
     for part in score([actor], plan):
         assert (len(part.keys), len(part.labels)) == (0, 0)
         assert {scores_NK.shape for scores_NK in part.scores.values()} == {(0, 3)}
@@ -502,7 +492,7 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
         assert started[0].poll() is None
     started[1].kill()
     began = time.monotonic()
-    with pytest.raises(ActorLostError, match=r"^actor 0: expected the other actors to answer, got ") as caught:
+    with pytest.raises(ActorLostError, match=r"^actor 0: expected the other actors") as caught:
         answer()
     assert time.monotonic() - began < 10
     assert "\n" not in str(caught.value)
@@ -515,7 +505,7 @@ def test_peers_that_do_not_come_are_lost_actors(monkeypatch, rank):
     actor = LaneActor(make_job()[0], rank, 2, is_on_gpu=False)
     own_address, nobody = actor.listen(HOST), (HOST, 1)
     addresses = (own_address, nobody) if rank == 0 else (nobody, own_address)
-    with pytest.raises(ActorLostError, match=rf"^actor {rank}: expected 2 actors to connect, got ") as caught:
+    with pytest.raises(ActorLostError, match=f"^actor {rank}: expected 2 actors") as caught:
         actor.join_group(TOKEN, *addresses)
     assert "\n" not in str(caught.value)
     actor.close()

@@ -41,19 +41,19 @@ def cache(tmp_path):
     return made
 
 
-def entry(cache, key=KEYS[0]):
+def entry_path(cache, key=KEYS[0]):
     return Path(cache.root) / f"{key}.arrow"
 
 
-def names(cache):
+def names_in(cache):
     return sorted(path.name for path in Path(cache.root).iterdir())
 
 
 def store_aged(cache, numbers, seconds_ago):
     for number in numbers:
         store(cache, KEYS[number], make_decoded(seed=number))
-        if entry(cache, KEYS[number]).exists():
-            os.utime(entry(cache, KEYS[number]), times=(0, 10**9 - seconds_ago + number))
+        if entry_path(cache, KEYS[number]).exists():
+            os.utime(entry_path(cache, KEYS[number]), times=(0, 10**9 - seconds_ago + number))
 
 
 # What is stored comes back
@@ -85,7 +85,7 @@ def test_what_decoding_makes_of_bad_images_comes_back(cache):
 
 def test_an_entry_is_a_stream_that_any_reader_of_arrow_opens(cache):
     store(cache, KEYS[0], make_decoded())
-    with pa.ipc.open_stream(entry(cache)) as reader:
+    with pa.ipc.open_stream(entry_path(cache)) as reader:
         assert reader.read_all().equals(make_decoded().table)
 
 
@@ -104,7 +104,7 @@ def test_a_cache_crosses_a_pickle_and_works_in_processes_side_by_side(cache):
         list(pool.map(store, [cache] * 64, KEYS[:4] * 16, [make_decoded(2000, seed) for seed in range(4)] * 16))
     assert pickle.loads(pickle.dumps(cache)) == cache
     assert [load(cache, KEYS[seed]) for seed in range(4)] == [make_decoded(2000, seed) for seed in range(4)]
-    assert len(names(cache)) == 5
+    assert len(names_in(cache)) == 5
 
 
 # What may not be kept
@@ -127,8 +127,8 @@ def test_a_shard_is_kept_unless_a_fault_may_pass(cache, fault, is_kept):
 
 def damaged_copies(content):
     chance = random.Random(0)
-    for place in [*range(64), *chance.sample(range(len(content)), 200), *range(len(content) - 40, len(content))]:
-        yield content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+    for at in [*range(64), *chance.sample(range(len(content)), 200), *range(len(content) - 40, len(content))]:
+        yield content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :]
     for length in (0, 1, 11, 12, 13, len(content) // 2, len(content) - 12, len(content) - 1):
         yield content[:length]
     yield from (content + b"\0", content * 2, content[8:], bytes(len(content)), b"ARROW1\0\0" + content)
@@ -136,12 +136,12 @@ def damaged_copies(content):
 
 def test_no_damage_is_trusted(cache, caplog):
     store(cache, KEYS[0], make_decoded())
-    content = entry(cache).read_bytes()
+    content = entry_path(cache).read_bytes()
     for damaged in damaged_copies(content):
-        entry(cache).write_bytes(damaged)
+        entry_path(cache).write_bytes(damaged)
         caplog.clear()
         assert load(cache, KEYS[0]) is None
-        assert not entry(cache).exists()
+        assert not entry_path(cache).exists()
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
         assert "expected an entry of the cache as it was written, got " in caplog.text
         assert caplog.messages[0].count("\n") == 0
@@ -171,32 +171,32 @@ OTHER_CONTENTS = {
 @pytest.mark.parametrize("name", OTHER_CONTENTS)
 def test_what_has_a_checksum_and_is_no_entry_is_not_trusted(cache, caplog, name):
     content = OTHER_CONTENTS[name]
-    entry(cache).write_bytes(content + struct.pack("<8sI", b"ibcache1", binascii.crc32(content)))
+    entry_path(cache).write_bytes(content + struct.pack("<8sI", b"ibcache1", binascii.crc32(content)))
     assert load(cache, KEYS[0]) is None
-    assert not entry(cache).exists()
+    assert not entry_path(cache).exists()
     assert len(caplog.messages) == 1
 
 
 def test_nothing_is_removed_from_a_folder_that_is_no_cache(tmp_path):
     cache = Cache(str(tmp_path))
-    entry(cache).write_text("mine")
+    entry_path(cache).write_text("mine")
     assert load(cache, KEYS[0]) is None
-    assert entry(cache).read_text() == "mine"
+    assert entry_path(cache).read_text() == "mine"
 
 
 def test_an_entry_under_another_key_is_not_trusted(cache, caplog):
     store(cache, KEYS[0], make_decoded())
-    entry(cache).rename(entry(cache, KEYS[1]))
+    entry_path(cache).rename(entry_path(cache, KEYS[1]))
     assert load(cache, KEYS[1]) is None
     assert "got the entry of another key; decoding again" in caplog.text
 
 
 def test_damage_that_cannot_be_removed_is_written_over(cache, caplog):
-    entry(cache).mkdir()
+    entry_path(cache).mkdir()
     assert load(cache, KEYS[0]) is None
     store(cache, KEYS[0], make_decoded())
     assert len(caplog.messages) == 1
-    entry(cache).rmdir()
+    entry_path(cache).rmdir()
     store(cache, KEYS[0], make_decoded())
     assert load(cache, KEYS[0]) == make_decoded()
 
@@ -211,7 +211,7 @@ def test_a_full_disk_is_one_warning_and_leaves_nothing(cache, caplog):
     assert len(caplog.messages) == 1
     assert "expected to use it, got " in caplog.text
     assert "No space left on device" in caplog.text
-    assert names(cache) == [MARKER_FILE]
+    assert names_in(cache) == [MARKER_FILE]
 
 
 @pytest.mark.parametrize("is_file", [True, False])
@@ -227,7 +227,7 @@ def test_a_folder_that_is_gone_is_one_warning(cache, caplog, is_file):
 
 @pytest.mark.parametrize("root", ["nosuch://bucket/cache", "s3://"])
 def test_a_uri_that_cannot_be_opened_is_an_error_before_work_and_a_warning_later(caplog, root):
-    with pytest.raises(CacheError, match=r"^--cache: expected a URI that can be opened, got "):
+    with pytest.raises(CacheError, match=r"^--cache: expected a URI .*, got "):
         prepare(Cache.at(root))
     assert load(Cache.at(root), KEYS[0]) is None
     store(Cache.at(root), KEYS[0], make_decoded())
@@ -239,7 +239,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path, caplog, na
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     cache = Cache(str(tmp_path))
-    with pytest.raises(CacheError, match=r"^--cache .*: expected .*; choose another$"):
+    with pytest.raises(CacheError, match=r"^--cache /.*: expected .*, got one with "):
         prepare(cache)
     store(cache, KEYS[1], make_decoded())
     assert len(caplog.messages) == 1
@@ -251,28 +251,21 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path, caplog, na
 
 def test_another_program_s_cache_is_refused(tmp_path):
     (tmp_path / MARKER_FILE).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# This file is by pytest.\n")
-    with pytest.raises(CacheError, match=r"got one with CACHEDIR\.TAG in it; choose another"):
+    with pytest.raises(CacheError, match=r"^--cache .*: expected .* CACHEDIR\.TAG"):
         prepare(Cache(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("root", "other"),
-    [
-        ("{tmp}/data", "{tmp}/data"),
-        ("{tmp}/data/cache", "{tmp}/data"),
-        ("{tmp}/link/new/cache", "{tmp}/data"),
-        ("{tmp}", "{tmp}/data"),
-        ("s3://bucket/data/cache", "s3://bucket/data?region=eu-west-1"),
-        ("s3://bucket", "s3://bucket/data"),
-    ],
-)
+    [("{tmp}/data", "{tmp}/data"), ("{tmp}/data/cache", "{tmp}/data"), ("{tmp}/link/new/cache", "{tmp}/data"),
+     ("{tmp}", "{tmp}/data"), ("s3://bucket/data/cache", "s3://bucket/data?region=eu-west-1"),
+     ("s3://bucket", "s3://bucket/data")],
+)  # fmt: skip
 def test_a_cache_in_or_around_the_dataset_or_the_results_is_refused(tmp_path, root, other):
     (tmp_path / "data").mkdir()
     (tmp_path / "link").symlink_to("data")
     cache = Cache.at(root.format(tmp=tmp_path))
-    with pytest.raises(
-        CacheError, match=r"^--cache .*: expected a folder apart from .*, got one in or around it; choo"
-    ):
+    with pytest.raises(CacheError, match=r"^--cache .*: expected a folder apart from "):
         prepare(cache, ["/elsewhere", other.format(tmp=tmp_path)])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "link"]
 
@@ -303,7 +296,7 @@ def test_the_least_recently_used_go_first_and_the_limit_holds(cache):
     assert load(limited, KEYS[0]) is not None  # now used last
     store_aged(limited, range(10, 12), 0)
     assert usage(cache).num_bytes <= limited.limit_bytes
-    kept = {number for number in range(12) if entry(cache, KEYS[number]).exists()}
+    kept = {number for number in range(12) if entry_path(cache, KEYS[number]).exists()}
     assert {0, 10, 11} < kept
     assert kept == {0, *range(min(kept - {0}), 12)}
     assert len(kept) >= 9
@@ -316,18 +309,18 @@ def test_the_limit_holds_after_every_store(cache, num_kept):
     for number in range(1, 12):
         store_aged(limited, [number], 0)
         assert usage(cache).num_bytes <= limited.limit_bytes
-        assert entry(cache, KEYS[number]).exists()
-    assert not entry(cache).exists()
+        assert entry_path(cache, KEYS[number]).exists()
+    assert not entry_path(cache).exists()
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_removes_nothing(cache):
     store(cache, KEYS[0], make_decoded())
     limited = Cache(cache.root, usage(cache).num_bytes)
     store(limited, KEYS[1], make_decoded(1000))
-    assert names(cache) == [f"{KEYS[0]}.arrow", MARKER_FILE]
+    assert names_in(cache) == [f"{KEYS[0]}.arrow", MARKER_FILE]
 
 
-def test_room_is_made_of_entries_alone(cache):
+def test_only_entries_are_removed_for_others(cache):
     folder = Path(cache.root)
     foreign = ["notes.txt", f"{KEYS[0]}.txt", f"x{KEYS[1]}.arrow", f".{KEYS[2]}.arrow.tmp", "a.arrow"]
     for name in foreign:
@@ -338,7 +331,7 @@ def test_room_is_made_of_entries_alone(cache):
     store_aged(limited, range(20), 0)
     assert usage(cache).num_bytes <= 6000
     clear(cache)
-    assert names(cache) == sorted([*foreign, MARKER_FILE])
+    assert names_in(cache) == sorted([*foreign, MARKER_FILE])
 
 
 # The command
@@ -347,7 +340,7 @@ def test_room_is_made_of_entries_alone(cache):
 def test_the_command_shows_and_clears(cache):
     for key in KEYS[:3]:
         store(cache, key, make_decoded(100_000))
-    num_mib = sum(entry(cache, key).stat().st_size for key in KEYS[:3]) / 2**20
+    num_mib = sum(entry_path(cache, key).stat().st_size for key in KEYS[:3]) / 2**20
     results = [click.testing.CliRunner().invoke(main, [name, cache.root]) for name in ("show", "clear", "show")]
     assert [result.stdout for result in results] == [
         f"{cache.root}: 3 shards, {num_mib:.1f} MiB\n", f"{cache.root}: removed 3 shards, {num_mib:.1f} MiB\n",

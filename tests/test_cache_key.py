@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from builders import ROOT, write_folder
 
 from pipeline.data.files import DIGITS, Location, locate
 from pipeline.decoding import cache_key, images
@@ -26,26 +27,22 @@ def make_key(location=FOLDER, target=TARGET, names=NAMES, labels=LABELS, stamps=
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in NAMES:
-        path = tmp_path / os.fsdecode(name)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(name)
-    return Location("folder", str(tmp_path))
+    return write_folder(tmp_path, [os.fsdecode(name) for name in NAMES])
 
 
-def rows_of(names, **columns):
+def listing_rows(names, **columns):
     """Rows of a listing, in two chunks, as they are where a shard has images of two classes."""
     table = pa.table({"key": pa.array(names, pa.binary()), **columns})
     return pa.concat_tables([table.slice(0, 1), table.slice(1)])
 
 
 def key_of(location):
-    return name_entry(location, TARGET, rows_of(NAMES, label=LABELS))
+    return name_entry(location, TARGET, listing_rows(NAMES, label=LABELS))
 
 
 def test_another_secret_leads_to_the_same_entries():
     first, second, other = (
-        make_key(Location("uri", f"s3://{place}/d")) for place in ("key:one@b", "key:two@b", "key:one@c")
+        make_key(Location("uri", f"s3://{bucket}/d")) for bucket in ("key:one@b", "key:two@b", "key:one@c")
     )
     assert first == second != other
 
@@ -81,7 +78,7 @@ def test_another_version_of_decoding_makes_another_key(monkeypatch):
 
 def test_the_key_is_the_same_in_every_process():
     code = "import test_cache_key as t; print(t.make_key())"
-    paths = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    paths = f"{ROOT}/tests:{ROOT}"
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == make_key()
@@ -139,7 +136,7 @@ def test_reading_changes_no_key(folder):
 
 
 def test_stamps_of_a_folder_are_the_system_s(folder):
-    sizes, times = file_stamps(folder, rows_of([*NAMES, b"none.png", b"3/a.png/below"]))
+    sizes, times = file_stamps(folder, listing_rows([*NAMES, b"none.png", b"3/a.png/below"]))
     statuses = [(Path(folder.root) / os.fsdecode(name)).stat() for name in NAMES]
     assert sizes.tolist() == [status.st_size for status in statuses] + [-1, -1]
     assert times.tolist() == [status.st_ctime_ns for status in statuses] + [-1, -1]
@@ -147,22 +144,22 @@ def test_stamps_of_a_folder_are_the_system_s(folder):
 
 
 def test_stamps_of_a_uri_are_those_that_were_listed():
-    rows = rows_of([b"a.png", b"b.png"], size=pa.array([3, -1]), time_ns=pa.array([10**18 + 1, -1]))
+    rows = listing_rows([b"a.png", b"b.png"], size=pa.array([3, -1]), time_ns=pa.array([10**18 + 1, -1]))
     sizes, times = file_stamps(Location("uri", "s3://bucket/none"), rows)
     assert (sizes.tolist(), times.tolist()) == ([3, -1], [10**18 + 1, -1])
 
 
 def test_the_name_of_an_entry_is_the_key_of_its_rows_and_stamps(folder):
-    stamps = file_stamps(folder, rows_of(NAMES))
+    stamps = file_stamps(folder, listing_rows(NAMES))
     assert key_of(folder) == make_key(folder, stamps=stamps)
 
 
 def test_images_of_the_package_have_the_size_of_its_file_alone():
-    sizes, times = file_stamps(locate("digits"), rows_of([b"train/0/1.png", b"x"]))
+    sizes, times = file_stamps(locate("digits"), listing_rows([b"train/0/1.png", b"x"]))
     assert sizes.tolist() == [DIGITS.stat().st_size] * 2
     assert times.tolist() == [-1, -1]  # the time of its installation, another on every node
 
 
 def test_no_files_have_no_stamps():
-    sizes, times = file_stamps(FOLDER, rows_of([]))
+    sizes, times = file_stamps(FOLDER, listing_rows([]))
     assert (sizes.tolist(), times.tolist()) == ([], [])

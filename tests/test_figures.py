@@ -23,22 +23,15 @@ from pipeline.results.figures import (
 CONFUSION = np.array([[926, 84], [15, 1013]])
 
 
-def record(**fields):
-    defaults = {
-        "epoch": 3,
-        "num_steps": 5,
-        "lane_losses": {0: 1.0},
-        "num_train_correct": 1,
-        "num_train": 4,
-        "part_losses": {0: 1.0},
-        "valid_confusion": np.array([[1, 1], [0, 2]]),
-        "gradient_norm": 0.5,
-        "seconds": 1.0,
-    }
-    return EpochRecord(**{**defaults, **fields})
+def record_of(**fields):
+    made = EpochRecord(
+        epoch=3, num_steps=5, lane_losses={0: 1.0}, num_train_correct=1, num_train=4, part_losses={0: 1.0},
+        valid_confusion=np.array([[1, 1], [0, 2]]), gradient_norm=0.5, seconds=1.0,
+    )  # fmt: skip
+    return replace(made, **fields)
 
 
-def history(*accuracies, seconds=1.0):
+def epochs_of(*accuracies, seconds=1.0):
     row = EpochMetric(1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, seconds)
     return [replace(row, epoch=epoch, valid_accuracy=value) for epoch, value in enumerate(accuracies, 1)]
 
@@ -119,19 +112,19 @@ def test_figures_are_plain_numbers_that_json_takes():
 
 
 def test_an_epoch_of_one_actor():
-    got = epoch_metric([record(lane_losses={0: 1.0, 1: 2.0}, part_losses={0: 1.5, 1: 0.5})])
+    got = epoch_metric([record_of(lane_losses={0: 1.0, 1: 2.0}, part_losses={0: 1.5, 1: 0.5})])
     assert got == EpochMetric(3, 5, 3 / 4, 1 / 4, 2 / 4, 3 / 4, 0.75, 0.5, 1.0)
 
 
 def test_an_epoch_of_several_actors_is_that_of_one_that_holds_all():
     parts = [
-        record(lane_losses={0: 0.1, 2: 0.3}, num_train_correct=2, num_train=5, part_losses={0: 0.7}),
-        record(
-            lane_losses={1: 0.2}, num_train_correct=3, num_train=3, part_losses={}, valid_confusion=np.zeros((2, 2))
+        record_of(lane_losses={0: 0.1, 2: 0.3}, num_train_correct=2, num_train=5, part_losses={0: 0.7}),
+        record_of(
+            lane_losses={1: 0.2}, num_train_correct=3, num_train=3, part_losses={}, valid_confusion=0 * CONFUSION
         ),
-        record(lane_losses={}, num_train_correct=0, num_train=0, part_losses={1: 0.1}, seconds=9.0),
+        record_of(lane_losses={}, num_train_correct=0, num_train=0, part_losses={1: 0.1}, seconds=9.0),
     ]
-    whole = record(
+    whole = record_of(
         lane_losses={0: 0.1, 1: 0.2, 2: 0.3}, num_train_correct=5, num_train=8, part_losses={0: 0.7, 1: 0.1},
         valid_confusion=np.array([[2, 2], [0, 4]]), seconds=9.0,
     )  # fmt: skip
@@ -141,7 +134,7 @@ def test_an_epoch_of_several_actors_is_that_of_one_that_holds_all():
 def test_an_epoch_does_not_depend_on_the_order_of_its_records():
     numbers = random.Random(4)
     losses = [10 ** numbers.uniform(-9, 9) for _ in range(40)]
-    records = [record(lane_losses={k: loss}, part_losses={k: -loss / 3}) for k, loss in enumerate(losses)]
+    records = [record_of(lane_losses={k: loss}, part_losses={k: -loss / 3}) for k, loss in enumerate(losses)]
     expected = epoch_metric(records)
     for _ in range(20):
         numbers.shuffle(records)
@@ -150,46 +143,37 @@ def test_an_epoch_does_not_depend_on_the_order_of_its_records():
 
 def test_an_epoch_does_not_depend_on_who_holds_which_lane():
     losses = {lane: 0.1 * 10**lane for lane in range(12)}
-    expected = epoch_metric([record(lane_losses=losses, num_train=12), record(lane_losses={}, num_train=0)])
-    split = [record(lane_losses={k: v for k, v in losses.items() if k % 2 == rank}, num_train=6) for rank in (0, 1)]
+    expected = epoch_metric([record_of(lane_losses=losses, num_train=12), record_of(lane_losses={}, num_train=0)])
+    shares = [{lane: loss for lane, loss in losses.items() if lane % 2 == rank} for rank in (0, 1)]
+    split = [record_of(lane_losses=share, num_train=6) for share in shares]
     assert replace(epoch_metric(split), train_accuracy=0) == replace(expected, train_accuracy=0)
 
 
 def test_an_epochs_confusions_are_left_as_they_are():
-    records = [record(), record()]
+    records = [record_of(), record_of()]
     epoch_metric(records)
     assert [row.valid_confusion.tolist() for row in records] == [[[1, 1], [0, 2]]] * 2
 
 
 @pytest.mark.parametrize(
     ("options", "accuracies", "reason"),
-    [
-        ({}, [], None),
-        ({}, [0.9] * 9, None),
-        ({}, [0.9] * 10, "epochs"),
-        ({}, [0.9] * 11, "epochs"),
-        ({"epochs": 0}, [], None),
-        ({"target_accuracy": 0.9}, [0.8, 0.89], None),
-        ({"target_accuracy": 0.9}, [0.8, 0.9], "target_accuracy"),
-        ({"target_accuracy": 1.0}, [1.0], "target_accuracy"),
-        ({"patience": 2}, [0.8, 0.7], None),
-        ({"patience": 2}, [0.8, 0.7, 0.8], "patience"),
-        ({"patience": 2}, [0.7, 0.8, 0.8], None),
-        ({"patience": 2}, [0.8, 0.7, 0.9, 0.8], None),
-        ({"patience": 1}, [0.8], None),
-        ({"patience": 1}, [0.8, 0.8], "patience"),
-        ({"max_seconds": 3.0}, [0.1, 0.2], None),
-        ({"max_seconds": 3.0}, [0.1, 0.2, 0.3], "max_seconds"),
-        ({"max_seconds": 2.5}, [0.1, 0.2, 0.3], "max_seconds"),
-    ],
-)
+    [({}, [], None), ({}, [0.9] * 9, None), ({}, [0.9] * 10, "epochs"), ({}, [0.9] * 11, "epochs"),
+     ({"epochs": 0}, [], None),
+     ({"target_accuracy": 0.9}, [0.8, 0.89], None), ({"target_accuracy": 0.9}, [0.8, 0.9], "target_accuracy"),
+     ({"target_accuracy": 1.0}, [1.0], "target_accuracy"),
+     ({"patience": 2}, [0.8, 0.7], None), ({"patience": 2}, [0.8, 0.7, 0.8], "patience"),
+     ({"patience": 2}, [0.7, 0.8, 0.8], None), ({"patience": 2}, [0.8, 0.7, 0.9, 0.8], None),
+     ({"patience": 1}, [0.8], None), ({"patience": 1}, [0.8, 0.8], "patience"),
+     ({"max_seconds": 3.0}, [0.1, 0.2], None), ({"max_seconds": 3.0}, [0.1, 0.2, 0.3], "max_seconds"),
+     ({"max_seconds": 2.5}, [0.1, 0.2, 0.3], "max_seconds")],
+)  # fmt: skip
 def test_each_rule_stops_the_training(options, accuracies, reason):
-    assert stop_reason(Config(**{"epochs": 10, **options}), history(*accuracies)) == reason
+    assert stop_reason(Config(**{"epochs": 10, **options}), epochs_of(*accuracies)) == reason
 
 
 def test_of_several_rules_the_first_is_named():
     options = {"target_accuracy": 0.5, "patience": 1, "max_seconds": 1.0}
-    rows = history(0.6, 0.6, seconds=5.0)
+    rows = epochs_of(0.6, 0.6, seconds=5.0)
     named = []
     for rule, off in (("epochs", 9), ("target_accuracy", None), ("patience", None), ("max_seconds", None)):
         named.append(stop_reason(Config(**{"epochs": 2, **options}), rows))
@@ -199,6 +183,6 @@ def test_of_several_rules_the_first_is_named():
 
 
 def test_records_cross_a_pickle_unchanged():
-    made = record()
+    made = record_of()
     copied = pickle.loads(pickle.dumps(made))
     np.testing.assert_equal(vars(copied), vars(made))

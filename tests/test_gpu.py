@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda")
 SHAPES = [(1, 1, 2), (500, 784, 10), (33, 75, 37), (2, 786_432, 3), (20_000, 784, 2)]
 
 
-def draw(num_images, num_values, num_classes, seed=0):
+def draw_tensors(num_images, num_values, num_classes, seed=0):
     random = np.random.default_rng(seed)
     images_ND = torch.from_numpy(random.integers(0, 256, (num_images, num_values), np.uint8))
     labels_N = torch.from_numpy(random.integers(0, num_classes, num_images))
@@ -27,7 +27,7 @@ def to_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
-def train(params_P, images_ND, labels_N, num_epochs):
+def train_on_lanes(params_P, images_ND, labels_N, num_epochs):
     """Train on four lanes where the tensors are; the moved parameters and the last losses."""
     params_P, num_images = params_P.clone(), len(images_ND)
     gradients_LP = torch.zeros(4, len(params_P), device=params_P.device)
@@ -43,7 +43,7 @@ def train(params_P, images_ND, labels_N, num_epochs):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_class_sums_are_exactly_those_of_the_cpu(shape):
-    images_ND, labels_N, _ = draw(*shape)
+    images_ND, labels_N, _ = draw_tensors(*shape)
     on_cpu = nearest_mean.class_sums(images_ND, labels_N, shape[2])
     on_gpu = nearest_mean.class_sums(*to_device(images_ND, labels_N), shape[2])
     for expected, got in zip(on_cpu, on_gpu, strict=True):
@@ -59,7 +59,7 @@ def test_class_sums_are_exact_beyond_what_float32_counts():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_distances_are_those_of_the_cpu(shape):
-    images_ND, _, means_KD = draw(*shape)
+    images_ND, _, means_KD = draw_tensors(*shape)
     on_cpu = nearest_mean.distances(images_ND, means_KD)
     on_gpu = nearest_mean.distances(*to_device(images_ND, means_KD))
     for expected_NK, got_NK in zip(on_cpu, on_gpu, strict=True):
@@ -73,14 +73,14 @@ def test_means_are_exactly_those_of_the_cpu():
 
 
 def test_the_same_distances_come_out_again():
-    tensors = to_device(*draw(500, 784, 10)[::2])
+    tensors = to_device(*draw_tensors(500, 784, 10)[::2])
     first, second = nearest_mean.distances(*tensors), nearest_mean.distances(*tensors)
     assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("num_bytes", [2**16, 2**24])
 def test_the_size_of_blocks_changes_no_more_than_rounding(monkeypatch, num_bytes):
-    tensors = to_device(*draw(500, 784, 10)[::2])
+    tensors = to_device(*draw_tensors(500, 784, 10)[::2])
     before = nearest_mean.distances(*tensors)
     monkeypatch.setattr(nearest_mean, "_BLOCK_BYTES", {DEVICE.type: num_bytes})
     for expected_NK, got_NK in zip(before, nearest_mean.distances(*tensors), strict=True):
@@ -93,7 +93,7 @@ def test_a_tie_goes_to_the_first_class():
 
 
 def test_confusion_is_that_of_the_cpu():
-    labels_N, predictions_N = draw(5000, 1, 12)[1], draw(5000, 1, 12, seed=1)[1]
+    labels_N, predictions_N = draw_tensors(5000, 1, 12)[1], draw_tensors(5000, 1, 12, seed=1)[1]
     expected_KK = confusion(labels_N, predictions_N, 12)
     assert torch.equal(confusion(*to_device(labels_N, predictions_N), 12).cpu(), expected_KK)
 
@@ -103,7 +103,7 @@ def test_confusion_is_that_of_the_cpu():
     [(784, 10, [16] * 8), (75, 37, [5, 16, 0, 7]), (786_432, 2, [2, 2])],
 )
 def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
-    images_BD, labels_B, _ = draw(sum(lane_counts), num_values, num_classes)
+    images_BD, labels_B, _ = draw_tensors(sum(lane_counts), num_values, num_classes)
     params_P = sgd_linear.initial_params(num_classes, num_values, 0)
     expected_ZP, got_ZP = torch.zeros(2, len(lane_counts), len(params_P))
     losses_B, is_correct_B = sgd_linear.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
 
 
 def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
-    images_BD, labels_B, _ = draw(16 * 8, 784, 10)
+    images_BD, labels_B, _ = draw_tensors(16 * 8, 784, 10)
     images, labels = (tensor.split(16) for tensor in to_device(images_BD, labels_B))
     params_P = sgd_linear.initial_params(10, 784, 0).to(DEVICE)
     together_ZP = torch.zeros(8, len(params_P), device=DEVICE)
@@ -129,18 +129,18 @@ def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
 
 
 def test_training_goes_as_on_the_cpu_and_the_same_again():
-    images_ND, labels_N, _ = draw(300, 64, 3)
+    images_ND, labels_N, _ = draw_tensors(300, 64, 3)
     images_ND[torch.arange(300), labels_N] = 255
     tensors = [sgd_linear.initial_params(3, 64, 0), images_ND, labels_N]
-    expected_P, losses_B = train(*tensors, 3)
-    first, second = train(*to_device(*tensors), 3), train(*to_device(*tensors), 3)
+    expected_P, losses_B = train_on_lanes(*tensors, 3)
+    first, second = train_on_lanes(*to_device(*tensors), 3), train_on_lanes(*to_device(*tensors), 3)
     assert all(map(torch.equal, first, second))
     torch.testing.assert_close(first[0].cpu(), expected_P, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(first[1].cpu(), losses_B, rtol=1e-3, atol=1e-5)
 
 
 def test_probabilities_are_those_of_the_cpu():
-    images_ND, _, _ = draw(3000, 784, 10)
+    images_ND, _, _ = draw_tensors(3000, 784, 10)
     params_P = sgd_linear.initial_params(10, 784, 0) * 10
     expected_NK = sgd_linear.log_probabilities(params_P, images_ND, 10)
     got_NK = sgd_linear.log_probabilities(*to_device(params_P, images_ND), 10)

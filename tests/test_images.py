@@ -6,15 +6,14 @@ import re
 import struct
 import subprocess
 import sys
-import tarfile
 import tracemalloc
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from builders import ROOT, encode
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -32,9 +31,7 @@ from pipeline.decoding.images import (
 )
 from pipeline.errors import DataError
 from pipeline.plan import Target
-from pipeline.results.tables import SKIPPED_SCHEMA, skipped_table
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 ROW_OF_FOUR = Target(1, 4, "RGB")
 
 
@@ -42,14 +39,8 @@ def target_of(images, **options):
     return choose_target(Config(**options), parse_headers(images))
 
 
-def save(image, image_format, **options):
-    stream = io.BytesIO()
-    image.save(stream, image_format, **options)
-    return stream.getvalue()
-
-
 def save_rows(rows, image_format, dtype=np.uint8, **options):
-    return save(Image.fromarray(np.array(rows, dtype)), image_format, **options)
+    return encode(np.array(rows, dtype), image_format, **options)
 
 
 def chunk(name, data):
@@ -78,9 +69,9 @@ def tiff_row(samples, photometric, *, bits, num_samples=1, sample_format=1, orde
     entries, values = b"", b""
     for tag, numbers in sorted(tags.items()):
         packed = struct.pack(f"{order}{len(numbers)}H", *numbers)
-        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(f"{order}I", values_at + len(values))
+        where = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(f"{order}I", values_at + len(values))
         values += packed if len(packed) > 4 else b""
-        entries += struct.pack(f"{order}HHI", tag, 3, len(numbers)) + place
+        entries += struct.pack(f"{order}HHI", tag, 3, len(numbers)) + where
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     return head + entries + b"\0\0\0\0" + values.ljust(16 * num_samples, b"\0") + samples
 
@@ -119,7 +110,7 @@ EXACT = {
     "1 PNG, one value transparent": (png_row(1, 0, b"\xa0", chunk(b"tRNS", b"\0\0")), [255, 255, 255, 255]),
     "1 PBM": (b"P4 4 1\n\x50", [255, 0, 255, 0]),
     "1 TIFF, white is zero": (tiff_row(b"\x50", 0, bits=1), [255, 0, 255, 0]),
-    "1 GIF": (save(Image.fromarray(np.array([[True, False, True, False]])), "GIF"), [255, 0, 255, 0]),
+    "1 GIF": (encode(Image.fromarray(np.array([[True, False, True, False]])), "GIF"), [255, 0, 255, 0]),
     "L PNG of 2 bits": (png_row(2, 0, b"\x1b"), [0, 85, 170, 255]),
     "L PNG of 4 bits": (png_row(4, 0, b"\x08\xcf"), [0, 136, 204, 255]),
     "L PNG": (png_row(8, 0, bytes([0, 50, 100, 255])), [0, 50, 100, 255]),
@@ -144,11 +135,11 @@ EXACT = {
                                       [[0, 0, 0], [255, 0, 0], [255, 255, 255], [0, 0, 255]]),
     "P PNG, several colours transparent": (png_row(2, 3, b"\x1b", PALETTE, chunk(b"tRNS", b"\xff\x80\0")),
                                            [[0, 0, 0], [255, 127, 127], [255, 255, 255], [0, 0, 255]]),
-    "P GIF": (save(COLOUR_IMAGE, "GIF"), FOUR_COLOURS),
+    "P GIF": (encode(COLOUR_IMAGE, "GIF"), FOUR_COLOURS),
     "P GIF, one colour transparent": (save_rows([[1, 0, 2, 3]], "GIF", transparency=0), [1, 255, 2, 3]),
-    "P BMP": (save(COLOUR_IMAGE.quantize(4), "BMP"), FOUR_COLOURS),
-    "P TIFF": (save(COLOUR_IMAGE.quantize(4), "TIFF"), FOUR_COLOURS),
-    "PA TIFF": (save(COLOUR_IMAGE.quantize(4).convert("PA"), "TIFF"), FOUR_COLOURS),
+    "P BMP": (encode(COLOUR_IMAGE.quantize(4), "BMP"), FOUR_COLOURS),
+    "P TIFF": (encode(COLOUR_IMAGE.quantize(4), "TIFF"), FOUR_COLOURS),
+    "PA TIFF": (encode(COLOUR_IMAGE.quantize(4).convert("PA"), "TIFF"), FOUR_COLOURS),
     "RGB PNG": (png_row(8, 2, bytes(np.array(FOUR_COLOURS).ravel().tolist())), FOUR_COLOURS),
     "RGB PNG, one colour transparent": (
         png_row(8, 2, bytes([0, 0, 0, 10, 20, 30, 10, 20, 31, 255, 0, 255]), chunk(b"tRNS", b"\0\x0a\0\x14\0\x1e")),
@@ -156,11 +147,11 @@ EXACT = {
     "RGB PNG of 16 bits": (png_row(16, 2, pack16(*np.array(FOUR_COLOURS).ravel() * 257, order=">")),
                            FOUR_COLOURS),
     "RGB PPM": (b"P6 4 1 255\n" + bytes(np.array(FOUR_COLOURS).ravel().tolist()), FOUR_COLOURS),
-    "RGB BMP": (save(COLOUR_IMAGE, "BMP"), FOUR_COLOURS),
-    "RGB DIB": (save(COLOUR_IMAGE, "DIB"), FOUR_COLOURS),
-    "RGB TIFF, deflated": (save(COLOUR_IMAGE, "TIFF", compression="tiff_adobe_deflate"), FOUR_COLOURS),
-    "RGB WebP": (save(COLOUR_IMAGE, "WEBP", lossless=True), FOUR_COLOURS),
-    "RGB JPEG 2000": (save(COLOUR_IMAGE, "JPEG2000"), FOUR_COLOURS),
+    "RGB BMP": (encode(COLOUR_IMAGE, "BMP"), FOUR_COLOURS),
+    "RGB DIB": (encode(COLOUR_IMAGE, "DIB"), FOUR_COLOURS),
+    "RGB TIFF, deflated": (encode(COLOUR_IMAGE, "TIFF", compression="tiff_adobe_deflate"), FOUR_COLOURS),
+    "RGB WebP": (encode(COLOUR_IMAGE, "WEBP", lossless=True), FOUR_COLOURS),
+    "RGB JPEG 2000": (encode(COLOUR_IMAGE, "JPEG2000"), FOUR_COLOURS),
     "RGBA PNG": (png_row(8, 6, RGBA_SAMPLES), [[177, 152, 127], [255] * 3, [255] * 3, [194, 196, 199]]),
     "RGBA WebP": (save_rows([np.frombuffer(RGBA_SAMPLES, np.uint8).reshape(4, 4)], "WEBP", lossless=True),
                   [[177, 152, 127], [255] * 3, [255] * 3, [194, 196, 199]]),
@@ -232,7 +223,7 @@ def test_16_bit_colour_is_scaled_to_within_one():
 
 
 def test_deep_grey_is_decoded_in_memory_of_a_few_times_its_size():
-    data = save(Image.new("I;16", (1000, 1000), 30000), "PNG")
+    data = encode(Image.new("I;16", (1000, 1000), 30000), "PNG")
     tracemalloc.start()
     decode_image(data, Target(28, 28, "L"))
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -245,13 +236,13 @@ def test_deep_grey_is_decoded_in_memory_of_a_few_times_its_size():
     ("cmyk", "rgb"), [((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((255, 0, 0, 0), (0, 255, 255))]
 )
 def test_inks_become_their_colours(image_format, cmyk, rgb):
-    data = save(Image.new("CMYK", (16, 16), cmyk), image_format)
+    data = encode(Image.new("CMYK", (16, 16), cmyk), image_format)
     assert np.abs(decode(data, Target(16, 16, "RGB")) - rgb).max() <= 2
 
 
 def test_a_cmyk_jpeg_is_as_pillow_converts_it():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
-    data = save(Image.frombytes("CMYK", (7, 9), pixels.tobytes()), "JPEG")
+    data = encode(Image.frombytes("CMYK", (7, 9), pixels.tobytes()), "JPEG")
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(data, Target(9, 7, "RGB")), expected)
 
@@ -259,14 +250,14 @@ def test_a_cmyk_jpeg_is_as_pillow_converts_it():
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("colour", [(254, 0, 0), (0, 128, 0), (0, 0, 254), (255, 255, 255), (120, 60, 200)])
 def test_lossy_formats_keep_a_plain_colour(image_format, colour):
-    data = save(Image.new("RGB", (16, 16), colour), image_format, quality=100)
+    data = encode(Image.new("RGB", (16, 16), colour), image_format, quality=100)
     assert np.abs(decode(data, Target(16, 16, "RGB")) - colour).max() <= 3
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "AVIF"])
 def test_grey_of_lossy_formats_stays_grey(image_format):
     grey = Image.fromarray(np.arange(0, 256, dtype=np.uint8).reshape(16, 16))
-    pixels = decode(save(grey, image_format, quality=100), Target(16, 16, "L"))
+    pixels = decode(encode(grey, image_format, quality=100), Target(16, 16, "L"))
     assert np.abs(pixels - np.asarray(grey).astype(int)).max() <= 4
 
 
@@ -302,8 +293,8 @@ def show(stored, orientation):
     for row, column in np.ndindex(num_rows, num_columns):
         from_row_0 = num_rows - 1 - row if row_0 in ("bottom", "right") else row
         from_column_0 = num_columns - 1 - column if column_0 in ("bottom", "right") else column
-        place = (from_row_0, from_column_0) if row_0 in ("top", "bottom") else (from_column_0, from_row_0)
-        shown[place] = stored[row, column]
+        index = (from_row_0, from_column_0) if row_0 in ("top", "bottom") else (from_column_0, from_row_0)
+        shown[index] = stored[row, column]
     return shown
 
 
@@ -313,7 +304,7 @@ def save_turned(image_format, orientation, image=None, **options):
     image = Image.fromarray(STORED) if image is None else image
     options |= {"lossless": True} if image_format == "WEBP" else {}
     options |= {"quality": 100} if image_format in ("JPEG", "MPO", "AVIF") else {}
-    return save(image, image_format, exif=exif, **options)
+    return encode(image, image_format, exif=exif, **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -354,7 +345,7 @@ def test_images_of_other_modes_are_turned_too(image_format, mode):
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_means_nothing_turns_nothing(orientation):
-    data = save(Image.fromarray(STORED), "PNG", exif=orientation_tag(orientation))
+    data = encode(Image.fromarray(STORED), "PNG", exif=orientation_tag(orientation))
     np.testing.assert_array_equal(decode(data, Target(2, 3, "L")), STORED)
 
 
@@ -400,7 +391,7 @@ def test_broken_metadata_leaves_good_pixels_good(name):
     data, orientation = ODD_METADATA[name]
     data = data or png_with_text("Raw profile type exif", HEX)
     shown = show(STORED, orientation)
-    table, faults, num_resized = decode_all([data], Target(*shown.shape, "L"))
+    table, faults, num_resized = decode_rows([data], Target(*shown.shape, "L"))
     assert (faults, num_resized) == ([], 0)
     assert np.abs(table["image"].chunk(0).to_numpy_ndarray()[0].astype(int) - shown).max() <= 3
     assert target_of([data], mode="L") == Target(*shown.shape, "L")
@@ -412,7 +403,7 @@ def test_broken_metadata_leaves_good_pixels_good(name):
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "AVIF", "TIFF", "MPO"])
 def test_the_first_frame_stands_for_the_file(image_format):
     first, *others = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
-    data = save(first, image_format, save_all=True, append_images=others)
+    data = encode(first, image_format, save_all=True, append_images=others)
     assert Image.open(io.BytesIO(data)).n_frames == 3
     assert np.abs(decode(data, Target(16, 16, "RGB")) - [255, 0, 0]).max() <= 5
 
@@ -521,7 +512,7 @@ def test_a_target_counts_its_values(target, channels, num_values, shape):
 
 
 def blank(height, width, mode="L", image_format="PNG", **options):
-    return save(Image.new(mode, (width, height)), image_format, **options)
+    return encode(Image.new(mode, (width, height)), image_format, **options)
 
 
 CHOICES = {
@@ -563,13 +554,13 @@ def test_no_header_is_needed_where_nothing_is_auto():
 @pytest.mark.parametrize("images", [[], [b""], [b"no image", ReadFault("unreadable", "Permission denied")]])
 @pytest.mark.parametrize("options", [{}, {"size": "5x6"}, {"mode": "L"}])
 def test_auto_needs_an_image_that_opens(images, options):
-    with pytest.raises(DataError, match=r"--size auto: expected an image .*, got none that Pillow can open; .* --mode"):
+    with pytest.raises(DataError, match=r"--size auto: expected an image .*, got none"):
         target_of(images, **options)
 
 
 @pytest.mark.parametrize(
     "data",
-    [png((50, 60), 8, 0, []), save(NOISE.resize((50, 60)).convert("L"), "JPEG")[:-200], b"P5 50 60 255\n"],
+    [png((50, 60), 8, 0, []), encode(NOISE.resize((50, 60)).convert("L"), "JPEG")[:-200], b"P5 50 60 255\n"],
     ids=["PNG", "JPEG", "PGM"],
 )
 def test_auto_chooses_by_headers_alone(data):
@@ -595,7 +586,7 @@ def claim(data, marker, offset, packed):
     return data[:start] + packed + data[start + len(packed) :]
 
 
-COLOUR_PNG = save(COLOUR_IMAGE, "PNG")
+COLOUR_PNG = encode(COLOUR_IMAGE, "PNG")
 HEADER = b"IHDR" + struct.pack(">II", 30_000, 30_000) + COLOUR_PNG[24:29]
 FAULTS = {
     "no bytes": (b"", "empty"),
@@ -607,41 +598,36 @@ FAULTS = {
     "a signature alone": (b"\x89PNG\r\n\x1a\n", "unidentified"),
     "a pointer of git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "unidentified"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 1\n%%EndComments\nshowpage\n", "unidentified"),
-    "EPS of Pillow": (save(COLOUR_IMAGE, "EPS"), "unidentified"),
-    "PDF": (save(COLOUR_IMAGE, "PDF"), "unidentified"),
+    "EPS of Pillow": (encode(COLOUR_IMAGE, "EPS"), "unidentified"),
+    "PDF": (encode(COLOUR_IMAGE, "PDF"), "unidentified"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="1"/>', "unidentified"),
-    "icon": (save(COLOUR_IMAGE, "ICO"), "unidentified"),
+    "icon": (encode(COLOUR_IMAGE, "ICO"), "unidentified"),
     "PNG, header's CRC": (COLOUR_PNG[:29] + b"\0\0\0\0" + COLOUR_PNG[33:], "unidentified"),
     "PNG, checksum of the pixels": (claim(COLOUR_PNG, b"IEND", -9, b"\0"), "damaged"),
     "PNG, no pixels": (png((4, 1), 8, 0, []), "damaged"),
     "PNG, no size": (png((0, 0), 8, 0, []), "unidentified"),
     "PNG bomb": (COLOUR_PNG[:12] + HEADER + struct.pack(">I", zlib.crc32(HEADER)) + COLOUR_PNG[33:], "too_large"),
     "PNG text bomb": (png_row(8, 0, bytes(4), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000)))), "damaged"),
-    "JPEG bomb": (claim(save(NOISE, "JPEG"), b"\xff\xc0", 5, struct.pack(">HH", 60_000, 60_000)), "too_large"),
-    "GIF bomb": (claim(save(NOISE, "GIF"), b"GIF8", 6, struct.pack("<HH", 60_000, 60_000)), "too_large"),
-    "GIF bomb in a frame": (claim(save(COLOUR_IMAGE, "GIF"), b",\0\0\0\0", 5, b"\xff\xff\xff\xff"), "too_large"),
-    "BMP bomb": (claim(save(NOISE, "BMP"), b"BM", 18, struct.pack("<ii", 60_000, 60_000)), "too_large"),
+    "JPEG bomb": (claim(encode(NOISE, "JPEG"), b"\xff\xc0", 5, struct.pack(">HH", 60_000, 60_000)), "too_large"),
+    "GIF bomb": (claim(encode(NOISE, "GIF"), b"GIF8", 6, struct.pack("<HH", 60_000, 60_000)), "too_large"),
+    "GIF bomb in a frame": (claim(encode(COLOUR_IMAGE, "GIF"), b",\0\0\0\0", 5, b"\xff\xff\xff\xff"), "too_large"),
+    "BMP bomb": (claim(encode(NOISE, "BMP"), b"BM", 18, struct.pack("<ii", 60_000, 60_000)), "too_large"),
     "PPM bomb": (b"P6 60000 60000 255\n" + bytes(100), "too_large"),
-    "TIFF bomb": (claim(claim(save(NOISE, "TIFF"), b"\x00\x01\x04\x00\x01\x00\x00\x00", 8, b"\xff\xff\0\0"),
+    "TIFF bomb": (claim(claim(encode(NOISE, "TIFF"), b"\x00\x01\x04\x00\x01\x00\x00\x00", 8, b"\xff\xff\0\0"),
                         b"\x01\x01\x04\x00\x01\x00\x00\x00", 8, b"\xff\xff\0\0"), "too_large"),
-    "WebP bomb": (claim(save(NOISE, "WEBP", lossless=True), b"VP8L", 9, b"\xff\xff\xff\x0f"), "too_large"),
-    "JPEG 2000 bomb": (claim(save(NOISE, "JPEG2000"), b"ihdr", 4, struct.pack(">II", 60_000, 60_000)), "too_large"),
-    **{f"{image_format}, cut off": (save(NOISE, image_format)[:-200], "damaged")
+    "WebP bomb": (claim(encode(NOISE, "WEBP", lossless=True), b"VP8L", 9, b"\xff\xff\xff\x0f"), "too_large"),
+    "JPEG 2000 bomb": (claim(encode(NOISE, "JPEG2000"), b"ihdr", 4, struct.pack(">II", 60_000, 60_000)), "too_large"),
+    **{f"{image_format}, cut off": (encode(NOISE, image_format)[:-200], "damaged")
        for image_format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_is_no_good_image_is_a_fault_of_one_reason(name):
+def test_what_is_no_good_image_is_a_fault_of_one_reason_in_the_same_words(name):
     data, reason = FAULTS[name]
-    assert fault_of(data).reason == reason
-    assert reason in REASONS
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_has_the_same_words_in_every_run(name):
-    data = FAULTS[name][0]
     fault = fault_of(data)
+    assert fault.reason == reason
+    assert reason in REASONS
     assert fault == fault_of(bytes(bytearray(data)))
     assert re.search(r"0x[0-9a-f]{4,}|BytesIO|/tmp|/home|\.py", fault.error) is None
     assert fault.error == fault.error.strip() != ""
@@ -668,27 +654,25 @@ def mutations(data, num_mutations, seed):
     chance = random.Random(seed)
     for _ in range(num_mutations):
         mutant = bytearray(data[: chance.choice((len(data), len(data), chance.randrange(len(data))))])
-        for _ in range(chance.choice((1, 1, 2, 8))):
-            if mutant:
-                mutant[chance.randrange(min(len(mutant), chance.choice((60, 10_000))))] = chance.choice(
-                    (0, 1, 127, 255)
-                )
+        for _ in range(chance.choice((1, 1, 2, 8)) if mutant else 0):
+            at = chance.randrange(min(len(mutant), chance.choice((60, 10_000))))
+            mutant[at] = chance.choice((0, 1, 127, 255))
         yield bytes(mutant)
 
 
 SMALL = NOISE.resize((7, 9))
 FUZZED = {
-    "PNG": save(SMALL.convert("L"), "PNG", exif=orientation_tag(6)),
-    "PNG, palette": save(SMALL.quantize(16), "PNG", transparency=3),
+    "PNG": encode(SMALL.convert("L"), "PNG", exif=orientation_tag(6)),
+    "PNG, palette": encode(SMALL.quantize(16), "PNG", transparency=3),
     "PNG, 16 bits": save_rows(np.arange(63).reshape(9, 7) * 1000, "PNG", np.uint16),
-    "JPEG": save(SMALL, "JPEG", exif=orientation_tag(6)),
-    "JPEG, inks": save(SMALL.convert("CMYK"), "JPEG", progressive=True),
-    "GIF": save(SMALL.quantize(16), "GIF", save_all=True, append_images=[SMALL.rotate(90)], transparency=3),
-    "WebP": save(SMALL, "WEBP", exif=orientation_tag(6)),
-    "WebP, lossless": save(SMALL.convert("RGBA"), "WEBP", lossless=True),
-    "TIFF": save(SMALL, "TIFF"),
-    "TIFF, LZW": save(SMALL, "TIFF", compression="tiff_lzw"),
-    "TIFF, floats": save(SMALL.convert("F"), "TIFF"),
+    "JPEG": encode(SMALL, "JPEG", exif=orientation_tag(6)),
+    "JPEG, inks": encode(SMALL.convert("CMYK"), "JPEG", progressive=True),
+    "GIF": encode(SMALL.quantize(16), "GIF", save_all=True, append_images=[SMALL.rotate(90)], transparency=3),
+    "WebP": encode(SMALL, "WEBP", exif=orientation_tag(6)),
+    "WebP, lossless": encode(SMALL.convert("RGBA"), "WEBP", lossless=True),
+    "TIFF": encode(SMALL, "TIFF"),
+    "TIFF, LZW": encode(SMALL, "TIFF", compression="tiff_lzw"),
+    "TIFF, floats": encode(SMALL.convert("F"), "TIFF"),
 }
 
 
@@ -720,7 +704,7 @@ def test_pixels_that_change_need_another_version_of_decoding():
 # Shards
 
 
-def decode_all(images, target=ROW_OF_FOUR, keys=None):
+def decode_rows(images, target=ROW_OF_FOUR, keys=None):
     keys = keys or [f"{number}.png".encode() for number in range(len(images))]
     labels = pa.array([number % 3 for number in range(len(images))], pa.int32())
     decoded = decode_images(pa.array(keys, pa.binary()), labels, images, target)
@@ -735,7 +719,7 @@ def schema_of(shape):
 def test_kept_rows_and_faults_are_all_rows_in_order():
     good = [EXACT[name][0] for name in ("RGB PNG", "P GIF", "CMYK TIFF", "I;16 PNG")]
     images = [good[0], b"", good[1], b"no image", ReadFault("unreadable", "gone"), good[2], good[3], b""]
-    table, faults, num_resized = decode_all(images)
+    table, faults, num_resized = decode_rows(images)
     assert table["key"].to_pylist() == ["0.png", "2.png", "5.png", "6.png"]
     assert table["class"].to_pylist() == [0, 2, 2, 0]
     assert [(row, fault.reason) for row, fault in faults] == [
@@ -748,7 +732,7 @@ def test_kept_rows_and_faults_are_all_rows_in_order():
 @pytest.mark.parametrize(("mode", "shape"), [("L", [2, 3]), ("RGB", [2, 3, 3])])
 @pytest.mark.parametrize("images", [[], [b""] * 5, [save_rows(STORED, "PNG")] * 5])
 def test_a_shard_has_the_same_schema_whatever_is_left_of_it(mode, shape, images):
-    table, faults, _ = decode_all(images, Target(2, 3, mode))
+    table, faults, _ = decode_rows(images, Target(2, 3, mode))
     assert table.schema == schema_of(shape)
     assert len(table) + len(faults) == len(images)
     table.validate(full=True)
@@ -756,16 +740,14 @@ def test_a_shard_has_the_same_schema_whatever_is_left_of_it(mode, shape, images)
 
 def test_resized_images_are_counted():
     images = [blank(9, 7), blank(7, 9), b"", save_turned("JPEG", 6), save_turned("JPEG", 1), blank(9, 7, "RGB")]
-    assert decode_all(images, Target(9, 7, "L"))[2] == 3
-    assert decode_all(images[3:5], Target(3, 2, "L"))[2] == 1
+    assert decode_rows(images, Target(9, 7, "L"))[2] == 3
+    assert decode_rows(images[3:5], Target(3, 2, "L"))[2] == 1
 
 
 def test_keys_that_are_not_utf8_are_spelled_out():
     keys = ["train/ä.png".encode(), b"train/\xe4.png", b"train/\xff\xfe/7.png", b"plain.png"]
-    table, [(row, fault)], _ = decode_all([COLOUR_PNG, COLOUR_PNG, b"", COLOUR_PNG], keys=keys)
+    table = decode_rows([COLOUR_PNG, COLOUR_PNG, b"", COLOUR_PNG], keys=keys)[0]
     assert table["key"].to_pylist() == ["train/ä.png", "train/\\xe4.png", "plain.png"]
-    skipped = skipped_table([(keys[row], 0, fault)], "train", ["3"])
-    assert skipped["key"].to_pylist() == ["train/\\xff\\xfe/7.png"]
 
 
 def test_a_slice_of_a_listing_is_decoded_as_its_own_rows():
@@ -776,42 +758,28 @@ def test_a_slice_of_a_listing_is_decoded_as_its_own_rows():
 
 
 def test_nothing_is_kept_for_images_that_are_skipped():
-    [images] = decode_all([b"", COLOUR_PNG, b"", b""])[0]["image"].chunks
+    [images] = decode_rows([b"", COLOUR_PNG, b"", b""])[0]["image"].chunks
     assert [buffer.size for buffer in images.buffers() if buffer] == [ROW_OF_FOUR.num_values]
 
 
 def test_keys_of_a_slice_come_without_those_that_it_was_cut_from():
     keys = pa.array([b"%d" % number for number in range(10_000)])
-    [texts] = decode_all([COLOUR_PNG] * 2, keys=keys[5_000:5_002])[0]["key"].chunks
+    [texts] = decode_rows([COLOUR_PNG] * 2, keys=keys[5_000:5_002])[0]["key"].chunks
     assert texts.to_pylist() == ["5000", "5001"]
     assert sum(buffer.size for buffer in texts.buffers() if buffer) < 100
 
 
 def test_pixels_lie_in_one_block_without_a_copy_for_each():
-    images = decode_all([COLOUR_PNG] * 4)[0]["image"]
+    images = decode_rows([COLOUR_PNG] * 4)[0]["image"]
     assert images.num_chunks == 1
     pixels = images.chunk(0).to_numpy_ndarray()
     assert (pixels.shape, pixels.dtype, pixels.flags.c_contiguous) == ((4, 1, 4, 3), np.uint8, True)
 
 
 def test_doubtful_files_that_decode_warn_nobody():
-    with_transparency = save(COLOUR_IMAGE.quantize(4), "PNG", transparency=b"\0\x80\xff\xff")
+    with_transparency = encode(COLOUR_IMAGE.quantize(4), "PNG", transparency=b"\0\x80\xff\xff")
     broken_tag = save_rows(STORED, "TIFF", tiffinfo={305: "words"}).replace(b"words", b"wor\xff\xff")
-    assert decode_all([with_transparency, broken_tag])[1] == []  # any warning would be an error here
-
-
-def test_skipped_images_are_laid_out_by_the_schema():
-    empty, damaged = Fault("empty", "the file has no bytes"), Fault("damaged", "OSError: x")
-    table = skipped_table([(b"train/7/1.png", 1, empty), (b"train/3/2.png", 0, damaged)], "train", ("3", "7"))
-    assert table.schema == SKIPPED_SCHEMA
-    assert [tuple(row.values()) for row in table.to_pylist()] == [
-        ("train/7/1.png", "train", "7", "empty", "the file has no bytes"),
-        ("train/3/2.png", "train", "3", "damaged", "OSError: x")]  # fmt: skip
-
-
-def test_no_faults_make_an_empty_table_of_the_schema():
-    table = skipped_table([], "valid", ("3", "7"))
-    assert (len(table), table.schema) == (0, SKIPPED_SCHEMA)
+    assert decode_rows([with_transparency, broken_tag])[1] == []  # any warning would be an error here
 
 
 # Processes
@@ -819,8 +787,7 @@ def test_no_faults_make_an_empty_table_of_the_schema():
 
 def test_decoding_loads_neither_torch_nor_ray():
     code = "import sys, pipeline.decoding.shards; print(sorted({'torch', 'ray'} & set(sys.modules)))"
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
@@ -830,19 +797,16 @@ def test_targets_and_faults_cross_a_pickle_unchanged(value):
 
 
 def test_a_decoded_table_crosses_a_pickle_unchanged():
-    table = decode_all([COLOUR_PNG] * 3)[0]
+    table = decode_rows([COLOUR_PNG] * 3)[0]
     copy = pickle.loads(pickle.dumps(table))
     assert copy.schema == table.schema
     assert copy.equals(table)
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not (DATA / "mnist_png.tgz").exists(), reason="needs mnist_png.tgz in ../shared/data")
-def test_mnist_is_decoded_as_pillow_and_numpy_do():
-    with tarfile.open(DATA / "mnist_png.tgz", "r|gz") as archive:
-        members = (member for member in archive if member.name.endswith(".png"))
-        images = [archive.extractfile(member).read() for _, member in zip(range(200), members, strict=False)]
-    table, faults, num_resized = decode_all(images, target_of(images))
+def test_mnist_is_decoded_as_pillow_and_numpy_do(mnist_sample):
+    images = [path.read_bytes() for path in sorted(mnist_sample.rglob("*.png"))[:200]]
+    table, faults, num_resized = decode_rows(images, target_of(images))
     assert (faults, num_resized, len(table)) == ([], 0, 200)
     expected = [np.asarray(Image.open(io.BytesIO(data))) for data in images]
     np.testing.assert_array_equal(table["image"].combine_chunks().to_numpy_ndarray(), expected)

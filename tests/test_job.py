@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from builders import pack_tar, write_images
 from PIL import Image
-from test_tar_headers import pack
 
 from pipeline.compute.classifiers import CLASSIFIERS
 from pipeline.config import Config
@@ -73,15 +73,10 @@ def test_mnist_sample_gives_the_published_accuracies(sample_run, classifier, thr
 
 
 @pytest.mark.data
-def test_mnist_sample_gives_the_published_counts(sample_run):
+def test_mnist_sample_gives_the_published_counts_and_the_linear_model_passes_the_book(sample_run):
     run, _ = sample_run
     assert accuracy(run, "nearest_mean_l1", "class", "3")["num_correct"] == 926
     assert accuracy(run, "nearest_mean_l1", "class", "7")["num_correct"] == 1013
-
-
-@pytest.mark.data
-def test_the_linear_model_passes_the_book(sample_run):
-    run, _ = sample_run
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.980
 
 
@@ -93,8 +88,8 @@ def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp
     (root / "train").symlink_to(mnist_sample / "train")
     (root / "valid").symlink_to(mnist_sample / "train")
     evaluate(root, tmp_path / "out", epochs=0)
-    rows = pq.read_table(tmp_path / "out" / "predictions", filters=[("key", "==", "valid/3/10000.png")]).to_pylist()
-    [row] = rows
+    rows = pq.read_table(tmp_path / "out" / "predictions", filters=[("key", "==", "valid/3/10000.png")])
+    [row] = rows.to_pylist()
     np.testing.assert_allclose(np.round(row["nearest_mean_l1_scores"], 4), [0.1114, 0.1586], atol=1e-7)
     np.testing.assert_allclose(np.round(row["nearest_mean_rms_scores"], 4), [0.2021, 0.3021], atol=1e-7)
     assert row["nearest_mean_l1_prediction"] == "3"
@@ -174,9 +169,9 @@ def pack_archives(dataset, folder, kind):
                 pq.write_table(pa.table(columns), path, row_group_size=7)
             elif kind == "webdataset":
                 pairs = [((f"{n}.png", data), (f"{n}.cls", name.encode())) for n, (name, _, data) in enumerate(some)]
-                path.write_bytes(pack(itertools.chain(*pairs)))
+                path.write_bytes(pack_tar(itertools.chain(*pairs)))
             else:
-                path.write_bytes(pack((key, data) for _, key, data in some))
+                path.write_bytes(pack_tar((key, data) for _, key, data in some))
 
 
 @pytest.mark.parametrize("kind", ["class folders", "webdataset", "parquet"])
@@ -228,7 +223,7 @@ def test_of_a_cache_only_what_changed_is_decoded_again(small_dataset, tmp_path, 
 @pytest.mark.parametrize("cache", ["data", "data/cache", "out", "out/cache", "."])
 def test_a_cache_in_or_around_data_or_results_is_refused(small_dataset, tmp_path, cache):
     (tmp_path / "data").symlink_to(small_dataset)
-    with pytest.raises(CacheError, match=r"expected a folder apart from .*, got one in or around it; choose another"):
+    with pytest.raises(CacheError, match=r"^--cache .*: expected a folder apart from "):
         evaluate(tmp_path / "data", tmp_path / "out", cache=str(tmp_path / cache))
     assert not (small_dataset / "cache").exists()
 
@@ -252,9 +247,7 @@ def test_images_that_memory_cannot_hold_are_kept_on_disk(
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_a_scratch_that_is_no_folder_is_one_line(small_dataset, tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ClusterError, match=rf"^--scratch .*/{name}: expected a folder on every node, got none on .*; ch"
-    ):
+    with pytest.raises(ClusterError, match=f"^--scratch .*/{name}: expected a folder on every node"):
         evaluate(small_dataset, tmp_path / "out", scratch=str(tmp_path / name))
     assert not (tmp_path / "out").exists()
 
@@ -350,8 +343,19 @@ def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
         for pid in actor_pids():
             os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(ClusterError, match=r"the actors: expected them to live, got 4 deaths"):
+    with pytest.raises(ClusterError, match=r"the actors: expected .*, got 4 deaths"):
         evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+
+
+def interrupt(data, out, phase="train", epoch=None):
+    """Interrupt a job, as Ctrl-C does, in a phase, of training in an epoch."""
+
+    def on_progress(progress):
+        if progress.phase == phase and epoch in (None, progress.epoch):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, out, on_progress, epochs=3, device="cpu")
 
 
 def resume(data, out):
@@ -363,13 +367,7 @@ def resume(data, out):
 
 def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
-
-    def stop_in_epoch_3(progress):
-        if progress.phase == "train" and progress.epoch == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_3, epochs=3, device="cpu")
+    interrupt(small_dataset, tmp_path / "out", epoch=3)
     assert not (tmp_path / "out" / "run.json").exists()
     run, epochs = resume(small_dataset, tmp_path / "out")
     assert {epoch for epoch in epochs if epoch} <= {1, 3}  # 1 is shown until the actors have begun
@@ -380,24 +378,13 @@ def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, m
 
 def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
-
-    def stop_in_epoch_2(progress):
-        if progress.phase == "train" and progress.epoch == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(small_dataset, tmp_path / "out", stop_in_epoch_2, epochs=3)
-    with pytest.raises(OutputError, match=r"--resume: expected --seed 0, with which .* was begun, got 5"):
-        evaluate(small_dataset, tmp_path / "out", epochs=3, resume=True, seed=5)
+    interrupt(small_dataset, tmp_path / "out", epoch=2)
+    with pytest.raises(OutputError, match=r"--resume: expected --seed 0, .* got 5"):
+        evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
 
 
 def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
-    def stop_in_scoring(progress):
-        if progress.phase == "score":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(small_dataset, tmp_path / "out", stop_in_scoring, epochs=3, device="cpu")
+    interrupt(small_dataset, tmp_path / "out", "score")
     run, epochs = resume(small_dataset, tmp_path / "out")
     assert not {1, 2, 3} & set(epochs)
     assert run["results_sha256"] == reference["results_sha256"]
@@ -406,16 +393,10 @@ def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, t
 def test_resuming_with_other_images_of_the_same_names_is_refused(small_dataset, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(small_dataset, data)
-
-    def stop_in_epoch_2(progress):
-        if progress.phase == "train" and progress.epoch == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(data, out, stop_in_epoch_2, epochs=3)
+    interrupt(data, out, epoch=2)
     shutil.copy(data / "train" / "2" / "0.png", data / "train" / "2" / "1.png")
-    with pytest.raises(OutputError, match=r"expected the images with which .* was begun, got others"):
-        evaluate(data, out, epochs=3, resume=True)
+    with pytest.raises(OutputError, match=r"/data: expected the images .*, got others"):
+        evaluate(data, out, epochs=3, device="cpu", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +406,7 @@ def test_resuming_with_other_images_of_the_same_names_is_refused(small_dataset, 
 def test_results_inside_the_dataset_are_refused(small_dataset, tmp_path, data, out):
     (tmp_path / "data").symlink_to(small_dataset)
     (tmp_path / "link").symlink_to(small_dataset)
-    with pytest.raises(OutputError, match="expected a folder outside the dataset"):
+    with pytest.raises(OutputError, match=r"--out .*: expected a folder outside the dataset"):
         evaluate(data.format(tmp=tmp_path), out.format(tmp=tmp_path))
 
 
@@ -438,7 +419,7 @@ def test_an_actor_that_cannot_start_says_why(local_ray):
             return 1
 
     actor = ray.remote(num_cpus=0)(Broken).remote()
-    with pytest.raises(ClusterError, match="expected it to start, got RuntimeError: no room on this device"):
+    with pytest.raises(ClusterError, match=r"expected it to start, got .*no room on this device"):
         waiting.get_result(actor.answer.remote())
 
 
@@ -446,7 +427,7 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
     def fill():
         raise MemoryError("cannot allocate")
 
-    with pytest.raises(ClusterError, match=r"shard 3: expected enough memory, got .*; give a smaller --size") as caught:
+    with pytest.raises(ClusterError, match="shard 3: expected enough memory") as caught:
         waiting.get_result(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
     assert not isinstance(caught.value, ActorLostError)
 
@@ -485,14 +466,13 @@ def test_the_written_weights_give_the_predictions_from_plain_pixels(tmp_path):
 def test_the_default_step_is_safe_for_images_that_are_much_alike(tmp_path):
     """Photographs share their brightness, which decides the curvature; a step chosen for digits diverges on them."""
     random = np.random.default_rng(3)
-    for split, num_images in (("train", 60), ("valid", 20)):
-        for label, name in enumerate("ab"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(num_images):
-                pixels = np.full((48, 48, 3), 120 + 20 * random.normal()) + 15 * random.normal(size=(48, 48, 3))
-                pixels[:24, :, 0] += 25 * label
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(tmp_path / split / name / f"{number}.png")
+
+    def make_pixels(label):
+        pixels = np.full((48, 48, 3), 120 + 20 * random.normal()) + 15 * random.normal(size=(48, 48, 3))
+        pixels[:24, :, 0] += 25 * label
+        return pixels.clip(0, 255).astype(np.uint8)
+
+    write_images(tmp_path, {"train": 60, "valid": 20}, "ab", make_pixels)
     run = evaluate(tmp_path, tmp_path.parent / "alike", epochs=10)
     losses = [row["train_loss"] for row in read(tmp_path.parent / "alike", "history")]
     assert losses[-1] < losses[0] < np.log(2) * 1.5
@@ -569,7 +549,7 @@ def test_a_class_of_bad_images_only_is_an_error(tmp_path):
         path = tmp_path / "data" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"training images of class a, got none .* train/a/1.png for one: cannot"):
+    with pytest.raises(DataError, match=r"expected training images of class a, got none .* train/a/1\.png"):
         evaluate(tmp_path / "data", tmp_path / "out", size="8x8", mode="L")
 
 
@@ -583,13 +563,11 @@ def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_p
 
 
 def test_more_gpus_than_the_cluster_has_are_refused(small_dataset, tmp_path):
-    with pytest.raises(ClusterError, match="expected 3 GPUs within 0 s, got 2; start more nodes"):
+    with pytest.raises(ClusterError, match="expected 3 GPUs within 0 s, got 2"):
         evaluate(small_dataset, tmp_path / "out", device="cuda", actors=3, wait_seconds=0)
 
 
 def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
-    import ray
-
     monkeypatch.setattr(waiting, "STALL_SECONDS", 0.5)
     never = ray.remote(num_cpus=2)(lambda: __import__("threading").Event().wait()).remote()
     with pytest.raises(StalledError, match="a sleeper: expected a result, got none"):
@@ -598,16 +576,12 @@ def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
 
 
 def test_decoding_workers_and_the_driver_never_load_torch(small_dataset, tmp_path):
-    import ray
-
     evaluate(small_dataset, tmp_path / "out", epochs=1)
     modules = ray.get([ray.remote(lambda: sorted(__import__("sys").modules)).remote() for _ in range(4)])
     assert all("torch" not in names for names in modules)
 
 
 def test_a_dead_actor_is_told_from_other_faults():
-    import ray
-
     class Dying:
         def die(self):
             os._exit(1)

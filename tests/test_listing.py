@@ -1,92 +1,23 @@
-import multiprocessing
+"""Splits, classes and the listing of a dataset, and its digest."""
+
 import os
 import pickle
-import resource
-import socket
-import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import quote
 
 import pyarrow as pa
 import pytest
+from builders import KEYS, keys_of, read_keys, write_dataset, write_folder
 
 from pipeline.config import Config
-from pipeline.data.files import Location, ReadFault, display, locate, read_images
+from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import list_archives, list_dataset
 from pipeline.errors import DataError
 
-KEYS = [
-    f"{split}/{name}/{number}.png" for split in ("train", "valid") for name in ("3", "7") for number in (1, 10, 2)
-]  # sorted by class and key
 UNSPLIT = Config(valid_fraction=0.25)
-# Python 3.12 and later warn of a fork beside Arrow's threads; the child only reads files.
-forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-def lay(folder, keys):
-    """Write a file for each key, which holds its own key."""
-    for key in keys:
-        path = folder / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.fsencode(key))
-    return Location("folder", str(folder))
-
-
-def lay_mock(keys):
-    location = Location("uri", "mock:///bucket/digits")
-    filesystem, root = location.filesystem
-    filesystem.delete_dir_contents("bucket", missing_dir_ok=True)  # of the test before: a URI is opened once a process
-    for key in keys:
-        filesystem.create_dir(f"{root}/{key}".rpartition("/")[0])
-        with filesystem.open_output_stream(f"{root}/{key}") as stream:
-            stream.write(key.encode())
-    return location
-
-
-def lay_as(kind, folder, keys):
-    match kind:
-        case "mock":
-            return lay_mock(keys)
-        case "file uri":
-            return Location("uri", f"file://{quote(lay(folder, keys).root)}")
-        case _:
-            return lay(folder, keys)
-
-
 every_kind = pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
-
-
-def keys_of(table):
-    return [os.fsdecode(key) for key in table["key"].to_pylist()]
-
-
-def read_keys(location, *keys):
-    return list(read_images(location, pa.array([os.fsencode(key) for key in keys], pa.binary())))
-
-
-def become_nobody():
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-
-
-def as_nobody(call, *arguments):
-    """Call in a child process that has no more rights than anyone."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), become_nobody) as pool:
-        return pool.submit(call, *arguments).result()
-
-
-@pytest.fixture
-def public_folder():
-    """A folder that others may enter, as pytest's own is not."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
 
 
 # Splits and classes
@@ -94,7 +25,7 @@ def public_folder():
 
 @every_kind
 def test_splits_and_classes_are_listed_in_order(kind, tmp_path):
-    listing = list_dataset(lay_as(kind, tmp_path, KEYS[::-1]), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, KEYS[::-1]), Config())
     assert keys_of(listing.train) + keys_of(listing.valid) == KEYS
     assert listing.train["label"].to_pylist() == listing.valid["label"].to_pylist() == [0, 0, 0, 1, 1, 1]
     assert (listing.classes, listing.valid_split, listing.num_ignored) == (("3", "7"), "valid", {})
@@ -103,30 +34,15 @@ def test_splits_and_classes_are_listed_in_order(kind, tmp_path):
 
 @every_kind
 def test_a_table_has_binary_keys_and_int32_labels(kind, tmp_path):
-    listing = list_dataset(lay_as(kind, tmp_path, KEYS), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, KEYS), Config())
     assert listing.split("train") is listing.train
     assert listing.split("valid").schema == pa.schema([("key", pa.binary()), ("label", pa.int32())])
 
 
 @every_kind
-def test_files_are_read_in_the_order_of_the_keys(kind, tmp_path):
-    location = lay_as(kind, tmp_path, KEYS)
-    assert read_keys(location, KEYS[5], KEYS[0], KEYS[5]) == [KEYS[5].encode(), KEYS[0].encode(), KEYS[5].encode()]
-
-
-@every_kind
-def test_every_listed_file_can_be_read(kind, tmp_path):
-    keys = [*KEYS, "train/3/a b#1%20?.png", "train/3/ä 😀.png", "train/3/deep/er/7.png", "train/3/back\\slash.png"]
-    location = lay_as(kind, tmp_path, keys)
-    listed = keys_of(list_dataset(location, Config()).train)
-    assert sorted(listed) == sorted(key for key in keys if key.startswith("train/"))
-    assert read_keys(location, *listed) == [key.encode() for key in listed]
-
-
-@every_kind
 @pytest.mark.parametrize("name", ["valid", "val", "validation", "test"])
 def test_the_validation_split_is_found_by_its_usual_names(kind, name, tmp_path):
-    location = lay_as(kind, tmp_path, [key.replace("valid/", f"{name}/") for key in KEYS])
+    location = write_dataset(kind, tmp_path, [key.replace("valid/", f"{name}/") for key in KEYS])
     listing = list_dataset(location, Config())
     assert (listing.valid_split, keys_of(listing.valid)[0]) == (name, f"{name}/3/1.png")
 
@@ -134,25 +50,25 @@ def test_the_validation_split_is_found_by_its_usual_names(kind, name, tmp_path):
 @pytest.mark.parametrize(("names", "found"), [(("test", "val"), "val"), (("test", "validation", "valid"), "valid")])
 def test_of_several_names_the_first_is_taken(names, found, tmp_path):
     for name in names:
-        lay(tmp_path, [key.replace("valid/", f"{name}/") for key in KEYS])
+        write_folder(tmp_path, [key.replace("valid/", f"{name}/") for key in KEYS])
     assert list_dataset(Location("folder", str(tmp_path)), Config()).valid_split == found
 
 
 def test_splits_that_are_named_are_used(tmp_path):
-    lay(tmp_path, [key.replace("train/", "learn/").replace("valid/", "exam/") for key in KEYS])
-    location = lay(tmp_path, KEYS)
+    write_folder(tmp_path, [key.replace("train/", "learn/").replace("valid/", "exam/") for key in KEYS])
+    location = write_folder(tmp_path, KEYS)
     listing = list_dataset(location, Config(train_split="learn", valid_split="exam"))
     assert (keys_of(listing.train)[0], keys_of(listing.valid)[0]) == ("learn/3/1.png", "exam/3/1.png")
 
 
 def test_a_named_split_has_no_synonyms(tmp_path):
-    with pytest.raises(DataError, match=r"expected a folder val/ beside train/, got train, valid; .*--valid-split"):
-        list_dataset(lay(tmp_path, KEYS), Config(valid_split="val"))
+    with pytest.raises(DataError, match=r"expected a folder val/ .*, got train, valid"):
+        list_dataset(write_folder(tmp_path, KEYS), Config(valid_split="val"))
 
 
 @pytest.mark.parametrize("part", ["train", "train/3", "valid"])
 def test_links_to_folders_are_followed(part, tmp_path):
-    location = lay(tmp_path / "digits", KEYS)
+    location = write_folder(tmp_path / "digits", KEYS)
     expected = list_dataset(location, Config())
     (tmp_path / "digits" / part).rename(tmp_path / "elsewhere")
     (tmp_path / "digits" / part).symlink_to(tmp_path / "elsewhere")
@@ -162,7 +78,7 @@ def test_links_to_folders_are_followed(part, tmp_path):
 
 @every_kind
 def test_only_the_classes_asked_for_are_listed(kind, tmp_path):
-    location = lay_as(kind, tmp_path, [*KEYS, "train/5/1.png", "train/notes/a.txt", "valid/9/1.png"])
+    location = write_dataset(kind, tmp_path, [*KEYS, "train/5/1.png", "train/notes/a.txt", "valid/9/1.png"])
     listing = list_dataset(location, Config(classes=("7", "3")))
     assert (listing.classes, keys_of(listing.train) + keys_of(listing.valid)) == (("3", "7"), KEYS)
     assert listing.num_ignored == {}
@@ -170,30 +86,20 @@ def test_only_the_classes_asked_for_are_listed(kind, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [
-        ("1", "2", "10"),
-        ("class2", "class10"),
-        ("a9b", "a10a", "a10b"),
-        ("2", "02", "3"),
-        ("apple", "Banana", "cherry"),
-        ("3", "apple"),
-        ("n1", "n1a", "n2"),
-        ("A", "a"),
-        ("1.5", "1.10"),
-    ],
-)
-def test_classes_are_sorted_as_people_sort(names, tmp_path):
+    [("1", "2", "10"), ("class2", "class10"), ("a9b", "a10a", "a10b"), ("02", "2", "3"), ("3", "apple"),
+     ("apple", "Banana", "cherry"), ("n1", "n1a", "n2"), ("A", "a"), ("1.5", "1.10")],
+)  # fmt: skip
+def test_classes_are_in_natural_order(names, tmp_path):
     keys = [f"{split}/{name}/1.png" for split in ("train", "valid") for name in reversed(names)]
-    listing = list_dataset(lay(tmp_path, keys), Config())
-    expected = ("02", "2", "3") if names == ("2", "02", "3") else names
-    assert listing.classes == expected
-    assert keys_of(listing.train) == [f"train/{name}/1.png" for name in expected]
+    listing = list_dataset(write_folder(tmp_path, keys), Config())
+    assert listing.classes == names
+    assert keys_of(listing.train) == [f"train/{name}/1.png" for name in names]
 
 
 @every_kind
 def test_folders_inside_a_class_belong_to_it(kind, tmp_path):
     inner = ["train/7/a/b/c/1.png", "train/7/a/2.png", "train/7/folder.png/3.png"]
-    listing = list_dataset(lay_as(kind, tmp_path, KEYS + inner), Config(classes=("3", "7")))
+    listing = list_dataset(write_dataset(kind, tmp_path, KEYS + inner), Config(classes=("3", "7")))
     sevens = [key for key in keys_of(listing.train) if key.startswith("train/7/")]
     assert sevens == sorted(inner + [f"train/7/{number}.png" for number in (1, 10, 2)])
     assert listing.train["label"].to_pylist() == [0] * 3 + [1] * 6
@@ -203,7 +109,7 @@ def test_folders_inside_a_class_belong_to_it(kind, tmp_path):
     "name", ["1.png", "a.PNG", "b.Jpg", "c.JPEG", "d.tif", "e.webp", "f.gif", "a.tar.bmp", "x.pgm"]
 )
 def test_an_image_is_known_by_its_ending(name, tmp_path):
-    listing = list_dataset(lay(tmp_path, [*KEYS, f"train/3/x{name}"]), Config())
+    listing = list_dataset(write_folder(tmp_path, [*KEYS, f"train/3/x{name}"]), Config())
     assert f"train/3/x{name}" in keys_of(listing.train)
 
 
@@ -214,7 +120,7 @@ def test_an_image_is_known_by_its_ending(name, tmp_path):
 def test_other_files_are_counted_by_their_ending(kind, tmp_path):
     others = ["labels.csv", "train/.DS_Store", "train/3/.DS_Store", "train/3/notes.TXT", "train/3/a/b.txt",
               "valid/7/png", "valid/7/photo.png.part", "valid/7/archive.tar.gz", "README"]  # fmt: skip
-    listing = list_dataset(lay_as(kind, tmp_path, KEYS + others), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, KEYS + others), Config())
     assert keys_of(listing.train) + keys_of(listing.valid) == KEYS
     counts = {".DS_Store": 2, ".csv": 1, ".gz": 1, ".part": 1, ".txt": 2, "none": 2}
     assert listing.num_ignored == counts
@@ -222,21 +128,21 @@ def test_other_files_are_counted_by_their_ending(kind, tmp_path):
 
 @every_kind
 def test_images_outside_of_class_folders_are_counted_too(kind, tmp_path):
-    listing = list_dataset(lay_as(kind, tmp_path, [*KEYS, "cover.jpg", "train/sprite.png"]), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, [*KEYS, "cover.jpg", "train/sprite.png"]), Config())
     assert listing.num_ignored == {".jpg": 1, ".png": 1}
 
 
 @every_kind
 def test_a_dataset_without_splits_counts_a_file_once(kind, tmp_path):
     keys = [f"{name}/{number}.png" for name in "37" for number in range(40)]
-    listing = list_dataset(lay_as(kind, tmp_path, [*keys, "labels.csv", "3/a.txt"]), UNSPLIT)
+    listing = list_dataset(write_dataset(kind, tmp_path, [*keys, "labels.csv", "3/a.txt"]), UNSPLIT)
     assert listing.num_ignored == {".csv": 1, ".txt": 1}
 
 
 @every_kind
 def test_the_shadow_files_of_a_mac_are_no_images_and_one_line_of_the_count(kind, tmp_path):
     shadows = [f"train/3/._{number}.png" for number in range(50)]
-    listing = list_dataset(lay_as(kind, tmp_path, KEYS + shadows), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, KEYS + shadows), Config())
     assert keys_of(listing.train) + keys_of(listing.valid) == KEYS
     assert list(listing.num_ignored.values()) == [50]
 
@@ -244,7 +150,7 @@ def test_the_shadow_files_of_a_mac_are_no_images_and_one_line_of_the_count(kind,
 @every_kind
 @pytest.mark.parametrize("hidden", [".git/1.png", "train/.cache/1.png", "train/3/.ipynb_checkpoints/1.png"])
 def test_hidden_folders_are_no_part_of_a_dataset(kind, hidden, tmp_path):
-    listing = list_dataset(lay_as(kind, tmp_path, [*KEYS, hidden]), Config())
+    listing = list_dataset(write_dataset(kind, tmp_path, [*KEYS, hidden]), Config())
     assert listing.classes == ("3", "7")
     assert keys_of(listing.train) + keys_of(listing.valid) == KEYS
 
@@ -254,7 +160,7 @@ def test_hidden_folders_are_no_part_of_a_dataset(kind, hidden, tmp_path):
 
 def hold_out(folder, num_images=400, names=("cat", "dog"), fraction=0.25):
     keys = [f"{name}/{number}.png" for name in names for number in range(num_images)]
-    listing = list_dataset(lay(folder, keys), Config(valid_fraction=fraction))
+    listing = list_dataset(write_folder(folder, keys), Config(valid_fraction=fraction))
     assert sorted(keys_of(listing.train) + keys_of(listing.valid)) == sorted(keys)
     return set(keys_of(listing.train)), set(keys_of(listing.valid))
 
@@ -291,14 +197,14 @@ def test_an_image_is_on_the_same_side_wherever_the_dataset_lies(kind, tmp_path):
     keys = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(40)]
     here, there = (tmp_path / "here", tmp_path / "there")
     here.mkdir()
-    listing = list_dataset(lay_as(kind, here, keys), UNSPLIT)
-    assert keys_of(listing.valid) == keys_of(list_dataset(lay(there, keys), UNSPLIT).valid)
+    listing = list_dataset(write_dataset(kind, here, keys), UNSPLIT)
+    assert keys_of(listing.valid) == keys_of(list_dataset(write_folder(there, keys), UNSPLIT).valid)
 
 
 @every_kind
 def test_without_splits_keys_begin_with_the_class(kind, tmp_path):
     keys = [f"{name}/{number:02}.png" for name in ("cat", "dog", "eel") for number in range(40)]
-    listing = list_dataset(lay_as(kind, tmp_path, keys), Config(valid_fraction=0.25, classes=("dog", "eel")))
+    listing = list_dataset(write_dataset(kind, tmp_path, keys), Config(valid_fraction=0.25, classes=("dog", "eel")))
     assert listing.classes == ("dog", "eel")
     assert sorted(keys_of(listing.train) + keys_of(listing.valid)) == keys[40:]
     assert keys_of(listing.train) == sorted(keys_of(listing.train))
@@ -308,21 +214,21 @@ def test_without_splits_keys_begin_with_the_class(kind, tmp_path):
 
 
 WRONG = [
-    (["a.txt"], {}, r"expected a folder train/, got no folder at all; .*--valid-fraction 0\.2"),
-    (["3/1.png", "7/1.png"], {}, r"expected a folder train/, got 3, 7; name it with --train-split"),
-    (["Train/3/1.png", "Valid/3/1.png"], {}, r"expected a folder train/, got Train, Valid; name it with --train-split"),
+    (["a.txt"], {}, r"expected a folder train/, got no folder at all"),
+    (["3/1.png", "7/1.png"], {}, r"expected a folder train/, got 3, 7;"),
+    (["Train/3/1.png", "Valid/3/1.png"], {}, r"expected a folder train/, got Train, Valid;"),
     ([f"c{n:02}/1.png" for n in range(12)], {}, r"expected a folder train/, got c00, .*, c09 and 2 more;"),
     (["train/3/1.png"], {}, r"expected a folder valid/ or val/ or validation/ or test/ beside train/, got train;"),
-    (KEYS, {"valid_split": "dev"}, r"expected a folder dev/ beside train/, got train, valid; .*--valid-split"),
-    (KEYS, {"valid_fraction": 0.2}, r"--valid-fraction: expected a dataset without splits, got train/ in .*; leave"),
-    ([*KEYS, "valid/9/1.png"], {}, r"expected images of class 9 in train/, got no such folder; .*--classes"),
-    ([*KEYS, "train/9/1.png"], {}, r"expected images of class 9 in valid/, got no such folder; .*--classes"),
+    (KEYS, {"valid_split": "dev"}, r"expected a folder dev/ beside train/, got train, valid;"),
+    (KEYS, {"valid_fraction": 0.2}, r"--valid-fraction: expected .*, got train/ in "),
+    ([*KEYS, "valid/9/1.png"], {}, r"expected images of class 9 in train/, got no such folder"),
+    ([*KEYS, "train/9/1.png"], {}, r"expected images of class 9 in valid/, got no such folder"),
     ([*KEYS, "train/9/1.png", "valid/9/a.txt"], {}, r"expected images of class 9 in valid/, got no image there"),
     ([*KEYS, "train/9/a.txt", "valid/9/1.png"], {}, r"expected images of class 9 in train/, got no image there"),
     (["train/3/1.png", "valid/3/1.png"], {}, r"expected at least two classes, got only 3;"),
     (["train/3/a.txt", "valid/3/a.txt"], {}, r"expected image files in class folders, got none; .*\.avif .*\.webp"),
     (["train/1.png", "valid/1.png"], {}, r"expected image files in class folders, got none;"),
-    (KEYS, {"classes": ("3", "8")}, r"--classes: expected folders of .*/train/, got 8, which is not there; .* 3, 7"),
+    (KEYS, {"classes": ("3", "8")}, r"--classes: expected folders of .*/train/, got 8, .* 3, 7"),
     ([*KEYS, "train/9/1.png"], {"classes": ("3", "9")}, r"--classes: expected folders of .*/valid/, got 9, .* 3, 7"),
     (["3/1.png", "7/1.txt"], {"valid_fraction": 0.5}, r"expected images of class [37] in the (training|held-out) "),
     (["3/1.png"], {"valid_fraction": 0.5, "classes": ("3", "7")}, r"--classes: expected folders of .*, got 7, which"),
@@ -333,117 +239,22 @@ WRONG = [
 @every_kind
 @pytest.mark.parametrize(("keys", "options", "message"), WRONG)
 def test_a_dataset_that_cannot_be_used_is_refused_with_its_reason(kind, keys, options, message, tmp_path):
-    location = lay_as(kind, tmp_path, keys)
+    location = write_dataset(kind, tmp_path, keys)
     with pytest.raises(DataError, match=message):
         list_dataset(location, Config(**options))
 
 
 def test_an_empty_class_folder_is_refused(tmp_path):
-    location = lay(tmp_path, KEYS)
-    (tmp_path / "valid" / "9").mkdir()
-    with pytest.raises(DataError, match=r"expected images of class 9 in train/, got no such folder"):
-        list_dataset(location, Config())
-    (tmp_path / "train" / "9").mkdir()
-    with pytest.raises(DataError, match=r"expected images of class 9 in train/, got no image there"):
-        list_dataset(location, Config())
-
-
-@pytest.mark.parametrize("root", ["mock:///nowhere", "file:///no/such/folder"])
-def test_a_uri_with_nothing_there_is_refused(root):
-    with pytest.raises(DataError, match=r"--data: expected a folder at \w+:///no.*, got nothing; check the name"):
-        list_dataset(locate(root) if root.startswith("mock") else Location("uri", root), Config())
-
-
-def test_a_uri_of_a_file_is_refused(tmp_path):
-    lay(tmp_path, ["a.png"])
-    with pytest.raises(DataError, match=r"--data: expected to list .*a\.png, got .*; check name and access"):
-        list_dataset(Location("uri", f"file://{tmp_path}/a.png"), Config())
-
-
-@pytest.mark.parametrize("root", ["gopher://x/y", "https://example.org/x", "s3://buck et/x", "abfss://x"])
-def test_a_uri_that_no_file_system_knows_is_refused(root):
-    with pytest.raises(DataError, match=rf"--data: expected a URI that can be opened, got {root}; "):
-        list_dataset(locate(root), Config())
-
-
-def test_a_folder_that_went_away_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"gone.*: expected to list it, got No such file or directory;"):
-        list_dataset(Location("folder", str(tmp_path / "gone")), Config())
-
-
-@forks
-@pytest.mark.parametrize("part", ["", "train", "train/3", "train/3/inner"])
-def test_a_folder_that_nobody_may_list_is_refused_by_its_name(part, public_folder):
-    location = lay(public_folder / "digits", [*KEYS, "train/3/inner/1.png"])
-    (public_folder / "digits" / part).chmod(0o000)
-    with pytest.raises(
-        DataError, match=rf"digits/{part}/?: expected to list it, got Permission denied; check the folder"
-    ):
-        as_nobody(list_dataset, location, Config())
-
-
-# Where --data points to
-
-
-def test_a_folder_is_located_by_its_resolved_path(tmp_path, monkeypatch):
-    lay(tmp_path / "digits", KEYS)
-    (tmp_path / "link").symlink_to("digits")
-    monkeypatch.chdir(tmp_path)
-    assert locate("link") == locate("./digits/") == Location("folder", str((tmp_path / "digits").resolve()))
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    (tmp_path / "digits").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert locate("~/digits") == Location("folder", str((tmp_path / "digits").resolve()))
-
-
-@pytest.mark.parametrize("name", ["plain", "with space", "ä#?%25", "bytes\udcff"])
-def test_a_file_uri_is_a_local_folder(name, tmp_path):
-    folder = (tmp_path / name).resolve()
-    folder.mkdir()
-    assert locate(f"file://{quote(os.fsencode(folder))}") == Location("folder", str(folder))
-
-
-@pytest.mark.parametrize("uri", ["s3://bucket/folder", "gs://bucket/folder/", "s3://bucket/folder//"])
-def test_a_uri_is_located_without_connecting(uri):
-    assert locate(uri) == Location("uri", uri.rstrip("/"))
-
-
-def test_digits_are_in_the_package():
-    assert locate("digits") == Location("package", "digits")
-
-
-@pytest.mark.parametrize(
-    ("data", "found"),
-    [("gone", "nothing"), ("a.png", "a file"), ("dangling", "nothing"), ("loop", "nothing"), ("a.png/b", "nothing"),
-     ("~no-such-user/x", ".+"), ("n" * 300, ".+"), ("nul\0", "nothing")],
-)  # fmt: skip
-def test_a_path_without_a_folder_is_refused(data, found, tmp_path, monkeypatch):
-    lay(tmp_path, ["a.png"])
-    (tmp_path / "dangling").symlink_to("gone")
-    (tmp_path / "loop").symlink_to("loop")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        DataError, match=rf"--data: expected a folder at .*, got {found}; give a folder with train and valid"
-    ):
-        locate(data)
-
-
-@forks
-def test_a_folder_behind_a_closed_one_is_refused(public_folder):
-    lay(public_folder / "closed" / "digits", KEYS)
-    (public_folder / "closed").chmod(0o000)
-    with pytest.raises(DataError, match=r"--data: expected a folder at .*/closed/digits, got .*; "):
-        as_nobody(locate, str(public_folder / "closed" / "digits"))
-
-
-# Odd names and odd files
+    location = write_folder(tmp_path, KEYS)
+    for split, found in (("valid", "no such folder"), ("train", "no image there")):
+        (tmp_path / split / "9").mkdir()
+        with pytest.raises(DataError, match=f"expected images of class 9 in train/, got {found}"):
+            list_dataset(location, Config())
 
 
 def test_names_need_not_be_utf8(tmp_path):
     keys = ["train/3/\udcff.png", "train/\udce9t\udce9/1.png", "valid/3/\udcff\udcfe.png", "valid/\udce9t\udce9/1.png"]
-    location = lay(tmp_path, keys)
+    location = write_folder(tmp_path, keys)
     listing = list_dataset(location, Config())
     assert listing.classes == ("3", "\\xe9t\\xe9")
     assert keys_of(listing.train) + keys_of(listing.valid) == keys
@@ -451,188 +262,22 @@ def test_names_need_not_be_utf8(tmp_path):
 
 
 def test_a_class_of_a_name_that_is_not_utf8_can_be_asked_for(tmp_path):
-    location = lay(tmp_path, [*KEYS, "train/\udcff/1.png", "valid/\udcff/1.png"])
+    location = write_folder(tmp_path, [*KEYS, "train/\udcff/1.png", "valid/\udcff/1.png"])
     assert list_dataset(location, Config(classes=("3", "\udcff"))).classes == ("3", "\\xff")
 
 
 def test_errors_about_names_that_are_not_utf8_can_be_shown(tmp_path):
-    location = lay(tmp_path / "\udcff", ["train/\udcfe/1.png", "valid/3/1.png", "\udcfd.txt"])
-    with pytest.raises(DataError, match=r"\\xff: expected images of class .* in") as refusal:
+    location = write_folder(tmp_path / "\udcff", ["train/\udcfe/1.png", "valid/3/1.png", "\udcfd.txt"])
+    with pytest.raises(DataError, match=r"\\xff: expected images of class") as refusal:
         list_dataset(location, Config())
     assert str(refusal.value).encode().decode() == str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [(b"7.png", "7.png"), ("ä".encode(), "ä"), (b"\xe4.png", "\\xe4.png"), (b"\xf0\x9f", "\\xf0\\x9f")],
-)
-def test_a_name_is_shown_as_text(name, shown):
-    assert display(name) == shown
-
-
-def make_odd(path, kind):
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "socket":
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(str(path))
-        case "folder by now":
-            path.unlink()
-            path.mkdir()
-        case "gone by now":
-            path.unlink()
-        case "file as folder":
-            path.unlink()
-            path.parent.rename(path.parent.with_name("old"))
-            path.parent.write_bytes(b"")
-        case _:
-            path.symlink_to(kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fault"),
-    [
-        ("pipe", ReadFault("not_a_file", "not a regular file")),
-        ("socket", ReadFault("unreadable", "No such device or address")),
-        ("/dev/zero", ReadFault("not_a_file", "not a regular file")),
-        ("gone.png", ReadFault("unreadable", "No such file or directory")),
-        ("odd.png", ReadFault("unreadable", "Too many levels of symbolic links")),
-        ("n" * 300, ReadFault("unreadable", "File name too long")),
-    ],
-)
-def test_a_file_that_is_none_is_listed_and_then_a_fault(kind, fault, tmp_path, monkeypatch):
-    location = lay(tmp_path, KEYS)
-    monkeypatch.chdir(tmp_path / "train" / "3")  # a socket's path must be short
-    make_odd(Path("odd.png"), kind)
-    listing = list_dataset(location, Config())
-    assert keys_of(listing.train)[3] == "train/3/odd.png"
-    assert list(read_images(location, listing.train["key"].combine_chunks()))[3] == fault
-
-
-@pytest.mark.parametrize(
-    ("kind", "fault"),
-    [
-        ("gone by now", ReadFault("unreadable", "No such file or directory")),
-        ("folder by now", ReadFault("not_a_file", "not a regular file")),
-        ("file as folder", ReadFault("unreadable", "Not a directory")),
-    ],
-)
-def test_a_file_that_changed_since_the_listing_is_a_fault(kind, fault, tmp_path):
-    location = lay(tmp_path, KEYS)
-    make_odd(tmp_path / KEYS[0], kind)
-    assert read_keys(location, KEYS[0], KEYS[3]) == [fault, KEYS[3].encode()]
-
-
-@pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
-def test_a_missing_file_is_a_fault_in_the_same_words_everywhere(kind, tmp_path):
-    fault = ReadFault("unreadable", "No such file or directory")
-    assert read_keys(lay_as(kind, tmp_path, KEYS), "train/3/gone.png", KEYS[0]) == [fault, KEYS[0].encode()]
-
-
-def test_a_link_to_a_file_is_read_as_that_file(tmp_path):
-    location = lay(tmp_path, KEYS)
-    (tmp_path / "train" / "3" / "link.png").symlink_to(tmp_path / KEYS[-1])
-    assert read_keys(location, "train/3/link.png") == [KEYS[-1].encode()]
-
-
-def test_an_empty_file_is_read_as_no_bytes(tmp_path):
-    location = lay(tmp_path, KEYS)
-    (tmp_path / KEYS[0]).write_bytes(b"")
-    assert read_keys(location, KEYS[0]) == [b""]
-
-
-@pytest.mark.skipif(not Path("/proc/version").exists(), reason="has no /proc")
-def test_a_file_that_is_longer_than_it_says_is_read_to_its_end(tmp_path):
-    location = lay(tmp_path, KEYS)
-    (tmp_path / "train" / "3" / "link.png").symlink_to("/proc/version")
-    assert read_keys(location, "train/3/link.png") == [Path("/proc/version").read_bytes()]
-
-
-@forks
-def test_a_file_that_nobody_may_read_is_a_fault(public_folder):
-    location = lay(public_folder, KEYS)
-    (public_folder / KEYS[0]).chmod(0o000)
-    fault = ReadFault("unreadable", "Permission denied")
-    assert as_nobody(read_keys, location, KEYS[0], KEYS[1]) == [fault, KEYS[1].encode()]
-
-
-@forks
-def test_a_link_into_a_closed_folder_is_a_fault_of_one_image(public_folder):
-    location = lay(public_folder / "digits", KEYS)
-    lay(public_folder / "closed", ["1.png"])
-    (public_folder / "digits" / "train" / "3" / "link.png").symlink_to(public_folder / "closed" / "1.png")
-    (public_folder / "closed").chmod(0o000)
-    assert "train/3/link.png" in keys_of(as_nobody(list_dataset, location, Config()).train)
-    assert as_nobody(read_keys, location, "train/3/link.png") == [ReadFault("unreadable", "Permission denied")]
-
-
-@forks
-def test_a_link_to_a_closed_folder_of_images_is_refused(public_folder):
-    location = lay(public_folder / "digits", KEYS)
-    lay(public_folder / "closed", ["more/1.png"])
-    (public_folder / "digits" / "train" / "3" / "more").symlink_to(public_folder / "closed" / "more")
-    (public_folder / "closed").chmod(0o000)
-    with pytest.raises(DataError, match=r"train/3/more: expected to list it, got Permission denied; check the folder"):
-        as_nobody(list_dataset, location, Config())
-
-
-def read_without_descriptors(location, key):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    return read_keys(location, key)
-
-
-@forks
-def test_running_out_of_open_files_is_no_fault_of_an_image(tmp_path):
-    location = lay(tmp_path, KEYS)
-    with (
-        ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool,
-        pytest.raises(DataError, match=r"1\.png: expected to read it, got Too many open files; run again"),
-    ):
-        pool.submit(read_without_descriptors, location, KEYS[0]).result()
-
-
-def read_in_one_more_gigabyte(location, key):
-    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2**30, used_bytes + 2**30))
-    return read_keys(location, key)
-
-
-@forks
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="has no /proc")
-def test_a_file_larger_than_memory_is_a_fault_of_one_image(tmp_path):
-    location = lay(tmp_path, KEYS)
-    os.truncate(tmp_path / KEYS[0], 2**33)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        (fault,) = pool.submit(read_in_one_more_gigabyte, location, KEYS[0]).result()
-    assert isinstance(fault, ReadFault)
-    assert fault.reason == "too_large"
-
-
-@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
-def test_a_link_to_a_folder_above_is_not_followed(target, tmp_path):
-    location = lay(tmp_path, [*KEYS, "train/3/inner/1.png"])
-    (tmp_path / "train" / "3" / "inner" / "up").symlink_to(target)
-    listing = list_dataset(location, Config())
-    assert keys_of(listing.train) == [*KEYS[:3], "train/3/inner/1.png", *KEYS[3:6]]
-
-
-def test_a_link_to_another_folder_of_images_is_followed(tmp_path):
-    location = lay(tmp_path / "digits", KEYS)
-    lay(tmp_path / "more", ["a/1.png"])
-    (tmp_path / "digits" / "train" / "3" / "more").symlink_to(tmp_path / "more")
-    (tmp_path / "more" / "back").symlink_to(tmp_path / "more")
-    assert "train/3/more/a/1.png" in keys_of(list_dataset(location, Config()).train)
-
-
-# Sizes and times, for a cache
 
 
 @pytest.mark.parametrize("fraction", [None, 0.3])
 def test_a_uri_s_listing_has_sizes_and_times_for_a_cache(fraction, tmp_path):
     keys = [f"{split}{name}/{number}.png" for split in ("train/", "valid/") for name in "37" for number in range(20)]
     keys = keys if fraction is None else [key.partition("/")[2] for key in keys[:40]]
-    location = lay(tmp_path, [*keys, keys[0].replace("0.png", "notes.txt")])
+    location = write_folder(tmp_path, [*keys, keys[0].replace("0.png", "notes.txt")])
     for number, key in enumerate(keys):
         (tmp_path / key).write_bytes(bytes(number))
         os.utime(tmp_path / key, ns=(0, 10**18 + 1000 * number))
@@ -658,35 +303,29 @@ def test_the_same_files_have_the_same_digest_wherever_they_lie(tmp_path):
     digests = set()
     for kind in ("folder", "mock", "file uri"):
         (tmp_path / kind).mkdir()
-        digests.add(list_dataset(lay_as(kind, tmp_path / kind, KEYS), Config()).sha256)
+        digests.add(list_dataset(write_dataset(kind, tmp_path / kind, KEYS), Config()).sha256)
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        [*KEYS, "train/3/4.png"],
-        KEYS[1:],
-        ["train/3/0.png", *KEYS[1:]],
-        [key.replace("/7/", "/8/") for key in KEYS],
-        [key.replace("valid/", "val/") for key in KEYS],
-        ["train/7/x.png", *KEYS[1:]],
-    ],
-)
+    [[*KEYS, "train/3/4.png"], KEYS[1:], ["train/3/0.png", *KEYS[1:]], ["train/7/x.png", *KEYS[1:]],
+     [key.replace("/7/", "/8/") for key in KEYS], [key.replace("valid/", "val/") for key in KEYS]],
+)  # fmt: skip
 def test_another_listing_has_another_digest(keys, tmp_path):
-    digest = list_dataset(lay(tmp_path / "first", KEYS), Config()).sha256
-    assert list_dataset(lay(tmp_path / "second", keys), Config()).sha256 != digest
+    digest = list_dataset(write_folder(tmp_path / "first", KEYS), Config()).sha256
+    assert list_dataset(write_folder(tmp_path / "second", keys), Config()).sha256 != digest
 
 
 @pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
 def test_a_cache_changes_no_digest(kind, tmp_path):
-    location = lay_as(kind, tmp_path, KEYS)
+    location = write_dataset(kind, tmp_path, KEYS)
     digests = {list_dataset(location, Config(cache=cache)).sha256 for cache in (None, "kept")}
     assert len(digests) == 1
 
 
 def test_a_share_held_out_has_the_digest_of_the_same_rows_listed(tmp_path):
-    location = lay(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
+    location = write_folder(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
     listing = list_dataset(location, Config(valid_fraction=0.3))
     tables = {}
     for split in ("train", "valid"):
@@ -699,7 +338,7 @@ def test_a_share_held_out_has_the_digest_of_the_same_rows_listed(tmp_path):
 
 
 def test_another_share_held_out_has_another_digest(tmp_path):
-    location = lay(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
+    location = write_folder(tmp_path, [f"{name}/{number}.png" for name in "37" for number in range(40)])
     digests = {list_dataset(location, Config(valid_fraction=fraction)).sha256 for fraction in (0.2, 0.3, 0.4)}
     assert len(digests) == 3
 
@@ -717,13 +356,13 @@ def test_another_share_held_out_has_another_digest(tmp_path):
     ],
 )
 def test_archives_beside_images_are_refused(kind, names, found, tmp_path):
-    with pytest.raises(DataError, match=rf"either class folders of images or archives, got images and {found} beside"):
-        list_dataset(lay_as(kind, tmp_path, [*KEYS, *names]), Config())
+    with pytest.raises(DataError, match=f"expected .*, got images and {found}"):
+        list_dataset(write_dataset(kind, tmp_path, [*KEYS, *names]), Config())
 
 
 def test_archives_beside_class_folders_without_splits_are_refused(tmp_path):
-    location = lay(tmp_path, ["7/b.tar", *(f"{name}/{number}.png" for name in "37" for number in range(20))])
-    with pytest.raises(DataError, match=r"got images and 1 \.tar beside them; move one of them elsewhere, or name the"):
+    location = write_folder(tmp_path, ["7/b.tar", *(f"{name}/{number}.png" for name in "37" for number in range(20))])
+    with pytest.raises(DataError, match=r"expected .*, got images and 1 \.tar"):
         list_dataset(location, UNSPLIT)
 
 
@@ -760,9 +399,7 @@ def test_archives_are_put_together_in_their_order(archives, valid_split):
 
 def test_archives_that_call_validation_by_two_names_are_refused():
     archives = [("a.tar", None, ("train", "val")), ("b.tar", None, ("test",))]
-    with pytest.raises(
-        DataError, match=r"^--valid-split: expected one name .*, got val in /data/a\.tar and test in /data/b\.tar; name"
-    ):
+    with pytest.raises(DataError, match=r"^--valid-split: expected .*, got val in /data/a\.tar and test"):
         list_found(*archives)
     assert list_found(*archives, valid_split="val").valid_split == "val"
 
@@ -770,9 +407,7 @@ def test_archives_that_call_validation_by_two_names_are_refused():
 @pytest.mark.parametrize("inside", [("train", "test"), ("test", "train"), ("val", "test")])
 def test_holding_out_beside_splits_of_several_archives_is_refused(inside):
     archives = [(f"{name}.tar", None, (name,)) for name in inside]
-    with pytest.raises(
-        DataError, match=rf"^--valid-fraction: .*, got folders {inside[0]} in /data/{inside[0]}\.tar and"
-    ):
+    with pytest.raises(DataError, match=rf"^--valid-fraction: expected .*, got .*/data/{inside[0]}\.tar and"):
         list_found(*archives, valid_fraction=0.2)
 
 
@@ -780,34 +415,8 @@ def test_holding_out_of_one_split_of_several_archives_is_fine():
     assert list_found(("a.tar", None, ("train",)), ("b.tar", None, ("train",)), valid_fraction=0.2).num_images == 24
 
 
-def test_a_path_that_is_there_is_meant_even_if_it_reads_as_a_pattern(tmp_path, monkeypatch):
-    for name in ("a{1,2}*", "b1"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    there = Location("folder", str((tmp_path / "a{1,2}*").resolve()))
-    assert locate(str(tmp_path / "a{1,2}*")) == locate("~/a{1,2}*") == there
-    assert locate(str(tmp_path / "b{1,2}*")) == Location("folder", str(tmp_path.resolve()), "b{1,2}*")
-
-
-# Between processes
-
-
-@pytest.mark.parametrize("kind", ["folder", "file uri"])
-def test_a_location_crosses_a_pickle_without_what_it_has_opened(kind, tmp_path):
-    location = lay_as(kind, tmp_path, KEYS)
-    unused = pickle.dumps(location)
-    list_dataset(location, Config())
-    assert pickle.dumps(location) == unused
-    assert read_keys(pickle.loads(unused), KEYS[0]) == [KEYS[0].encode()]
-
-
-@pytest.mark.parametrize("fault", [ReadFault("unreadable", "Permission denied"), ReadFault("not_a_file", "a pipe")])
-def test_a_fault_crosses_a_pickle_unchanged(fault):
-    assert pickle.loads(pickle.dumps(fault)) == fault
-
-
 def test_a_listing_crosses_a_pickle_unchanged(tmp_path):
-    listing = list_dataset(lay(tmp_path, KEYS), Config())
+    listing = list_dataset(write_folder(tmp_path, KEYS), Config())
     copy = pickle.loads(pickle.dumps(listing))
     assert copy == listing
     assert copy.sha256 == listing.sha256

@@ -1,7 +1,3 @@
-import io
-import tarfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,19 +7,10 @@ from sklearn.metrics import confusion_matrix, pairwise_distances
 from pipeline.compute.classifiers import nearest_mean
 from pipeline.compute.scoring import confusion
 
-ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "mnist_sample.tgz"
+pytestmark = pytest.mark.usefixtures("one_thread")
 # images, values of one image, classes; the last is an image large enough for torch to share among threads
 SHAPES = [(1, 1, 1), (1, 784, 2), (7, 3, 1), (40, 64, 10), (33, 75, 37), (5, 784, 300), (3, 40_000, 2)]
 BLOCKS = [4, 2**12, 2**16, 2**30]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As in an actor: torch adds up one large image in other orders on several threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def draw(num_images, num_values, num_classes, seed=0):
@@ -242,16 +229,10 @@ def test_two_classes_give_the_notebooks_is_3():
 
 
 @pytest.fixture(scope="module")
-def sample():
-    """Every image of mnist_sample, read by plain Pillow from the archive."""
-    if not ARCHIVE.exists():
-        pytest.skip("needs mnist_sample.tgz in ../shared/data")
-    with tarfile.open(ARCHIVE) as tar:
-        members = {member.name: tar.extractfile(member) for member in tar if member.name.endswith(".png")}
-        return {
-            name.partition("/")[2]: np.asarray(Image.open(io.BytesIO(file.read()))).reshape(-1)
-            for name, file in members.items()
-        }
+def sample(mnist_sample):
+    """Every image of mnist_sample, read by plain Pillow."""
+    paths = sorted(mnist_sample.rglob("*.png"))
+    return {path.relative_to(mnist_sample).as_posix(): np.asarray(Image.open(path)).ravel() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -283,13 +264,13 @@ def test_mnist_sample_gives_the_published_accuracies(sample, sample_means, class
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("place", "name", "l1", "rms"),
+    ("index", "name", "l1", "rms"),
     [(1, "train/3/10000.png", [0.1114, 0.1586], [0.2021, 0.3021]), (69, None, [0.1573, 0.1683], [0.2822, 0.3170])],
 )
-def test_known_images_have_the_published_distances(sample, sample_means, place, name, l1, rms):
+def test_known_images_have_the_published_distances(sample, sample_means, index, name, l1, rms):
     threes = sorted(name for name in sample if name.startswith("train/3/"))
-    assert name in (threes[place], None)
-    got = distances(sample[threes[place]][None], sample_means)
+    assert name in (threes[index], None)
+    got = distances(sample[threes[index]][None], sample_means)
     np.testing.assert_array_equal(np.round(got, 4)[:, 0], np.array([l1, rms], np.float32))
 
 

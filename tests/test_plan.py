@@ -2,14 +2,10 @@ import itertools
 import pickle
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from builders import key_listing, plan_of
 
 from pipeline.config import Config
-from pipeline.data.files import Location
-from pipeline.data.listing import Listing
-from pipeline.driver.allocation import Allocation, NodeCapacity, allocate, choose_storage, max_shards_in_flight
-from pipeline.errors import ClusterError
 from pipeline.plan import (
     MAX_PART_BYTES,
     MAX_PART_IMAGES,
@@ -27,42 +23,20 @@ HUGE = 100 * MAX_SHARD_BYTES
 # images, lanes
 SIZES = [
     *itertools.product((1, 2, 5, 7, 8, 9, 100, 513, 1000, 12_396, 60_000), (1, 3, 8, 64)),
-    (1_281_167, 8),
-    (2_000_001, 7),
-    (1023, 1024),
-    (1024, 1024),
+    *((1_281_167, 8), (2_000_001, 7), (1023, 1024), (1024, 1024)),
 ]
 # row groups of each file, images of a shard at most
 FILES = [
-    ([(0, 1)], 1),
-    ([(0, 5)], 2048),
-    ([(0, 2048)], 2048),
-    ([(0, 2049)], 2048),
-    ([(0, 60_000)], 2048),
-    ([(0, 7)], 1),
-    ([(0, 10, 20, 30, 100)], 20),
-    ([(0, 10, 20, 30, 100)], 7),
-    ([(0, 3), (0, 100), (0, 1)], 50),
-    ([(0, 100, 1100, 1200), (0, 1000, 2000)], 1000),
-    ([(0, 1, 2, 3, 4, 5), (0, 4, 8)], 3),
-    ([(0, *range(100, 10_001, 100))], 2048),
-    ([(0, 999, 999, 1000)], 600),
-]
+    ([(0, 1)], 1), ([(0, 5)], 2048), ([(0, 2048)], 2048), ([(0, 2049)], 2048), ([(0, 60_000)], 2048), ([(0, 7)], 1),
+    ([(0, 10, 20, 30, 100)], 20), ([(0, 10, 20, 30, 100)], 7), ([(0, 3), (0, 100), (0, 1)], 50),
+    ([(0, 100, 1100, 1200), (0, 1000, 2000)], 1000), ([(0, 1, 2, 3, 4, 5), (0, 4, 8)], 3),
+    ([(0, *range(100, 10_001, 100))], 2048), ([(0, 999, 999, 1000)], 600),
+]  # fmt: skip
 # images, bytes of one, lanes
 PARTS = [
-    (0, 784, 8),
-    (1, 784, 8),
-    (100, 784, 8),
-    (2048, 784, 8),
-    (2049, 784, 8),
-    (60_000, 784, 8),
-    (60_000, 784, 64),
-    (800_001, 784, 8),
-    (1_000_000, 784, 1),
-    (2_999_999, 784, 3),
-    (60_000, 150_528, 8),
-    (100, HUGE, 3),
-]
+    (0, 784, 8), (1, 784, 8), (100, 784, 8), (2048, 784, 8), (2049, 784, 8), (60_000, 784, 8), (60_000, 784, 64),
+    (800_001, 784, 8), (1_000_000, 784, 1), (2_999_999, 784, 3), (60_000, 150_528, 8), (100, HUGE, 3),
+]  # fmt: skip
 
 
 def cut_both(row_groups, max_images, bounds=None):
@@ -71,46 +45,31 @@ def cut_both(row_groups, max_images, bounds=None):
     return train, cut_valid(row_groups, max_images, bounds or [0, num_images], len(train))
 
 
-def make_listing(num_train, num_valid):
-    def table(num_images):
-        return pa.table({"key": [b"key"] * num_images, "label": pa.array([0] * num_images, pa.int32())})
-
-    return Listing(Location("folder", "/"), ("3", "7"), table(num_train), table(num_valid), "valid", {})
-
-
-def plan_of(sizes=(10_000, 5_000), side=28, **options):
-    return make_plan(Config(**options), make_listing(*sizes), Target(side, side, "L"), 24)
-
-
-def allocated(resources, num_nodes=1, **options):
-    return allocate(Config(**options), resources, num_nodes)
-
-
 def assign_in_a_loop(num_images, num_lanes, run):
-    """Lane and place of every row: runs of neighbours go to the lanes in turn, each to the end of its lane."""
-    lanes, places, sizes = [], [], [0] * num_lanes
+    """Lane and index there of every row: runs of neighbours go to the lanes in turn, each to the end of its lane."""
+    lanes, indices, sizes = [], [], [0] * num_lanes
     for row in range(num_images):
         lane = row // run % num_lanes
         lanes.append(lane)
-        places.append(sizes[lane])
+        indices.append(sizes[lane])
         sizes[lane] += 1
-    return lanes, places, sizes
+    return lanes, indices, sizes
 
 
 # The assignment
 
 
 @pytest.mark.parametrize(("num_images", "num_lanes"), [sizes for sizes in SIZES if sizes[0] <= 60_000])
-def test_lanes_and_places_are_those_of_a_loop(num_images, num_lanes):
+def test_lanes_and_indices_are_those_of_a_loop(num_images, num_lanes):
     assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
-    lanes, places, sizes = assign_in_a_loop(num_images, num_lanes, assignment.run_length)
+    lanes, indices, sizes = assign_in_a_loop(num_images, num_lanes, assignment.run_length)
     assert assignment.lanes(rows_N).tolist() == lanes
-    assert assignment.places(rows_N).tolist() == places
+    assert assignment.places(rows_N).tolist() == indices
     assert assignment.lane_sizes == tuple(sizes)
 
 
 @pytest.mark.parametrize(("num_images", "num_lanes"), SIZES)
-def test_every_place_of_every_lane_is_taken_once(num_images, num_lanes):
+def test_every_index_of_every_lane_is_taken_once(num_images, num_lanes):
     assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
     starts_L = np.cumsum([0, *assignment.lane_sizes])
     taken_N = starts_L[assignment.lanes(rows_N)] + assignment.places(rows_N)
@@ -148,7 +107,7 @@ def test_every_lane_of_a_sorted_listing_has_its_share_of_every_class(class_sizes
         assert np.all(np.abs(counts - np.array(class_sizes) / num_lanes) <= assignment.run_length)
 
 
-def test_the_deal_and_the_parts_depend_on_the_images_and_the_lanes_alone():
+def test_the_lane_assignment_and_the_parts_depend_on_the_images_and_the_lanes_alone():
     options = [{}, {"shard_images": 1}, {"shard_images": 77}, {"actors": 3}, {"batch_size": 8}, {"epochs": 0}]
     plans = [plan_of((12_396, 4_000), **each)[0] for each in options]
     assert len({(plan.assignment, plan.part_sizes) for plan in plans}) == 1
@@ -242,17 +201,9 @@ def test_parts_have_all_rows_and_stay_below_their_limits(num_images, image_bytes
 
 @pytest.mark.parametrize(
     ("num_images", "image_bytes", "lanes", "num_parts"),
-    [
-        (0, 784, 8, 0),
-        (100, 784, 8, 1),
-        (60_000, 784, 8, 8),
-        (800_000, 784, 8, 8),
-        (800_001, 784, 8, 16),
-        (1_000_000, 784, 1, 10),
-        (60_000, 784, 64, 30),
-        (10_000, 2**20, 8, 40),  # of at most 256 images
-    ],
-)
+    [(0, 784, 8, 0), (100, 784, 8, 1), (60_000, 784, 8, 8), (800_000, 784, 8, 8), (800_001, 784, 8, 16),
+     (1_000_000, 784, 1, 10), (60_000, 784, 64, 30), (10_000, 2**20, 8, 40)],  # the last of at most 256 images
+)  # fmt: skip
 def test_there_is_a_part_a_lane_and_more_where_they_would_grow_large(num_images, image_bytes, lanes, num_parts):
     assert len(part_bounds(num_images, image_bytes, lanes)) - 1 == num_parts
 
@@ -271,24 +222,18 @@ def test_the_plan_knows_the_size_of_every_part(num_train, num_valid):
 
 
 def test_the_plan_cuts_by_the_bytes_of_the_target():
-    listing = make_listing(100, 100)
+    listing = key_listing(100, 100)
     small, large = (make_plan(Config(), listing, Target(side, side, "RGB"), 24)[1] for side in (28, 4096))
     assert (len(small), len(large)) == (2, 200)  # of 48 MiB, so that no two fit a shard
 
 
 @pytest.mark.parametrize(
     ("num_images", "options", "max_images"),
-    [
-        (1000, {}, 2048),
-        (65_535, {}, 2048),
-        (65_536, {}, 4096),
-        (300_000, {}, 16_384),
-        (300_000, {"size": "28x28"}, 2048),
-        (300_000, {"shard_images": 100}, 100),
-    ],
-)
+    [(1000, {}, 2048), (65_535, {}, 2048), (65_536, {}, 4096), (300_000, {}, 16_384),
+     (300_000, {"size": "28x28"}, 2048), (300_000, {"shard_images": 100}, 100)],
+)  # fmt: skip
 def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, max_images):
-    _, shards = make_plan(Config(**options), make_listing(num_images - 10, 10), Target(28, 28, "L"), 24)
+    _, shards = make_plan(Config(**options), key_listing(num_images - 10, 10), Target(28, 28, "L"), 24)
     largest = max(shard.num_images for shard in shards)
     assert min(num_images - 10, max_images // 2 + 1) <= largest <= max_images
 
@@ -307,7 +252,7 @@ def test_the_plan_does_not_depend_on_the_number_of_actors():
 @pytest.mark.parametrize(("epochs", "has_training"), [(0, False), (1, True)])
 def test_the_plan_carries_the_options_of_training(epochs, has_training):
     config = Config(epochs=epochs, batch_size=16, learning_rate=0.5, seed=3, gpus_per_actor=0.25)
-    plan, _ = make_plan(config, make_listing(9, 9), Target(2, 3, "L"), 24)
+    plan, _ = make_plan(config, key_listing(9, 9), Target(2, 3, "L"), 24)
     assert (plan.has_training, plan.batch_size, plan.learning_rate, plan.seed) == (has_training, 16, 0.5, 3)
     assert (plan.target, plan.num_classes, plan.num_lanes, plan.gpus_per_actor) == (Target(2, 3, "L"), 2, 8, 0.25)
 
@@ -316,166 +261,3 @@ def test_a_plan_and_its_shards_cross_a_pickle_unchanged():
     made = plan_of((100, 50))
     assert isinstance(made[1][0], Shard)
     assert pickle.loads(pickle.dumps(made)) == made
-
-
-# NodeCapacity for images
-
-
-def room(memory_bytes, disk_bytes=0, num_actors=1, address="10.0.0.1"):
-    return NodeCapacity(address, memory_bytes, disk_bytes, num_actors)
-
-
-# 15,000 images of 28x28 are 11.2 MiB; with training all are held, of which memory may give four fifths.
-HELD = 15_000 * 784
-
-
-@pytest.mark.parametrize(
-    ("memory_bytes", "disk_bytes", "storage"),
-    [(HELD / 0.8, 0, "memory"), (HELD, 2 * HELD, "disk"), (0, HELD / 0.9 + 1, "disk"), (2 * HELD, 2 * HELD, "memory")],
-)
-def test_images_are_kept_in_memory_where_they_fit_else_on_disk(memory_bytes, disk_bytes, storage):
-    assert choose_storage(plan_of()[0], 1, [room(memory_bytes, disk_bytes)]) == storage
-
-
-def test_one_node_without_the_memory_sends_all_to_disk():
-    capacities = [room(HELD, HELD), room(0.1 * HELD, HELD), room(HELD, HELD)]
-    assert choose_storage(plan_of()[0], 3, capacities) == "disk"
-
-
-def test_one_node_with_the_memory_alone_is_refused_where_another_needs_disk():
-    capacities = [room(HELD, 0), room(0.1 * HELD, HELD, address="10.0.0.2")]
-    with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .*; give --epochs 0, .* or another --scratch$"):
-        choose_storage(plan_of()[0], 2, capacities)
-    with pytest.raises(ClusterError, match=r"^10\.0\.0\.2: expected "):
-        choose_storage(plan_of(epochs=0)[0], 2, [capacities[0], room(0, HELD, address="10.0.0.2")])
-
-
-@pytest.mark.parametrize(
-    ("num_actors", "num_on_node", "share"), [(2, 1, 1 / 2), (4, 2, 1 / 2), (3, 1, 3 / 8), (3, 3, 1), (8, 1, 1 / 8)]
-)
-def test_a_node_holds_the_lanes_of_its_actors(num_actors, num_on_node, share):
-    plan = plan_of()[0]
-    needed = share * HELD / 0.8
-    assert choose_storage(plan, num_actors, [room(needed, HELD * 2, num_on_node)]) == "memory"
-    assert choose_storage(plan, num_actors, [room(0.999 * needed, HELD * 2, num_on_node)]) == "disk"
-
-
-def test_images_that_fit_neither_memory_nor_disk_are_refused_with_what_there_is():
-    # 15,000 images of 4096x4096 are 234.4 GiB.
-    plan = plan_of(side=4096)[0]
-    with pytest.raises(
-        ClusterError,
-        match=r"^10\.0\.0\.1: expected 234\.4 GiB for the images, got 51\.2 in memory or 100\.0 on disk; give --epochs "
-        r"0, a smaller --size, more nodes, or another --scratch$",
-    ):
-        choose_storage(plan, 1, [room(64 * 2**30, 100 * 2**30)])
-
-
-def test_without_training_nothing_is_kept_on_disk_and_who_gave_epochs_0_is_not_told_to():
-    plan = plan_of(epochs=0)[0]
-    with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .* in memory; give a smaller --size, ") as caught:
-        choose_storage(plan, 1, [room(0, 2**40)])
-    assert "--epochs" not in str(caught.value)
-
-
-def test_without_training_no_training_image_and_not_all_validation_images_are_held():
-    # Each of the three parts is scored as soon as it is complete, and no more than two fill.
-    assert choose_storage(plan_of(epochs=0)[0], 1, [room(2 * 1667 * 784 / 0.8)]) == "memory"
-
-
-# The cluster
-
-
-@pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_without_gpus_there_is_an_actor_a_node_up_to_the_lanes(num_nodes, num_actors, device):
-    assert allocated({"CPU": 40}, num_nodes, device=device) == Allocation(num_actors, 0, 40 // num_nodes)
-
-
-@pytest.mark.parametrize(("num_gpus", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_with_gpus_there_is_an_actor_a_gpu_up_to_the_lanes(num_gpus, num_actors, device):
-    assert allocated({"CPU": 4, "GPU": num_gpus}, 2, device=device) == Allocation(
-        num_actors, 1, 2 if num_actors < 3 else 1
-    )
-
-
-def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
-    assert allocated({"CPU": 4, "GPU": 8}, 2, device="cpu") == Allocation(2, 0, 2)
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "share", "num_actors"),
-    [(1, 0.1, 10), (3, 0.1, 30), (1, 0.5, 2), (2, 0.5, 4), (7, 0.5, 14), (1, 0.3, 3), (1, 0.01, 64), (2, 0.25, 8)],
-)
-def test_actors_share_gpus(num_gpus, share, num_actors):
-    got = allocated({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64)
-    assert (got.num_actors, got.gpus_per_actor) == (num_actors, share)
-
-
-@pytest.mark.parametrize(("num_gpus", "share", "num_actors"), [(2, 0.4, 4), (2, 0.6, 2), (3, 0.7, 3), (10, 0.3, 30)])
-def test_no_actor_is_split_over_two_gpus(num_gpus, share, num_actors):
-    # What is left of one GPU and of another makes no place: Ray would wait for it without end.
-    assert allocated({"CPU": 4, "GPU": num_gpus}, gpus_per_actor=share, lanes=64).num_actors == num_actors
-
-
-@pytest.mark.parametrize(("actors", "num_gpus", "share"), [(2, 1, 1), (3, 1, 0.5), (3, 2, 0.6), (1, 0, 1), (1, 0, 0.1)])
-def test_cuda_without_gpus_enough_is_refused(actors, num_gpus, share):
-    with pytest.raises(ClusterError, match=r"--device cuda: expected .* GPUs in the cluster, got .*; add GPUs"):
-        allocated({"CPU": 4, "GPU": num_gpus}, device="cuda", actors=actors, gpus_per_actor=share)
-
-
-def test_the_message_about_gpus_says_how_many():
-    with pytest.raises(ClusterError, match=r"^--device cuda: expected 1\.5 GPUs in the cluster, got 0; add GPUs,"):
-        allocated({"CPU": 4}, device="cuda", actors=3, gpus_per_actor=0.5)
-    with pytest.raises(ClusterError, match="expected 1 GPUs in the cluster, got 0;"):
-        allocated({"CPU": 4}, device="cuda")
-
-
-@pytest.mark.parametrize("actors", [1, 3, 8])
-def test_actors_that_were_asked_for_are_started(actors):
-    assert allocated({"CPU": 2}, 5, actors=actors) == Allocation(actors, 0, 1)
-    assert allocated({"CPU": 2, "GPU": 8}, 5, actors=actors) == Allocation(actors, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("num_cpus", "num_nodes", "actors", "num_threads"),
-    [(16, 1, None, 16), (16, 1, 4, 4), (16, 1, 3, 5), (2, 1, 8, 1), (64, 4, 1, 16), (64, 4, 8, 8)],
-)
-def test_an_actor_s_threads_are_its_share_of_a_node(num_cpus, num_nodes, actors, num_threads):
-    assert allocated({"CPU": num_cpus}, num_nodes, actors=actors).threads_per_actor == num_threads
-
-
-def test_auto_takes_the_cpu_where_the_gpus_are_too_few_for_the_actors():
-    assert allocated({"CPU": 2, "GPU": 2}, actors=3) == Allocation(3, 0, 1)
-
-
-@pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": 0.5}, {"GPU": 8}])
-def test_a_cluster_without_a_cpu_is_refused(resources):
-    with pytest.raises(
-        ClusterError, match=r"^the cluster: expected a CPU for decoding, got none; add a node with CPUs"
-    ):
-        allocated(resources)
-
-
-@pytest.mark.parametrize(
-    ("num_cpus", "store_mib", "max_in_flight"),
-    [
-        (1, 16_000, 32),
-        (2, 16_000, 32),
-        (9, 16_000, 36),
-        (64, 16_000, 256),
-        (64, 600, 10),
-        (64, 599, 9),
-        (64, 1, 1),
-        (64, 0, 1),
-    ],
-)
-def test_work_in_flight_is_bounded_by_cpus_and_by_a_quarter_of_the_object_store(num_cpus, store_mib, max_in_flight):
-    # The largest shard has 15 images of 1 MiB.
-    resources = {"CPU": num_cpus, "object_store_memory": store_mib * 2**20}
-    assert max_shards_in_flight(*plan_of((1000, 1000), side=1024, shard_images=15), resources) == max_in_flight
-
-
-def test_without_a_known_object_store_only_the_cpus_bound():
-    assert max_shards_in_flight(*plan_of(), {"CPU": 9.9}) == 36

@@ -25,16 +25,7 @@ STEPS = [
 ]
 
 
-@pytest.fixture
-def one_thread():
-    """As in an actor."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def draw(num_values, num_classes, lane_counts, seed=0):
+def draw_step(num_values, num_classes, lane_counts, seed=0):
     torch.manual_seed(seed)
     images_BD = torch.randint(0, 256, (sum(lane_counts), num_values), dtype=torch.uint8)
     labels_B = torch.randint(0, num_classes, (sum(lane_counts),))
@@ -56,7 +47,7 @@ def autograd(params_P, images_BD, labels_B):
     return params_P.grad, losses_B.detach(), logits_BK.argmax(1) == labels_B
 
 
-def train(images_ND, labels_N, num_classes, num_epochs, *, lane_rows=16, learning_rate=0.5):
+def train_on_lanes(images_ND, labels_N, num_classes, num_epochs, *, lane_rows=16, learning_rate=0.5):
     """Train on four lanes, in an order of our own."""
     params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1], 0)
     gradients_LP = torch.zeros(4, len(params_P))
@@ -76,7 +67,7 @@ def accuracy(params_P, images_ND, labels_N, num_classes):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_each_lanes_gradient_is_that_of_autograd(step):
-    params_P, images_BD, labels_B, lane_counts = draw(*step)
+    params_P, images_BD, labels_B, lane_counts = draw_step(*step)
     gradients_ZP, losses_B, is_correct_B = lane_gradients(params_P, images_BD, labels_B, lane_counts)
     lanes = zip(*(tensor.split(lane_counts) for tensor in (images_BD, labels_B, losses_B, is_correct_B)), strict=True)
     for gradient_P, (images, labels, losses, is_correct) in zip(gradients_ZP, lanes, strict=True):
@@ -87,7 +78,7 @@ def test_each_lanes_gradient_is_that_of_autograd(step):
 
 
 def test_a_lane_without_rows_has_the_gradient_zero():
-    gradients_ZP, losses_B, _ = lane_gradients(*draw(64, 3, [0, 4, 0]))
+    gradients_ZP, losses_B, _ = lane_gradients(*draw_step(64, 3, [0, 4, 0]))
     assert gradients_ZP[[0, 2]].count_nonzero() == 0
     assert gradients_ZP[1].count_nonzero() > 0
     assert len(losses_B) == 4
@@ -106,7 +97,7 @@ def test_large_logits_lose_no_loss():
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("num_beside", [1, 2, 3])
 def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it(step, num_beside):
-    params_P, images_BD, labels_B, lane_counts = draw(*step)
+    params_P, images_BD, labels_B, lane_counts = draw_step(*step)
     together_ZP, together_B, _ = lane_gradients(params_P, images_BD, labels_B, lane_counts)
     lanes = list(zip(*(rows.split(lane_counts) for rows in (images_BD, labels_B, together_B)), strict=True))
     for chosen in itertools.permutations(range(len(lanes)), min(num_beside, len(lanes))):
@@ -118,7 +109,7 @@ def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it(step, num_besi
 
 @pytest.mark.usefixtures("one_thread")
 def test_one_thread_gives_its_bits_again_after_others_computed():
-    step = draw(3000, 10, [64] * 8)
+    step = draw_step(3000, 10, [64] * 8)
     before_ZP, *_ = lane_gradients(*step)
     torch.set_num_threads(2)
     between_ZP, *_ = lane_gradients(*step)
@@ -200,7 +191,7 @@ def test_params_are_weights_class_by_class_then_biases():
 
 @pytest.mark.parametrize("num_images", [0, 1, 1023, 1024, 1025, 3000])
 def test_log_probabilities_are_those_of_torch(num_images):
-    params_P, images_ND, _, _ = draw(64, 10, [num_images])
+    params_P, images_ND, _, _ = draw_step(64, 10, [num_images])
     got_NK = sgd_linear.log_probabilities(params_P, images_ND, 10)
     expected_NK = log_softmax(linear(images_ND / 255, params_P[:640].view(10, 64), params_P[640:]), 1)
     assert got_NK.shape == (num_images, 10)
@@ -213,7 +204,7 @@ def test_a_separable_problem_is_learned_without_a_fault():
     labels_N = torch.randint(0, 3, (400,))
     images_ND = (torch.randint(0, 100, (400, 12)) + 120 * (torch.arange(12) % 3 == labels_N[:, None])).to(torch.uint8)
     assert accuracy(sgd_linear.initial_params(3, 12, 0), images_ND, labels_N, 3) < 0.8
-    assert accuracy(train(images_ND, labels_N, 3, 20), images_ND, labels_N, 3) == 1
+    assert accuracy(train_on_lanes(images_ND, labels_N, 3, 20), images_ND, labels_N, 3) == 1
 
 
 def test_digits_are_learned_about_as_well_as_by_scikit_learn():
@@ -221,7 +212,7 @@ def test_digits_are_learned_about_as_well_as_by_scikit_learn():
     pixels = np.rint(digits.data * 255 / 16)
     model = LogisticRegression(max_iter=1000).fit(pixels[:898] / 255, digits.target[:898])
     images_ND, labels_N = torch.tensor(pixels, dtype=torch.uint8), torch.tensor(digits.target)
-    params_P = train(images_ND[:898], labels_N[:898], 10, 20)
+    params_P = train_on_lanes(images_ND[:898], labels_N[:898], 10, 20)
     expected = model.score(pixels[898:] / 255, digits.target[898:])
     assert accuracy(params_P, images_ND[898:], labels_N[898:], 10) == pytest.approx(expected, abs=0.02)
 
@@ -232,6 +223,7 @@ def test_many_steps_end_at_the_weights_of_scikit_learn():
     labels_N = torch.arange(400) % 2
     images_ND = (torch.randint(0, 160, (400, 2)) + labels_N[:, None] * torch.tensor([60, 20])).to(torch.uint8)
     model = LogisticRegression(C=1e9, tol=1e-9).fit(images_ND.numpy() / 255, labels_N.numpy())
-    weights_KD, bias_K = sgd_linear.split_params(train(images_ND, labels_N, 2, 3000, lane_rows=100, learning_rate=2), 2)
+    params_P = train_on_lanes(images_ND, labels_N, 2, 3000, lane_rows=100, learning_rate=2)
+    weights_KD, bias_K = sgd_linear.split_params(params_P, 2)
     np.testing.assert_allclose((weights_KD[1] - weights_KD[0])[None], model.coef_, rtol=0.01)
     np.testing.assert_allclose((bias_K[1] - bias_K[0])[None], model.intercept_, rtol=0.01)

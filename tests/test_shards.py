@@ -10,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from builders import LOCAL, encode, pack_tar
 from PIL import Image
-from test_tar_headers import pack
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
 from pipeline.data.files import Location
-from pipeline.data.formats import parquet, tar
+from pipeline.data.formats import reader_of
 from pipeline.data.listing import ArchiveListing, list_archives, list_dataset
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
@@ -28,8 +27,8 @@ from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_heade
 from pipeline.errors import DataError
 from pipeline.plan import LaneAssignment, Shard, Target, make_plan
 
-LOCAL = pafs.LocalFileSystem()
 TARGET = Target(4, 5, "L")
+PLAIN = Config()
 CLASSES = ("3", "7")
 SIZES = {"train": 50, "valid": 13}  # of each class
 BROKEN = {0: b"", 7: b"no image", 8: b"", 49: b"\x89PNG\r\n\x1a\n", 60: b"no image"}
@@ -37,54 +36,46 @@ REASONS = {0: "empty", 7: "unidentified", 8: "empty", 49: "unidentified", 60: "u
 KINDS = ("folder", "uri", "tar of folders", "tars with splits in their names", "webdataset", "parquet")
 
 
-def make_image(split, row):
-    pixels = np.random.default_rng([len(split), row]).integers(0, 256, (4, 5), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def make_rows(split):
     """Class, name and bytes of every image of a split, in the listing's order."""
     number = itertools.count()
     for name in CLASSES:
-        for place in range(SIZES[split]):
+        for index in range(SIZES[split]):
             row = next(number)
-            yield name, f"{place:03d}", BROKEN[row] if row in BROKEN else make_image(split, row)
+            pixels = np.random.default_rng([len(split), row]).integers(0, 256, (4, 5), np.uint8)
+            yield name, f"{index:03d}", BROKEN.get(row, encode(pixels))
 
 
-def lay(folder, kind):
+def write_as(folder, kind):
     """Write the dataset, in archives two for a split, cut within a class."""
     rows = {split: list(make_rows(split)) for split in SIZES}
     folder.mkdir(exist_ok=True)
     members = [(f"{split}/{name}/{number}.png", data) for split in SIZES for name, number, data in rows[split]]
     if kind in ("folder", "uri"):
-        with tarfile.open(fileobj=io.BytesIO(pack(members))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(pack_tar(members))) as tar:
             tar.extractall(folder, filter="data")
     elif kind == "tar of folders":
-        (folder / "all.tar").write_bytes(pack(members))
+        (folder / "all.tar").write_bytes(pack_tar(members))
     for split, part in itertools.product(SIZES, range(2)):
         cut = 4 * SIZES[split] // 3
         some = rows[split][cut:] if part else rows[split][:cut]
         path = folder / f"{split}-{part}"
         if kind == "tars with splits in their names":
-            path.with_suffix(".tar").write_bytes(pack([(f"{name}/{number}.png", data) for name, number, data in some]))
+            path.with_suffix(".tar").write_bytes(pack_tar((f"{n}/{i}.png", data) for n, i, data in some))
         elif kind == "webdataset":
             pairs = [((f"{n}_{i}.png", data), (f"{n}_{i}.cls", n.encode())) for n, i, data in some]
-            path.with_suffix(".tar").write_bytes(pack(itertools.chain(*pairs)))
+            path.with_suffix(".tar").write_bytes(pack_tar(itertools.chain(*pairs)))
         elif kind == "parquet":
             columns = {"image": pa.array([data for *_, data in some], pa.binary()), "label": [n for n, *_ in some]}
             pq.write_table(pa.table(columns), path.with_suffix(".parquet"), row_group_size=9)
     return Location("uri", f"file://{folder}") if kind == "uri" else Location("folder", str(folder))
 
 
-def list_all(location, config=None):
-    config = config or Config()
+def list_all(location, config=PLAIN):
     found = find_archives(*location.filesystem, "", config, Counter())
     if not found:
         return list_dataset(location, config)
-    scans = [(tar.scan if archive.kind == "tar" else parquet.scan)(LOCAL, archive, config) for archive in found]
-    parts = [(archive, scan, index) for archive, (scan, index) in zip(found, scans, strict=True)]
+    parts = [(archive, *reader_of(archive).scan(LOCAL, archive, config)) for archive in found]
     return list_archives(location, parts, Counter(), config)
 
 
@@ -142,7 +133,7 @@ def expected():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard_images", [1, 11, 2048])
 def test_the_same_images_give_the_same_tables_however_they_come(tmp_path, expected, kind, shard_images):
-    actors, skipped, keys = load_all(lay(tmp_path / "data", kind), shard_images=shard_images)
+    actors, skipped, keys = load_all(write_as(tmp_path / "data", kind), shard_images=shard_images)
     assert (actors, skipped) == expected
     assert sorted(keys) == sorted(expected[0]["valid", 0])
     assert len(set(keys.values())) == len(keys)
@@ -151,13 +142,12 @@ def test_the_same_images_give_the_same_tables_however_they_come(tmp_path, expect
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
 @pytest.mark.parametrize("num_actors", [2, 3, 8])
 def test_the_split_by_owners_loses_and_doubles_nothing(tmp_path, expected, kind, num_actors):
-    actors, skipped, _ = load_all(lay(tmp_path / "data", kind), num_actors)
+    actors, skipped, _ = load_all(write_as(tmp_path / "data", kind), num_actors)
     assert skipped == expected[1]
     lanes = LaneAssignment(2 * SIZES["train"], 8)
     for rank in range(num_actors):
-        own = {
-            r: image for r, image in expected[0]["train", 0].items() if r // lanes.run_length % 8 % num_actors == rank
-        }
+        images = expected[0]["train", 0].items()
+        own = {row: image for row, image in images if row // lanes.run_length % 8 % num_actors == rank}
         assert actors["train", rank] == own
     assert sum(len(actors["train", rank]) for rank in range(num_actors)) == len(expected[0]["train", 0])
 
@@ -175,7 +165,7 @@ def test_owners_are_those_of_a_loop(num_images, num_lanes, num_actors):
 
 
 def test_images_on_their_way_to_training_have_no_keys(tmp_path):
-    location = lay(tmp_path / "data", "folder")
+    location = write_as(tmp_path / "data", "folder")
     listing = list_all(location)
     loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, None)
     for split, columns in (("train", ["class", "image", "row"]), ("valid", ["key", "class", "image", "row"])):
@@ -187,11 +177,11 @@ def test_images_on_their_way_to_training_have_no_keys(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_headers_are_those_of_the_images_that_open(tmp_path, kind):
-    location = lay(tmp_path / "data", kind)
+    location = write_as(tmp_path / "data", kind)
     listing = list_all(location)
-    places = sample_rows(20)
-    headers = sample_headers(location, *rows_and_file(listing, "train"), places)
-    assert headers == [(4, 5, True)] * len([place for place in places if place not in BROKEN])
+    rows = sample_rows(20)
+    headers = sample_headers(location, *rows_and_file(listing, "train"), rows)
+    assert headers == [(4, 5, True)] * len([row for row in rows if row not in BROKEN])
 
 
 # The cache
@@ -208,7 +198,7 @@ def blank_out(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_gives_the_same_tables_to_any_number_of_actors(tmp_path, kind):
     kept = Cache(str(tmp_path / "cache"))
-    location = lay(tmp_path / "data", kind)
+    location = write_as(tmp_path / "data", kind)
     for num_actors in (1, 1, 3):
         assert load_all(location, num_actors, kept) == load_all(location, num_actors)
     _, shards = make_plan(Config(shard_images=11), list_all(location), TARGET, 36)
@@ -218,7 +208,7 @@ def test_the_cache_gives_the_same_tables_to_any_number_of_actors(tmp_path, kind)
 @pytest.mark.parametrize("kind", KINDS[1:])  # of class folders it would see the change
 def test_what_is_in_the_cache_is_not_read_again(tmp_path, expected, kind):
     kept = Cache(str(tmp_path / "cache"))
-    listing = list_all(lay(tmp_path / "data", kind), Config(cache=kept.root))
+    listing = list_all(write_as(tmp_path / "data", kind), Config(cache=kept.root))
     before = load_listed(listing, 1, kept)
     blank_out(tmp_path / "data")
     assert load_listed(listing, 1, kept) == before
@@ -228,7 +218,7 @@ def test_what_is_in_the_cache_is_not_read_again(tmp_path, expected, kind):
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
 def test_damaged_entries_are_decoded_again_and_good_the_next_time(tmp_path, expected, kind, caplog):
     kept = Cache(str(tmp_path / "cache"))
-    listing = list_all(lay(tmp_path / "data", kind))
+    listing = list_all(write_as(tmp_path / "data", kind))
     load_listed(listing, 1, kept)
     for entry in (tmp_path / "cache").glob("*.arrow"):
         data = bytearray(entry.read_bytes())
@@ -242,7 +232,7 @@ def test_damaged_entries_are_decoded_again_and_good_the_next_time(tmp_path, expe
 
 def test_files_that_changed_are_decoded_again(tmp_path, expected):
     kept = Cache(str(tmp_path / "cache"))
-    location = lay(tmp_path / "data", "folder")
+    location = write_as(tmp_path / "data", "folder")
     assert load_all(location, 1, kept)[:2] == expected
     blank_out(tmp_path / "data")
     actors, skipped, _ = load_all(location, 1, kept)
@@ -252,7 +242,7 @@ def test_files_that_changed_are_decoded_again(tmp_path, expected):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_shard_that_changes_while_it_is_decoded_is_not_kept(tmp_path, monkeypatch, when):
     kept = Cache(str(tmp_path / "cache"))
-    location = lay(tmp_path / "data", "folder")
+    location = write_as(tmp_path / "data", "folder")
     whole = decode_images
 
     def decode_slowly(*args):
@@ -271,7 +261,7 @@ def test_a_shard_that_changes_while_it_is_decoded_is_not_kept(tmp_path, monkeypa
 
 def test_a_file_that_could_not_be_looked_up_is_not_kept(tmp_path, monkeypatch):
     kept = Cache(str(tmp_path / "cache"))
-    location = lay(tmp_path / "data", "folder")
+    location = write_as(tmp_path / "data", "folder")
     rows = list_all(location).train
     with monkeypatch.context() as patch:
         patch.setattr(cache_key.os, "stat", lambda path: os.lstat(path + b" of another name"))
@@ -282,10 +272,10 @@ def test_a_file_that_could_not_be_looked_up_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_an_archive_that_is_gone_is_one_line(tmp_path):
-    location = lay(tmp_path / "data", "webdataset")
+    location = write_as(tmp_path / "data", "webdataset")
     listing = list_all(location)
     rows, file = rows_and_file(listing, "train")
     Path(file.archive.path).unlink()
     loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, None)
-    with pytest.raises(DataError, match=r"train-0\.tar: expected to read it, got no such file; check the name"):
+    with pytest.raises(DataError, match=r"train-0\.tar: expected .*, got no such file"):
         load_shard(loader, Shard(0, "train", 0, 5, 0, 0), rows, file)

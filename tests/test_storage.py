@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import s3
-from conftest import command
+from builders import command
 
 from jobs import cache as cache_command
 from jobs import evaluate
@@ -60,7 +60,7 @@ def test_a_server_that_only_refuses_is_given_up_at_last(bucket, monkeypatch):
     throttle.num_refused = 10_000
     monkeypatch.setattr(storage, "_NUM_TRIES", 2)
     location = files.Location("uri", f"s3://bucket/refused{query}")
-    with pytest.raises(DataError, match=r"--data: expected to list bucket/refused, got .*(SLOW_DOWN|503)"):
+    with pytest.raises(DataError, match=r"--data: expected .*bucket/refused, got .*(SLOW_DOWN|503)"):
         list_dataset(location, Config())
 
 
@@ -80,22 +80,14 @@ def test_results_in_a_missing_bucket_fail_at_once_and_in_one_line(bucket, tmp_pa
     process = command(*words, IMAGE_BASELINE_PLAIN_RAY="")  # of which a line would speak
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (1, "")
-    assert re.fullmatch(
-        r"error: --out s3://no-such-bucket/out\S*: expected to write there, got .*not found.*\n", stderr
-    )
+    assert re.fullmatch(r"error: --out s3://no-such-bucket/out\S*: expected .*, got .*not found.*\n", stderr)
 
 
-@pytest.mark.parametrize(
-    ("uri", "expected"),
-    [
-        ("s3://b/p?region=eu-west-1&anonymous=true", ("eu-west-1", True, "b/p")),
-        ("s3://b/p/?region=eu-west-1", ("eu-west-1", False, "b/p")),
-    ],
-)
-def test_a_uri_says_region_and_whether_to_sign(uri, expected):
-    filesystem, path = storage.open_uri("--data", uri, DataError)
+@pytest.mark.parametrize(("end", "is_anonymous"), [("?region=x&anonymous=true", True), ("/?region=x", False)])
+def test_a_uri_says_region_and_whether_to_sign(end, is_anonymous):
+    filesystem, path = storage.open_uri("--data", f"s3://b/p{end}", DataError)
     settings = filesystem.__reduce__()[1][0]
-    assert (filesystem.region, settings["anonymous"], path) == expected
+    assert (filesystem.region, settings["anonymous"], path) == ("x", is_anonymous, "b/p")
 
 
 def test_the_environment_says_where_s3_is(monkeypatch):
@@ -109,14 +101,14 @@ def test_the_environment_says_where_s3_is(monkeypatch):
 @pytest.mark.parametrize("option", ["--data", "--out"])
 def test_a_uri_whose_parts_cannot_be_told_is_one_line_too(uri, option):
     locate = files.locate if option == "--data" else writing.Output.at
-    with pytest.raises((DataError, OutputError), match=f"^{option}: .* got [^;]*; check its spelling$") as caught:
+    with pytest.raises((DataError, OutputError), match=f"^{option}: expected a URI .*, got ") as caught:
         locate(uri)
     assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["s3://", "nosuch://a/b", "s3://b/p?nosuch=1", "s3://b/p?anonymous=true&nosuch=1"])
 def test_a_uri_that_cannot_be_opened_is_one_line(uri):
-    with pytest.raises(DataError, match="--data: expected a URI that can be opened, got"):
+    with pytest.raises(DataError, match="--data: expected a URI that can be opened"):
         storage.open_uri("--data", uri, DataError)
 
 
@@ -245,13 +237,11 @@ def run_json(*args):
 
 @pytest.mark.parametrize(("option", "error_class"), [("--out", OutputError), ("--cache", CacheError)])
 def test_errors_are_of_the_option_that_they_concern(option, error_class):
-    with pytest.raises(
-        error_class, match=f"^{option} ~no-such-user/x: expected a folder, got no such user; give a full path$"
-    ):
+    with pytest.raises(error_class, match=f"^{option} ~no-such-user/x: expected .*, got no such user"):
         absolute_root(option, "~no-such-user/x", error_class)
-    with pytest.raises(error_class, match=f"^{option}: expected a URI that can be opened, got s3://; name a bucket"):
+    with pytest.raises(error_class, match=f"^{option}: expected a URI .*, got s3://;"):
         open_root(option, "s3://", error_class)
-    with pytest.raises(error_class, match=rf"^{option}: expected a folder whose name is UTF-8, got /d/\\xff; choose"):
+    with pytest.raises(error_class, match=rf"^{option}: expected .* UTF-8, got /d/\\xff;"):
         open_root(option, "/d/\udcff", error_class)
 
 

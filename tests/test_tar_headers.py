@@ -1,6 +1,5 @@
 """The walk over headers against Python's tarfile and GNU tar, which nobody here wrote."""
 
-import io
 import os
 import random
 import subprocess
@@ -9,6 +8,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pytest
+from builders import CountingFile, pack_tar
 
 from pipeline.data.formats.tar_headers import walk
 from pipeline.errors import DataError
@@ -17,23 +17,9 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 every_format = pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 
 
-def pack(members, tar_format=tarfile.GNU_FORMAT, **fields):
-    """Write a tar of names and contents, by tarfile."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            for key, value in fields.items():
-                setattr(member, key, value)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def walk_bytes(data, window_bytes=2**16, ignored=None, endings=()):
-    return list(
-        walk(pa.BufferReader(data), "/d/a.tar", window_bytes, endings, Counter() if ignored is None else ignored)
-    )
+    ignored = Counter() if ignored is None else ignored
+    return list(walk(pa.BufferReader(data), "/d/a.tar", window_bytes, endings, ignored))
 
 
 def contents(data, **options):
@@ -54,19 +40,19 @@ def gnu_tar(folder, *options):
 def test_members_are_those_that_tarfile_wrote(tar_format, window_bytes):
     chance = random.Random(0)
     members = [(f"train/{number}.png", chance.randbytes(chance.randrange(0, 3000))) for number in range(50)]
-    assert contents(pack(members, tar_format, mtime=1.5), window_bytes=window_bytes) == as_bytes(members)
+    assert contents(pack_tar(members, tar_format, mtime=1.5), window_bytes=window_bytes) == as_bytes(members)
 
 
 @every_format
 def test_long_names_are_read_whole(tar_format):
     members = [(f"{'d' * 90}/{'e' * 60}{number}.png", b"x") for number in range(3)]
-    assert contents(pack(members, tar_format)) == as_bytes(members)
+    assert contents(pack_tar(members, tar_format)) == as_bytes(members)
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
 def test_very_long_and_foreign_names_are_read_whole(tar_format):
     members = [("ä" * 200 + ".png", b"1"), ("b.png", b"2"), ("c/" * 150 + "ß.png", b"3")]
-    assert contents(pack(members, tar_format)) == as_bytes(members)
+    assert contents(pack_tar(members, tar_format)) == as_bytes(members)
 
 
 @pytest.mark.parametrize("tar_format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
@@ -93,50 +79,41 @@ def test_links_and_devices_are_counted_and_no_files(tmp_path):
 
 def test_names_are_no_paths():
     names = ["./a.png", "/b.png", "x//c.png", "x/./d.png", "../e.png", "x/../f.png", ".git/g.png", "x/.h.png"]
-    assert [name for name, _ in contents(pack([(name, b"") for name in names]))] == [
+    assert [name for name, _ in contents(pack_tar([(name, b"") for name in names]))] == [
         b"a.png", b"b.png", b"x/c.png", b"x/d.png", b"x/.h.png"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("window_bytes", [512, 2**16])
 def test_the_text_of_side_files_comes_along(window_bytes):
-    data = pack([("a.CLS", b"3\n"), ("a.png", b"x"), ("b.cls", b"7" * 700)])
+    data = pack_tar([("a.CLS", b"3\n"), ("a.png", b"x"), ("b.cls", b"7" * 700)])
     found = walk_bytes(data, window_bytes, endings=(b".cls",))
     assert [text for *_, text in found] == [b"3\n", b"", b"7" * 700]
 
 
 def test_large_members_are_skipped_and_small_ones_read_through():
-    reads = []
-
-    class Counting(io.BytesIO):
-        def read(self, size=-1):
-            reads.append(size)
-            return super().read(size)
-
-    small, large = (
-        [(f"{number}", b"x") for number in range(1000)],
-        [(f"l{number}", bytes(2**20)) for number in range(9)],
-    )
-    file = pa.PythonFile(Counting(pack(small + large)), mode="r")
+    members = [(f"{number}", b"x") for number in range(1000)] + [(f"l{number}", bytes(2**20)) for number in range(9)]
+    sizes = []
+    file = pa.PythonFile(CountingFile(pack_tar(members), sizes), mode="r")
     assert len(list(walk(file, "a.tar", 2**17, (), Counter()))) == 1009
-    assert sum(reads) <= 2**20 + 11 * 2**17
-    assert len(reads) <= 20
+    assert sum(sizes) <= 2**20 + 11 * 2**17
+    assert len(sizes) <= 20
 
 
 def test_a_tar_ends_at_its_first_block_of_zeros():
-    assert contents(pack([("a", b"1")]) + pack([("b", b"2")])) == [(b"a", b"1")]
+    assert contents(pack_tar([("a", b"1")]) + pack_tar([("b", b"2")])) == [(b"a", b"1")]
 
 
 @pytest.mark.parametrize("cut", [0, 100, 512, 700, 1024, 1500, 2047])
 def test_a_tar_that_is_cut_off_is_an_error(cut):
-    data = pack([("a.png", b"x" * 400), ("b.png", b"y" * 400)])[:cut]
-    with pytest.raises(DataError, match=f"/d/a.tar: expected a whole tar file, got its first {cut} bytes; copy it"):
+    data = pack_tar([("a.png", b"x" * 400), ("b.png", b"y" * 400)])[:cut]
+    with pytest.raises(DataError, match=f"/d/a.tar: expected .* first {cut} bytes"):
         walk_bytes(data)
 
 
 @pytest.mark.parametrize("first", [b"\x1f\x8b" + b"gzip" * 200, b"PK" + b"zip " * 200])
 def test_another_file_is_an_error(first):
-    with pytest.raises(DataError, match="expected an uncompressed tar file, got something else"):
+    with pytest.raises(DataError, match=r"/d/a\.tar: expected an uncompressed tar"):
         walk_bytes(first)
 
 
@@ -146,14 +123,14 @@ def test_a_sparse_member_is_an_error(tmp_path):
         (folder / "in").mkdir(parents=True)
         with (folder / "in" / "a.png").open("wb") as file:
             file.truncate(2**20)
-        with pytest.raises(DataError, match=r"stored whole, got .* as a sparse file; write the tar without --sparse"):
+        with pytest.raises(DataError, match=r"/d/a\.tar: expected .* as a sparse file"):
             walk_bytes(gnu_tar(folder, "--sparse", f"--format={tar_format}"))
 
 
-def with_field(data, place, field):
+def with_field(data, offset, field):
     """Change a header's field, and its checksum to fit."""
     header = bytearray(data[:512])
-    header[place : place + len(field)] = field
+    header[offset : offset + len(field)] = field
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + data[512:]
@@ -162,27 +139,27 @@ def with_field(data, place, field):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (b"-0000000777\0", "expected an uncompressed tar"),
-        (b"abc\0", "expected an uncompressed tar"),
-        (b"\xff" * 12, "expected an uncompressed tar"),
-        (b"\x80" + b"\xff" * 11, "expected a whole tar file"),
-        (b"77777777777\0", "expected a whole tar file"),
+        (b"-0000000777\0", "an uncompressed tar"),
+        (b"abc\0", "an uncompressed tar"),
+        (b"\xff" * 12, "an uncompressed tar"),
+        (b"\x80" + b"\xff" * 11, "a whole tar file"),
+        (b"77777777777\0", "a whole tar file"),
     ],
 )
 def test_an_impossible_size_is_an_error(size, message):
-    with pytest.raises(DataError, match=message):
-        walk_bytes(with_field(pack([("a", b"1")]), 124, size))
+    with pytest.raises(DataError, match=f"/d/a.tar: expected {message}"):
+        walk_bytes(with_field(pack_tar([("a", b"1")]), 124, size))
 
 
 def test_a_binary_size_is_read():
-    data = with_field(pack([("a", b"123")]), 124, b"\x80" + bytes(10) + b"\3")
+    data = with_field(pack_tar([("a", b"123")]), 124, b"\x80" + bytes(10) + b"\3")
     assert contents(data) == [(b"a", b"123")]
 
 
 def test_a_changed_header_is_an_error():
-    data = bytearray(pack([("a", b"1"), ("b", b"2")]))
+    data = bytearray(pack_tar([("a", b"1"), ("b", b"2")]))
     data[1024] ^= 1
-    with pytest.raises(DataError, match="expected a header of tar at byte 1024, got something else"):
+    with pytest.raises(DataError, match="expected a header of tar at byte 1024"):
         walk_bytes(bytes(data))
 
 
@@ -190,20 +167,20 @@ def test_a_changed_header_is_an_error():
     "records", [b"path=x", b"9999999 path=a\n", b"0 path=a\n", b"-5 path=a\n", b"11 path=abcdefg\n", b"10 size=-\n"]
 )
 def test_a_malformed_pax_header_is_an_error(records):
-    data = pack([("x", records)], type=tarfile.XHDTYPE)[:1024] + pack([("a.png", b"1")])
+    data = pack_tar([("x", records)], type=tarfile.XHDTYPE)[:1024] + pack_tar([("a.png", b"1")])
     with pytest.raises(DataError, match="expected a header of tar at byte 512"):
         walk_bytes(data)
 
 
 def test_a_long_header_is_not_read():
-    data = pack([("x", bytes(2**20 + 1))], type=tarfile.GNUTYPE_LONGNAME)
+    data = pack_tar([("x", bytes(2**20 + 1))], type=tarfile.GNUTYPE_LONGNAME)
     with pytest.raises(DataError, match="expected a header of tar at byte 512"):
         walk_bytes(data)
 
 
 def test_damage_is_an_error_or_is_not_seen():
     chance = random.Random(2)
-    whole = pack([(f"{'n' * 120}{number}.png", b"x" * 30) for number in range(5)], tarfile.PAX_FORMAT)
+    whole = pack_tar([(f"{'n' * 120}{number}.png", b"x" * 30) for number in range(5)], tarfile.PAX_FORMAT)
     for _ in range(2000):
         data = bytearray(whole)
         for _ in range(chance.randrange(1, 4)):

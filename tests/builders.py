@@ -1,0 +1,286 @@
+"""What several test files build: folders, tars and stores of named files, images, scans, and the command itself."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.fs as pafs
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.data.archives import find_archives
+from pipeline.data.files import Location, display, read_images
+from pipeline.data.formats import reader_of
+from pipeline.data.listing import Listing
+from pipeline.plan import Target, make_plan
+from pipeline.results.figures import EpochMetric, accuracies
+from pipeline.results.tables import (
+    SKIPPED_SCHEMA,
+    confusion_table,
+    history_table,
+    means_table,
+    metrics_table,
+    predictions_table,
+    weights_table,
+)
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+LOCAL = pafs.LocalFileSystem()
+# The keys of a dataset of two classes, sorted by class and key.
+KEYS = [f"{split}/{name}/{number}.png" for split in ("train", "valid") for name in ("3", "7") for number in (1, 10, 2)]
+ALL_TRAIN = Config(valid_fraction=1e-9)  # of a dataset without splits, all images are of train, in fact
+
+
+# Files
+
+
+def write_files(folder, names, content=None):
+    """Write a file for each name, which holds its own name unless `content` is given; return the folder."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.fsencode(name) if content is None else content)
+    return folder
+
+
+def write_folder(folder, keys):
+    """Write a file for each key, which holds its own key; return the folder's location."""
+    return Location("folder", str(write_files(folder, keys)))
+
+
+def write_dataset(kind, folder, keys):
+    """Lay files out as a folder, below a URI (`mock`, `file uri`), or in one Parquet file; return the location."""
+    if kind == "mock":
+        return write_mock(keys)
+    location = write_folder(folder, keys)
+    return Location("uri", f"file://{quote(location.root)}") if kind == "file uri" else location
+
+
+def write_mock(names, content=None):
+    """Do the same in a file system in memory, which like an object store is no local one; return its location."""
+    location = Location("uri", "mock:///bucket/data")
+    filesystem, root = location.filesystem
+    filesystem.delete_dir_contents("bucket", missing_dir_ok=True)  # of the test before: a URI is opened once a process
+    for name in names:
+        filesystem.create_dir(f"{root}/{name}".rpartition("/")[0])
+        with filesystem.open_output_stream(f"{root}/{name}") as stream:
+            stream.write(name.encode() if content is None else content)
+    return location
+
+
+def pack_tar(members, tar_format=tarfile.GNU_FORMAT, **fields):
+    """Write a tar of names and contents, by tarfile; return its bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for key, value in fields.items():
+                setattr(member, key, value)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def keys_of(table):
+    """Return the keys of a listing's table as text."""
+    return [os.fsdecode(key) for key in table["key"].to_pylist()]
+
+
+def read_keys(location, *keys):
+    """Read some files of a dataset: their bytes, or faults."""
+    return list(read_images(location, pa.array([os.fsencode(key) for key in keys], pa.binary())))
+
+
+# Images
+
+
+def encode(image, image_format="PNG", **options):
+    """Encode an image, or pixels [H, W] or [H, W, 3]; return the file's bytes."""
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def write_images(root, sizes, classes, make_pixels):
+    """Write `sizes[split]` PNG files of every class below `root`, the pixels by `make_pixels(label)`; return `root`."""
+    for split, num_images in sizes.items():
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for number in range(num_images):
+                Image.fromarray(make_pixels(label)).save(root / split / name / f"{number}.png")
+    return root
+
+
+def naive_pixels(root, split, name):
+    """Decode a class of `noisy_dataset`, one image after another, to 0 to 1."""
+    return [np.array(Image.open(path)) / 255 for path in sorted((root / split / name).iterdir())]
+
+
+def naive_num_correct(root):
+    """Count the images of `noisy_dataset` that are nearest to their own class's mean."""
+    classes = ("2", "10", "b")
+    means = [np.mean(naive_pixels(root, "train", name), axis=0) for name in classes]
+    return sum(
+        int(np.argmin([np.abs(image - mean).mean() for mean in means]) == label)
+        for label, name in enumerate(classes)
+        for image in naive_pixels(root, "valid", name)
+    )
+
+
+# Archives
+
+
+class CountingFile(io.BytesIO):
+    """A file that notes the size of every read in `sizes`."""
+
+    def __init__(self, data, sizes):
+        super().__init__(data)
+        self.sizes = sizes
+
+    def read(self, size=-1):
+        self.sizes.append(size)
+        return super().read(size)
+
+
+class _CountingStore(MemoryFileSystem):
+    cachable = False
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def _open(self, path, mode="rb", **options):
+        return CountingFile(self.store[path].getvalue(), self.sizes)
+
+
+def counting_store(name, data):
+    """A store that holds one file, and a list that gets the size of every read; fsspec comes with torch."""
+    MemoryFileSystem().pipe(f"/{name}", data)
+    sizes = []
+    return pafs.PyFileSystem(pafs.FSSpecHandler(_CountingStore(sizes))), sizes
+
+
+class Scanned(NamedTuple):
+    """What a scan of one archive found."""
+
+    scan: object
+    index: dict
+    archive: object
+
+
+def scan_archive(path, config, filesystem=LOCAL):
+    """Find one archive by its full path and scan it."""
+    (archive,) = find_archives(filesystem, str(path), "", config, Counter())
+    return Scanned(*reader_of(archive).scan(filesystem, archive, config), archive)
+
+
+def read_archive(scanned, split="train", rows=None, filesystem=LOCAL):
+    """Read the bytes of a split's images, or of some of its rows."""
+    rows = scanned.index[split] if rows is None else rows
+    return list(reader_of(scanned.archive).read_rows(filesystem, scanned.archive, rows))
+
+
+def rows_of(scanned, split="train"):
+    """Names below the archive, classes and bytes of a split's images."""
+    index = scanned.index[split]
+    keys = [display(key).removeprefix(f"{scanned.archive.name}/") for key in index["key"].to_pylist()]
+    classes = [scanned.scan.class_names[label] for label in index["label"].to_pylist()]
+    return list(zip(keys, classes, read_archive(scanned, split), strict=True))
+
+
+# Plans
+
+
+def key_listing(num_train, num_valid):
+    """List images of one class, all of the same key."""
+
+    def table(num_images):
+        return pa.table({"key": [b"key"] * num_images, "label": pa.array([0] * num_images, pa.int32())})
+
+    return Listing(Location("folder", "/"), ("3", "7"), table(num_train), table(num_valid), "valid", {})
+
+
+def plan_of(sizes=(10_000, 5_000), side=28, **options):
+    """Make the plan and the shards of so many square grey images to train on and to validate on."""
+    return make_plan(Config(**options), key_listing(*sizes), Target(side, side, "L"), 24)
+
+
+# Results
+
+RESULT_CLASSES = ("3", "7", "ä")
+RESULT_CLASSIFIERS = ("nearest_mean_l1", "nearest_mean_rms", "sgd_linear")
+RESULT_TARGET = Target(2, 3, "RGB")
+RESULT_TABLES = ("metrics", "confusion", "predictions/part-00000", "means", "weights", "history", "skipped")
+HISTORY = [
+    EpochMetric(1, 97, 0.1 + 0.2, 1 / 3, 1e-300, 0.9, 0.8, 1e17 / 3, 1.5),
+    EpochMetric(2, 97, 0.25, 0.5, 0.75, 1.0, 0.0, 0.125, 2.5),
+]
+
+
+def make_tables():
+    """Lay out small tables of every kind, by their names."""
+    classes, classifiers = RESULT_CLASSES, RESULT_CLASSIFIERS
+    confusion_KK = np.array([[4, 0, 1], [2, 3, 0], [0, 1, 1]])
+    labels_N, predictions_N = np.array([0, 1, 2, 2]), np.array([0, 0, 2, 1])
+    scores_NK = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 0.75], [0, 0, 1]], np.float32)
+    keys = pa.array([f"valid/{classes[label]}/{row % 2}.png" for row, label in enumerate(labels_N)])
+    predictions, scores = dict.fromkeys(classifiers, predictions_N), dict.fromkeys(classifiers, scores_NK)
+    skipped = [["k", "l"], ["train"] * 2, ["3", "7"], ["empty"] * 2, ["no bytes"] * 2]
+    means_KD = np.arange(54, dtype=np.float32).reshape(3, 18)
+    return {
+        "metrics": metrics_table([row for name in classifiers for row in accuracies(name, classes, confusion_KK)]),
+        "confusion": confusion_table(classes, dict.fromkeys(classifiers, confusion_KK)),
+        "predictions/part-00000": predictions_table(classes, keys, labels_N, predictions, scores),
+        "means": means_table(classes, RESULT_TARGET, np.arange(1, 4), means_KD),
+        "weights": weights_table(classes, RESULT_TARGET, np.arange(57, dtype=np.float32), np.zeros(18)),
+        "history": history_table(HISTORY),
+        "skipped": pa.table(skipped, schema=SKIPPED_SCHEMA),
+    }
+
+
+# Processes
+
+
+def command(*args, stderr=subprocess.PIPE, **environment):
+    """Start the command as a user does, in a process group of its own, marked so that its processes can be found."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def processes_with(name, value):
+    """Find the living processes in whose environment a variable has a value."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+def end_processes(processes):
+    """End processes by their ids."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)

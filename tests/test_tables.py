@@ -1,0 +1,122 @@
+"""The result tables as another reader finds them: columns, types and values."""
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import RESULT_CLASSES, RESULT_CLASSIFIERS, RESULT_TARGET, make_tables
+
+from pipeline.decoding.images import Fault
+from pipeline.results.tables import SKIPPED_SCHEMA, means_table, predictions_table, skipped_table
+from pipeline.results.writing import write_table
+
+SCHEMAS = {
+    "metrics": {
+        "classifier": "string", "scope": "string", "class": "string", "num_images": "int64", "num_correct": "int64",
+        "accuracy": "double", "accuracy_low": "double", "accuracy_high": "double",
+    },
+    "confusion": {
+        "classifier": "string", "true_class": "string", "predicted_class": "string", "num_images": "int64",
+    },
+    "predictions/part-00000": {
+        "key": "string", "class": "string",
+        "nearest_mean_l1_prediction": "string", "nearest_mean_l1_scores": "fixed_size_list<element: float>[3]",
+        "nearest_mean_rms_prediction": "string", "nearest_mean_rms_scores": "fixed_size_list<element: float>[3]",
+        "sgd_linear_prediction": "string", "sgd_linear_scores": "fixed_size_list<element: float>[3]",
+    },
+    "means": {
+        "class": "string", "num_images": "int64", "height": "int32", "width": "int32", "channels": "int32",
+        "mean": "list<element: float>",
+    },
+    "weights": {
+        "class": "string", "height": "int32", "width": "int32", "channels": "int32",
+        "weights": "list<element: float>", "bias": "float",
+    },
+    "history": {
+        "epoch": "int64", "num_steps": "int64", "train_loss": "double", "train_accuracy": "double",
+        "valid_loss": "double", "valid_accuracy": "double", "valid_mean_class_accuracy": "double",
+        "gradient_norm": "double", "seconds": "double",
+    },
+    "skipped": {"key": "string", "split": "string", "class": "string", "reason": "string", "error": "string"},
+}  # fmt: skip
+QUERIES = {
+    "metrics": ("SELECT num_correct FROM t WHERE classifier = 'sgd_linear' AND scope = 'all'", [(8,)]),
+    "confusion": ("SELECT num_images FROM t WHERE true_class = '7' AND predicted_class = '3' LIMIT 1", [(2,)]),
+    "predictions/part-00000": (
+        'SELECT key, sgd_linear_prediction, round(nearest_mean_l1_scores[3], 3) FROM t WHERE "class" = \'ä\'',
+        [("valid/ä/0.png", "ä", 0.75), ("valid/ä/1.png", "7", 1)],
+    ),
+    "means": ('SELECT "class", len(mean), mean[18] FROM t WHERE num_images > 1', [("7", 18, 35), ("ä", 18, 53)]),
+    "weights": ('SELECT "class", len(weights), weights[1], bias FROM t', [("3", 18, 0, 54), ("7", 18, 18, 55),
+                                                                        ("ä", 18, 36, 56)]),
+    "history": ("SELECT epoch, seconds FROM t ORDER BY valid_accuracy DESC LIMIT 1", [(2, 2.5)]),
+    "skipped": ("SELECT count(*), count(DISTINCT reason) FROM t", [(2, 1)]),
+}  # fmt: skip
+
+
+def path_of(output, name):
+    return f"{output.root}/{name}.parquet"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_tables_have_the_columns_of_the_design(output, name):
+    table = make_tables()[name]
+    write_table(output, name, table)
+    got = pq.read_table(path_of(output, name))
+    types = {field.name: str(field.type).replace("item:", "element:") for field in got.schema}
+    assert types == SCHEMAS[name]
+    assert got.to_pylist() == table.to_pylist()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_duckdb_reads_tables(output, name):
+    write_table(output, name, make_tables()[name])
+    query, answer = QUERIES[name]
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE VIEW t AS FROM '{path_of(output, name)}'")
+        assert connection.execute(query).fetchall() == answer
+
+
+def test_the_mean_of_classes_has_no_class_counts_or_interval():
+    rows = make_tables()["metrics"].to_pylist()
+    assert [row["scope"] for row in rows] == ["class", "class", "class", "all", "mean_of_classes"] * 3
+    nulls = {name for name, value in rows[4].items() if value is None}
+    assert nulls == {"class", "num_images", "num_correct", "accuracy_low", "accuracy_high"}
+
+
+def test_confusion_has_the_pairs_that_occur():
+    rows = make_tables()["confusion"].to_pylist()
+    assert [(row["true_class"], row["predicted_class"], row["num_images"]) for row in rows[:6]] == [
+        ("3", "3", 4), ("3", "ä", 1), ("7", "3", 2), ("7", "7", 3), ("ä", "7", 1), ("ä", "ä", 1),
+    ]  # fmt: skip
+    assert [row["classifier"] for row in rows] == [name for name in RESULT_CLASSIFIERS for _ in range(6)]
+
+
+def test_means_are_row_major_by_height_width_and_channel():
+    means_KD = np.random.default_rng(0).random((3, 18), np.float32)
+    [_, row, _] = means_table(RESULT_CLASSES, RESULT_TARGET, np.arange(3), means_KD).to_pylist()
+    image_HWC = np.array(row["mean"], np.float32).reshape(row["height"], row["width"], row["channels"])
+    np.testing.assert_array_equal(image_HWC, means_KD[1].reshape(2, 3, 3))
+
+
+def test_predictions_of_no_image_are_an_empty_part(output):
+    none_N, none_NK = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
+    table = predictions_table(RESULT_CLASSES, pa.array([], pa.string()), none_N, {"a": none_N}, {"a": none_NK})
+    write_table(output, "predictions/part-00000", table)
+    got = pq.read_table(path_of(output, "predictions/part-00000"))
+    assert (len(got), got.column_names) == (0, ["key", "class", "a_prediction", "a_scores"])
+
+
+def test_skipped_images_are_laid_out_by_the_schema():
+    empty, damaged = Fault("empty", "the file has no bytes"), Fault("damaged", "OSError: x")
+    table = skipped_table([(b"train/7/1.png", 1, empty), (b"train/3/\xff.png", 0, damaged)], "train", ("3", "7"))
+    assert table.schema == SKIPPED_SCHEMA
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("train/7/1.png", "train", "7", "empty", "the file has no bytes"),
+        ("train/3/\\xff.png", "train", "3", "damaged", "OSError: x")]  # fmt: skip
+
+
+def test_no_faults_make_an_empty_table_of_the_schema():
+    table = skipped_table([], "valid", ("3", "7"))
+    assert (len(table), table.schema) == (0, SKIPPED_SCHEMA)
