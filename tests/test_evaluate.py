@@ -18,6 +18,7 @@ from gate import Gate, gated_command
 from PIL import Image
 
 from jobs.evaluate import main
+from pipeline import __version__
 
 MARK = "IMAGE_BASELINE_TEST"
 
@@ -56,9 +57,22 @@ def last_line(text):
 )
 def test_bad_usage_exits_with_2_and_a_line(args, message):
     result = click.testing.CliRunner().invoke(main, args)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stdout == ""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", result.stderr)
+
+
+def test_help_groups_all_options_and_fits_80_columns():
+    text = click.testing.CliRunner().invoke(main, ["--help"]).stdout
+    headings = [line for line in text.splitlines()[1:] if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Data:", "Training:", "Cluster:", "Results:", "Other:"]
+    assert [
+        option.opts[0] for option in main.params if not re.search(rf"^  (-h, )?{option.opts[0]}\b", text, re.M)
+    ] == []
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_version_is_one_line():
+    assert click.testing.CliRunner().invoke(main, ["--version"]).stdout == f"image-baseline {__version__}\n"
 
 
 def test_a_missing_dataset_exits_with_1_and_one_line(tmp_path):
@@ -77,8 +91,8 @@ def test_a_cluster_that_is_not_there_exits_with_1_and_one_line(tmp_path):
 
 
 def test_the_readme_names_every_option():
-    readme = (ROOT / "README.md").read_text()
-    assert [option.opts[0] for option in main.params if f"`{option.opts[0]}`" not in readme] == []
+    readme, names = (ROOT / "README.md").read_text(), {option.opts[0] for option in main.params} - {"--version"}
+    assert [name for name in names if f"`{name}`" not in readme] == []
 
 
 @pytest.mark.ray
