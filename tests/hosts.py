@@ -81,6 +81,8 @@ echo {public_key} > "$HOME/.ssh/authorized_keys"
 until ip address show dev eth0 2>/dev/null | grep -q 'inet '; do sleep 0.05; done
 "$(command -v sshd)" -D -e -f /dev/null -o ListenAddress={address} -o HostKey=/run/host_key -o StrictModes=no \\
     -o PasswordAuthentication=no -o UsePAM=no -o PidFile=none 2> /run/sshd.log &
+# Ready is who answers; one that has ended will not.
+until ss -H -l -t -n | grep -q '{address}:22 '; do kill -0 $!; sleep 0.05; done
 """
 
 
