@@ -4,8 +4,7 @@ Input: a process in which pyarrow has converted nothing yet.
 Output: a pyarrow that does without pandas there.
 Invariant: what asks for pandas later finds it; where pyarrow imports it all the same, only time is lost.
 
-Where pandas is installed, as by the extra `bench`, this saves ? % of the whole process on MNIST, `--epochs 0`, on two
-CPU cores (n = 8, ? to ?). Where it is not, it does nothing.
+What it saves where pandas is installed, as by the extra `bench`, is not measured yet. Where it is not, it does nothing.
 """
 
 from __future__ import annotations

@@ -107,32 +107,42 @@ STARTS = (
         ("self",),
         _start_nothing,
         "the dashboard's process starts even where it is said not to be included, and Ray waits for it",
-        "? %",
+        "not measured yet",
     ),
-    Replacement("ray._private.node.Node.start_monitor", ("self",), _start_nothing, "the autoscaler's process", "? %"),
     Replacement(
-        "ray._private.node.Node.start_log_monitor", ("self",), _start_nothing, "the log forwarder's process", "? %"
+        "ray._private.node.Node.start_monitor",
+        ("self",),
+        _start_nothing,
+        "the autoscaler's process",
+        "not measured yet",
+    ),
+    Replacement(
+        "ray._private.node.Node.start_log_monitor",
+        ("self",),
+        _start_nothing,
+        "the log forwarder's process",
+        "not measured yet",
     ),
     Replacement(
         "ray._private.services.start_ray_process",
         ("command", "process_type"),
         _start_without_agents,
         "the raylet's two agents, Python processes",
-        "? %",
+        "not measured yet",
     ),
     Replacement(
         "ray._private.services.get_node",
         ("gcs_address", "node_id"),
         _look_often_for_node,
         "Ray looks once a second whether its raylet is up",
-        "? %",
+        "not measured yet",
     ),
     Replacement(
         "ray._private.utils.get_dashboard_dependency_error",
         (),
         _find_no_dashboard,
         "it imports all that the dashboard needs, to say that it can",
-        "? %",
+        "not measured yet",
     ),
     Replacement(
         "ray.util.get_node_ip_address",
@@ -147,7 +157,7 @@ END = Replacement(
     ("self",),
     lambda original: original,
     "Ray's orderly end takes up to two seconds, and has nothing to save",
-    "? %",
+    "not measured yet",
 )
 REPLACEMENTS = (*STARTS, END)
 
