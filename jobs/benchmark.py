@@ -1,8 +1,8 @@
-"""The benchmark: this program and what a user would pick instead, on the same work, in turn, in one call.
+"""The benchmark: this program and its alternatives, on the same work, in turn, in one call.
 
-What enters: the name of a workload and, for most, a folder of `train/<class>/` and `valid/<class>/`. What leaves: a
-table on standard output, and every run and every figure as Parquet. Always: each run is a whole process started anew,
-and times are compared only where the answers are the same.
+Input: the name of a workload and, for most, a folder of `train/<class>/` and `valid/<class>/`. Output: a table on
+standard output, and every run and every figure as Parquet. Invariant: each run is a new process, and times are compared
+only where the answers are equal.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import benchmark_data as made
 import click
-from benchmark_peers import PEERS
-from benchmark_request import Answer
-from benchmark_table import Figure, Run, compare_sizes, summarise, table, write
-from benchmark_watch import INTERRUPTS, watch
+
+import benchmarks.data as datasets
+from benchmarks.peers import PEERS
+from benchmarks.request import Answer
+from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise, write_runs
+from benchmarks.watch import INTERRUPTS, watch
 
 _EVALUATES = ("evaluate", "evaluate_first", "evaluate_again")
 _ON_IMAGES = ("evaluate", *PEERS)
-# What runs where --only does not say; the others of these can be named.
+# The commands of each workload without --only.
 _DEFAULTS = {
     "mnist": _ON_IMAGES,
     "many": ("evaluate", "dataloader", "limit"),
@@ -38,19 +39,20 @@ _DEFAULTS = {
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
 }
+# The commands that --only can name.
 _KNOWN = {**_DEFAULTS, "many": _ON_IMAGES}
 _BASES = {"sgd": "actor", "cache": "evaluate_again", "driver": "driver"}
 _MADE_IMAGES = {"many": (250_000, 1_000_000), "photos": (2000,)}
 _PHOTO_SIDE = 64
 _BATCH_SIZES = {256: ("actor", "torch_loop", "torch_loop_threads", "sklearn_sgd"), 4096: ("actor", "actors_2")}
-# Decoded in full and resized by Pillow, images are the same to the last bit, and so is the answer.
+# Decoded in full and resized by Pillow, images are equal bit for bit, and so are the answers.
 _SAME_CHECKSUM = 1e-5
-# A decoder at a reduced scale, or another resizer: the share of `valid` that may fall on the other side, and by how
-# much of white the mean pixel may differ.
-_LIKE_CORRECT, _LIKE_CHECKSUM = 0.02, 0.01
+# With a decoder at a reduced scale, or another resizer: the share of `valid` whose prediction may differ, and the
+# difference of the mean pixel (0 to 1).
+_LOOSE_CORRECT, _LOOSE_CHECKSUM = 0.02, 0.01
 _LOOSE = {
     "photos": frozenset(("evaluate", "ray_data_map_batches", "daft")),
-    # Sums in another order; and scikit-learn trains another model.
+    # Sums in another order; scikit-learn trains another model.
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
 }
 _LAST_LINES = 8
@@ -58,14 +60,14 @@ _LAST_LINES = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work that several commands do.
+    """One piece of work, done by several commands.
 
     Attributes:
-        title: What it is called in the table.
-        workload: What it belongs to.
-        commands: Who does it.
-        request: What peers and parts are given.
-        options: What `evaluate.py` is given besides.
+        title: Its name in the table.
+        workload: The workload that it belongs to.
+        commands: The names of the commands.
+        request: The request to peers and parts.
+        options: Options for `evaluate.py`.
     """
 
     title: str
@@ -76,13 +78,13 @@ class Case:
 
     @property
     def base(self) -> str:
-        """The command by whose times the others' are divided."""
+        """The command by whose times the times of the others are divided."""
         return _BASES.get(self.workload, "evaluate")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options that say what is run."""
+    """The options that say what is run."""
 
     workload: str
     names: tuple[str, ...]
@@ -95,20 +97,20 @@ class Options:
 
 
 def make_cases(options: Options) -> list[Case]:
-    """Make what the workload needs below `options.work`, where it is not there yet, and say what is to be run on it."""
+    """Make the datasets of the workload below `options.work`, where they do not exist, and return the cases."""
     workload, work = options.workload, options.work
     if workload == "driver":
-        title = f"driver, {options.num_shards:,} shards that nobody decodes"
+        title = f"driver, {options.num_shards:,} shards without decoding"
         return [Case(title, workload, options.names, {"num_shards": options.num_shards})]
     if workload == "photos":
         cases = []
         for number in options.num_images or _MADE_IMAGES["photos"]:
-            data = made.make_once(work / f"photos-{number}", partial(made.make_photographs, num_images=number))
+            data = datasets.make_once(work / f"photos-{number}", partial(datasets.make_photographs, num_images=number))
             cases.append(_image_case(options, data, (_PHOTO_SIDE, _PHOTO_SIDE)))
         return cases
     source = _expect_data(options)
     if workload == "sgd":
-        arrays = made.make_once(work / "arrays", partial(made.write_arrays, source))
+        arrays = datasets.make_once(work / "arrays", partial(datasets.write_arrays, source))
         return [
             Case(
                 f"sgd, batch {batch_size:,}",
@@ -121,7 +123,8 @@ def make_cases(options: Options) -> list[Case]:
     if workload == "many":
         return [
             _image_case(
-                options, made.make_once(work / f"many-{number}", partial(made.link_images, source, num_images=number))
+                options,
+                datasets.make_once(work / f"many-{number}", partial(datasets.link_images, source, num_images=number)),
             )
             for number in options.num_images or _MADE_IMAGES["many"]
         ]
@@ -129,12 +132,14 @@ def make_cases(options: Options) -> list[Case]:
 
 
 def _image_case(options: Options, data: Path, size: tuple[int, int] | None = None) -> Case:
-    """Make the case of a folder of images, or of the same in another form."""
-    request = asdict(made.look_at(data, size))
-    title = f"{options.workload}, {made.count_images(data):,} images"
+    """Make the case of a folder of images, or of the same images in another form."""
+    request = asdict(datasets.images_request(data, size))
+    title = f"{options.workload}, {datasets.count_images(data):,} images"
     if options.form != "folder":
         title += f", {options.form}"
-        data = made.make_once(options.work / f"{data.name}-{options.form}", partial(made.FORMS[options.form], data))
+        data = datasets.make_once(
+            options.work / f"{data.name}-{options.form}", partial(datasets.FORMS[options.form], data)
+        )
     shape = ("--size", f"{size[0]}x{size[1]}", "--mode", request["mode"]) if size else ()
     cache = ("--cache", str(options.work / "cache")) if options.workload == "cache" else ()
     return Case(title, options.workload, options.names, request, ("--data", str(data), "--epochs", "0", *shape, *cache))
@@ -143,7 +148,7 @@ def _image_case(options: Options, data: Path, size: tuple[int, int] | None = Non
 def _expect_data(options: Options) -> Path:
     if options.data is None:
         raise click.UsageError(f"--data: expected a folder for --workload {options.workload}, got none; give one")
-    for split in made.SPLITS:
+    for split in datasets.SPLITS:
         if not (options.data / split).is_dir():
             raise click.UsageError(
                 f"--data: expected train and valid in {options.data}, got no {split}; give another folder"
@@ -151,8 +156,8 @@ def _expect_data(options: Options) -> Path:
     return options.data.resolve()
 
 
-def missing(name: str, daft_python: str) -> str | None:
-    """Say what a command needs that is not installed; None where there is all."""
+def missing_package(name: str, daft_python: str) -> str | None:
+    """Name the package that a command needs and that is not installed, in an error message; None if all are there."""
     needs = {"ray_data": "pandas", "sklearn": "sklearn", "daft": "daft"}
     for start, module in needs.items():
         is_here = daft_python != sys.executable if module == "daft" else False
@@ -168,22 +173,26 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
     Raises:
         click.ClickException: If it fails; the message ends with the last lines of its standard error.
     """
-    jobs = Path(__file__).parent
+    jobs = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as folder:
         out, err, results = Path(folder, "out"), Path(folder, "err"), Path(folder, "results")
-        python = options.daft_python if name.startswith("daft") else sys.executable
+        python = sys.executable
+        if name.startswith(
+            "daft"
+        ):  # an absolute path, since the working folder is another; not that of a link's target
+            python = str(Path(shutil.which(options.daft_python) or options.daft_python).absolute())
         if name in _EVALUATES:
             command = [python, str(jobs / "evaluate.py"), *case.options, "--json", "--out", str(results)]
         else:
-            script = "benchmark_peers.py" if name in PEERS else "benchmark_parts.py"
-            command = [python, str(jobs / script), name, json.dumps(case.request)]
+            module = "benchmarks.peers" if name in PEERS else "benchmarks.parts"
+            command = [python, "-m", module, name, json.dumps(case.request)]
         if name == "evaluate_first":
             shutil.rmtree(options.work / "cache", ignore_errors=True)
-        watched = watch(command, out, err)
+        watched = watch(command, out, err, jobs)
         if watched.exit_code:
             last = "\n".join(err.read_text(errors="replace").splitlines()[-_LAST_LINES:])
             raise click.ClickException(
-                f"{name}: expected exit status 0, got {watched.exit_code}; its standard error, below, says why:\n{last}"
+                f"{name}: expected exit status 0, got {watched.exit_code}; see its standard error:\n{last}"
             )
         found = json.loads(out.read_text().splitlines()[-1])
         answer = _evaluate_answer(found, results) if name in _EVALUATES else Answer(**found)
@@ -192,7 +201,7 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
 
 
 def _evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
-    """Take from what `evaluate.py` printed and wrote what the peers find."""
+    """Make an answer like the peers' from what `evaluate.py` printed and wrote."""
     import pyarrow.parquet as pq
 
     metric = next(row for row in run["metrics"] if (row["classifier"], row["scope"]) == ("nearest_mean_l1", "all"))
@@ -210,35 +219,35 @@ def _evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
 
 
 def check_answers(answers: Mapping[str, Answer], loose: frozenset[str] = frozenset()) -> None:
-    """Hold every command's answer against that of the first one that classifies, if possible one that is not loose.
+    """Compare every command's answer with that of the first one that classifies, if possible one that is not loose.
 
-    The number of images is the same for all. The number that are classified right is the same, and the checksum to
-    1e-5; for `loose` ones it may differ by 2 % of the validation images, and the checksum by 0.01.
+    The number of images must be equal; the number of correct predictions too, and the checksum to 1e-5. For `loose`
+    commands the correct predictions may differ by 2 % of the validation images, and the checksum by 0.01.
 
     Raises:
-        click.ClickException: If two differ: then their times say nothing.
+        click.ClickException: If two differ: their times cannot be compared.
     """
     whole = [name for name, answer in answers.items() if answer.num_correct is not None] or list(answers)
     first = next((name for name in whole if name not in loose), whole[0])
     expected = answers[first]
     for name, answer in answers.items():
         is_loose = bool({name, first} & loose)
-        most_correct = _LIKE_CORRECT * (expected.num_valid or 0) if is_loose else 0
-        most_checksum = _LIKE_CHECKSUM if is_loose else _SAME_CHECKSUM
-        is_alike = answer.num_images == expected.num_images
+        max_correct = _LOOSE_CORRECT * (expected.num_valid or 0) if is_loose else 0
+        max_checksum = _LOOSE_CHECKSUM if is_loose else _SAME_CHECKSUM
+        is_equal = answer.num_images == expected.num_images
         if answer.num_correct is not None and expected.num_correct is not None:
-            is_alike &= answer.num_valid == expected.num_valid
-            is_alike &= abs(answer.num_correct - expected.num_correct) <= most_correct
+            is_equal &= answer.num_valid == expected.num_valid
+            is_equal &= abs(answer.num_correct - expected.num_correct) <= max_correct
         if answer.checksum is not None and expected.checksum is not None:
-            is_alike &= abs(answer.checksum - expected.checksum) <= most_checksum
-        if not is_alike:
+            is_equal &= abs(answer.checksum - expected.checksum) <= max_checksum
+        if not is_equal:
             raise click.ClickException(
-                f"{name}: expected {_words(expected)} as {first} found, got {_words(answer)}; times are compared for "
-                "equal answers only"
+                f"{name}: expected {_answer_text(expected)} as {first} found, got {_answer_text(answer)}; "
+                "times are compared for equal answers only"
             )
 
 
-def _words(answer: Answer) -> str:
+def _answer_text(answer: Answer) -> str:
     words = f"{answer.num_images:,} images"
     if answer.num_correct is not None:
         words += f", {answer.num_correct:,} of {answer.num_valid:,} correct"
@@ -246,7 +255,7 @@ def _words(answer: Answer) -> str:
 
 
 def run_rounds(options: Options, cases: Sequence[Case], num_runs: int, num_warm_ups: int, runs: list[Run]) -> None:
-    """Run everything in turn, so often; finished runs are added to `runs`, those that warm up are not.
+    """Run all commands of all cases, round by round; finished runs are added to `runs`, except the warm-ups.
 
     Raises:
         click.ClickException: If a command fails or gives another answer.
@@ -263,7 +272,7 @@ def run_rounds(options: Options, cases: Sequence[Case], num_runs: int, num_warm_
 
 
 def figures_of(runs: Sequence[Run], cases: Sequence[Case]) -> list[Figure]:
-    """Summarise the runs; where there are several sizes, each is held against the one before as well."""
+    """Summarise the runs; where there are several sizes, compare each with the one before as well."""
     figures = summarise(runs, {case.title: case.base for case in cases})
     if cases[0].workload in _MADE_IMAGES:
         for small, large in pairwise(cases):
@@ -279,17 +288,17 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 
 def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]:
-    """Choose the commands: those that are named, or all usual ones for which everything is installed.
+    """Choose the commands: those named by --only, or the defaults whose packages are installed.
 
     Raises:
-        click.UsageError: If a name is not known, or what it needs is not there.
+        click.UsageError: If a name is not known, or its package is not installed.
     """
     known = _KNOWN[workload]
     names = tuple(dict.fromkeys(name.strip() for name in only.split(","))) if only else _DEFAULTS[workload]
     for name in names:
         if name not in known:
             raise click.UsageError(f"--only: expected some of {', '.join(known)}, got {name}; separate them by commas")
-    lacks = {name: words for name in names if (words := missing(name, daft_python))}
+    lacks = {name: words for name in names if (words := missing_package(name, daft_python))}
     if only and lacks:
         raise click.UsageError(next(iter(lacks.values())))
     for words in lacks.values():
@@ -301,12 +310,14 @@ def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]
 @click.option("--workload", type=click.Choice(tuple(_DEFAULTS)), default="mnist", help="What is done.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; all but photos and driver.")
 @click.option("--images", "num_images", callback=_numbers, help="For many and photos.  [default: 250000,1000000; 2000]")
-@click.option("--form", type=click.Choice(("folder", *made.FORMS)), default="folder", help="What evaluate reads.")
+@click.option("--form", type=click.Choice(("folder", *datasets.FORMS)), default="folder", help="What evaluate reads.")
 @click.option("--shards", "num_shards", type=click.IntRange(min=8), default=4000, help="For driver.")
 @click.option("--runs", "num_runs", type=click.IntRange(min=1), default=5, help="Rounds after those that warm up.")
 @click.option("--warm-ups", "num_warm_ups", type=click.IntRange(min=0), default=1, help="Rounds that do not count.")
 @click.option("--only", help="Some of the workload's commands, by commas.  [default: the usual ones]")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Keep what is made.  [default: removed]")
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path), help="Keep what is datasets.  [default: removed]"
+)
 @click.option("--daft-python", default=sys.executable, help="Python of an environment with Daft.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark.parquet", help="All runs.")
 def main(num_runs: int, num_warm_ups: int, only: str | None, work: Path | None, out: Path, **given: Any) -> None:
@@ -329,8 +340,8 @@ def main(num_runs: int, num_warm_ups: int, only: str | None, work: Path | None, 
         click.echo(f"interrupted: {len(runs)} runs were done, none is written", err=True)
         sys.exit(130)
     figures = figures_of(runs, cases)
-    write(out, runs, figures)
-    click.echo(table(figures, {case.title: case.base for case in cases}))
+    write_runs(out, runs, figures)
+    click.echo(format_table(figures, {case.title: case.base for case in cases}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The cache of decoded images, as `--cache` fills it: what it holds, and how to empty it.
+"""The command that shows and empties the cache of decoded images, which `--cache` fills.
 
-Runs as `python jobs/cache.py show FOLDER` and `python jobs/cache.py clear FOLDER`; a URI does as well.
+Run as `python jobs/cache.py show FOLDER` or `python jobs/cache.py clear FOLDER`; FOLDER may be a URI.
+
+Input: a folder or URI. Output: one line on standard output. Invariant: only cache entries are removed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pipeline.errors import EvaluationError, without_secrets
 
 
 class _Commands(click.Group):
-    """Shows what a user can mend as one line, whichever command met it."""
+    """Shows a user's mistake as one line, for every subcommand."""
 
     def invoke(self, context: click.Context) -> object:
         try:
@@ -27,24 +29,24 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Look into a cache of decoded images, or empty it."""
+    """Show or empty a cache of decoded images."""
 
 
 @main.command()
 @click.argument("folder")
 def show(folder: str) -> None:
-    """Say how many decoded shards FOLDER, a folder or URI, holds, and how large they are together."""
-    click.echo(f"{without_secrets(folder)}: {_describe(cache.usage(Cache.at(folder)))}")
+    """Show the number and the size of the decoded shards in FOLDER, a folder or URI."""
+    click.echo(f"{without_secrets(folder)}: {_usage_text(cache.usage(Cache.at(folder)))}")
 
 
 @main.command()
 @click.argument("folder")
 def clear(folder: str) -> None:
     """Remove the decoded shards of FOLDER, a folder or URI, and nothing else."""
-    click.echo(f"{without_secrets(folder)}: removed {_describe(cache.clear(Cache.at(folder)))}")
+    click.echo(f"{without_secrets(folder)}: removed {_usage_text(cache.clear(Cache.at(folder)))}")
 
 
-def _describe(used: Usage) -> str:
+def _usage_text(used: Usage) -> str:
     return f"{used.num_entries} {'shard' if used.num_entries == 1 else 'shards'}, {used.num_bytes / 2**20:.1f} MiB"
 
 

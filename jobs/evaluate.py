@@ -14,10 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import click
 
+from pipeline import __version__
 from pipeline.config import DEVICES, MODES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.results.terminal import Progress, progress_line, summary
@@ -112,41 +114,86 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     return tuple(name.strip() for name in value.split(",")) if value else ()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--data", default=_DEFAULTS.data, help="digits, mnist_sample, or a folder or URI of class folders.")
-@click.option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
-@click.option("--classes", callback=_names, help="Only these classes, as 3,7.  [default: all]")
-@click.option("--train-split", default=_DEFAULTS.train_split, help="Folder of the images to train on.")
-@click.option("--valid-split", default=_DEFAULTS.valid_split, help="Folder to validate on; also val, validation, test.")
-@click.option("--valid-fraction", type=float, help="Share to hold out of a dataset without splits, as 0.2.")
-@click.option("--size", default=_DEFAULTS.size, help="HxW in pixels, or auto.")
-@click.option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
-@click.option("--draft/--no-draft", default=_DEFAULTS.draft, help="Decode far too large JPEG at a reduced scale.")
-@click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves it out.")
-@click.option("--learning-rate", default="auto", callback=_real_or_auto, help="Length of a step of SGD.")
-@click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
-@click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of the first weights and the images' order.")
-@click.option("--target-accuracy", type=float, help="Stop when the validation accuracy reaches this, as 0.98.")
-@click.option("--patience", type=int, help="Stop after so many epochs without a better validation accuracy.")
-@click.option("--max-seconds", type=float, help="Stop training at the end of the epoch that passes this time.")
-@click.option("--actors", default="auto", callback=_number_or_auto, help="Computing processes.")
-@click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS.device, help="What they compute on.")
-@click.option("--gpus-per-actor", type=float, default=_DEFAULTS.gpus_per_actor, help="Share of a GPU for each.")
-@click.option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
-@click.option("--shard-images", default="auto", callback=_number_or_auto, help="Images of a shard, at most.")
-@click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
-@click.option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
-@click.option("--cache-gib", type=float, help="What it may hold; what was not used for longest goes.")
-@click.option("--scratch", default=None, help="Folder for what memory cannot hold.  [default: TMPDIR]")
-@click.option("--min-nodes", type=int, default=_DEFAULTS.min_nodes, help="Nodes with CPUs to wait for.")
-@click.option("--wait-seconds", type=float, default=_DEFAULTS.wait_seconds, help="How long to wait for nodes and GPUs.")
-@click.option("--overwrite", is_flag=True, help="Replace the results in --out.")
-@click.option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
-@click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
-def main(is_json: bool, **options: Any) -> None:
-    """Evaluate nearest class means and a linear model on a labelled image dataset.
+class _Option(click.Option):
+    """An option that `--help` lists under a heading."""
 
-    Writes accuracies and one row per image as Parquet. Exit status: 0 done, 1 failed, 2 bad usage.
+    def __init__(self, *args: Any, heading: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.heading = heading
+
+
+class _Command(click.Command):
+    """A command whose help has headings, and whose usage errors are one line."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        by_heading: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                by_heading.setdefault(getattr(parameter, "heading", "Other"), []).append(record)
+        for heading, records in by_heading.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """Parse the command line; if it cannot be parsed, end with one line that says why, and status 2."""
+        try:
+            return super().make_context(*args, **settings)
+        except click.UsageError as exc:
+            click.echo(f"error: {exc.format_message()}", err=True)
+            sys.exit(2)
+
+
+_data_option = partial(click.option, cls=_Option, heading="Data")
+_training_option = partial(click.option, cls=_Option, heading="Training")
+_cluster_option = partial(click.option, cls=_Option, heading="Cluster")
+_results_option = partial(click.option, cls=_Option, heading="Results")
+
+
+@click.command(
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 failed, 2 bad usage, 130 and 143 interrupted.",
+)
+@_data_option("--data", default=_DEFAULTS.data, help="digits, mnist_sample, or a folder, file, glob or URI.")
+@_data_option("--classes", callback=_names, help="Use only these classes, as 3,7.  [default: all]")
+@_data_option("--train-split", default=_DEFAULTS.train_split, help="Folder of the training images.")
+@_data_option(
+    "--valid-split", default=_DEFAULTS.valid_split, help="Folder of the validation images; also val, validation, test."
+)
+@_data_option("--valid-fraction", type=float, help="Share to hold out of a dataset without splits, as 0.2.")
+@_data_option("--size", default=_DEFAULTS.size, help="Height and width in pixels, as 28x28, or auto.")
+@_data_option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
+@_data_option("--draft/--no-draft", default=_DEFAULTS.draft, help="Decode very large JPEG files at a reduced scale.")
+@_data_option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
+@_data_option("--cache-gib", type=float, help="Size limit of the cache; the least recently used entries are removed.")
+@_training_option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves the linear model out.")
+@_training_option("--learning-rate", default="auto", callback=_real_or_auto, help="Step size of SGD.")
+@_training_option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
+@_training_option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
+@_training_option("--seed", type=int, default=_DEFAULTS.seed, help="Seed of the first weights and the image order.")
+@_training_option("--target-accuracy", type=float, help="Stop at this validation accuracy, as 0.98.")
+@_training_option("--patience", type=int, help="Stop after so many epochs without a better validation accuracy.")
+@_training_option("--max-seconds", type=float, help="Stop training at the end of the epoch that passes this time.")
+@_cluster_option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@_cluster_option("--min-nodes", type=int, default=_DEFAULTS.min_nodes, help="Nodes with CPUs to wait for.")
+@_cluster_option(
+    "--wait-seconds", type=float, default=_DEFAULTS.wait_seconds, help="Limit of the wait for the cluster."
+)
+@_cluster_option("--actors", default="auto", callback=_number_or_auto, help="Computing processes.")
+@_cluster_option("--device", type=click.Choice(DEVICES), default=_DEFAULTS.device, help="Device of the actors.")
+@_cluster_option("--gpus-per-actor", type=float, default=_DEFAULTS.gpus_per_actor, help="Share of a GPU per actor.")
+@_cluster_option("--shard-images", default="auto", callback=_number_or_auto, help="Images of a shard, at most.")
+@_cluster_option("--scratch", default=None, help="Folder for images that memory cannot hold.  [default: TMPDIR]")
+@_results_option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
+@_results_option("--overwrite", is_flag=True, help="Replace the results in --out.")
+@_results_option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
+@_results_option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
+@click.version_option(__version__, prog_name="image-baseline", message="%(prog)s %(version)s")
+def main(is_json: bool, **options: Any) -> None:
+    """Evaluate simple classifiers on a labelled image dataset, in parallel on Ray.
+
+    Prints accuracies; writes all figures and one row per image as Parquet files.
     """
     # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
@@ -161,7 +208,7 @@ def main(is_json: bool, **options: Any) -> None:
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
         # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
         from pipeline.driver import job
-        from pipeline.driver.tasks import leave_pandas_out
+        from pipeline.driver.imports import leave_pandas_out
 
         leave_pandas_out()
         # Ray prints what its node manager has to say where only the summary belongs.

@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -64,10 +63,6 @@ def write_dataset(kind, folder, keys):
     """Lay files out as a folder, below a URI (`mock`, `file uri`), or in one Parquet file; return the location."""
     if kind == "mock":
         return write_mock(keys)
-    if kind == "parquet":
-        path = folder / "small.parquet"
-        pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "image": [key.encode() for key in keys]}), path)
-        return Location("parquet", str(path))
     location = write_folder(folder, keys)
     return Location("uri", f"file://{quote(location.root)}") if kind == "file uri" else location
 

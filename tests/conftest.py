@@ -1,5 +1,6 @@
 """Fixtures of several test files: one local Ray a session, small datasets, and MNIST where it is."""
 
+import os
 import subprocess
 
 import numpy as np
@@ -18,6 +19,9 @@ from builders import (  # noqa: F401  some are passed on to test files that stil
 
 from pipeline.data import storage
 from pipeline.results.writing import Output, prepare
+
+# No test joins a Ray that somebody else runs on this machine.
+os.environ.setdefault("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(autouse=True)

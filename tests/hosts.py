@@ -150,7 +150,8 @@ def service(host, *args, log):
 
 def own_machines():
     """Make from cluster.yaml the file for machines of one's own, as the README says it."""
-    text = re.search(r"On machines of your own(.*?)```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    readme = (ROOT / "pipeline" / "driver" / "README.md").read_text()
+    text = re.search(r"On machines of your own(.*?)```yaml\n(.*?)```", readme, re.DOTALL)
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     without = re.search(r"without (.*?), and with this", text[1], re.DOTALL)[1]
     for key in re.findall(r"`(\w+)`", without):

@@ -5,13 +5,14 @@ import sys
 import time
 from pathlib import Path
 
-import benchmark
 import click
 import pyarrow.parquet as pq
 import pytest
-from benchmark_request import Answer
 from click.testing import CliRunner
 from conftest import ROOT, naive_num_correct
+
+import benchmark
+from benchmarks.request import Answer
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,12 @@
 import json
 import tarfile
 
-import benchmark_data
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from benchmarks import data as datasets
 
 
 def _names(root):
@@ -13,8 +14,8 @@ def _names(root):
 
 
 def test_links_keep_the_proportions_and_the_content(noisy_dataset, tmp_path):
-    benchmark_data.link_images(noisy_dataset, tmp_path, 100)
-    assert benchmark_data.count_images(tmp_path) == 100
+    datasets.link_images(noisy_dataset, tmp_path, 100)
+    assert datasets.count_images(tmp_path) == 100
     counts = {name: len(list((tmp_path / "train" / name).iterdir())) for name in ("2", "10", "b")}
     assert all(abs(count - 100 * 8 / 42) < 1 for count in counts.values())
     copies = sorted((tmp_path / "valid" / "b").glob("*-3.png"))
@@ -25,10 +26,10 @@ def test_links_keep_the_proportions_and_the_content(noisy_dataset, tmp_path):
 def test_what_was_interrupted_is_made_anew(tmp_path):
     folder = tmp_path / "made"
     with pytest.raises(RuntimeError, match="stopped"):
-        benchmark_data.make_once(folder, _stop)
+        datasets.make_once(folder, _stop)
     assert not folder.exists()
-    benchmark_data.make_once(folder, lambda path: (path / "b").touch())
-    benchmark_data.make_once(folder, _stop)
+    datasets.make_once(folder, lambda path: (path / "b").touch())
+    datasets.make_once(folder, _stop)
     assert _names(tmp_path) == ["made/b"]
 
 
@@ -40,7 +41,7 @@ def _stop(path):
 @pytest.mark.slow
 def test_photographs_are_the_same_every_time_and_of_all_sizes(tmp_path):
     for name in ("a", "b"):
-        benchmark_data.make_photographs(tmp_path / name, 24)
+        datasets.make_photographs(tmp_path / name, 24)
     assert _names(tmp_path / "a") == _names(tmp_path / "b")
     assert all(
         (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in _names(tmp_path / "a")
@@ -58,7 +59,7 @@ def _megapixels(path):
 
 
 def test_a_tar_holds_each_image_beside_its_class(noisy_dataset, tmp_path):
-    benchmark_data.write_tars(noisy_dataset, tmp_path)
+    datasets.write_tars(noisy_dataset, tmp_path)
     assert _names(tmp_path) == ["train/00000.tar", "valid/00000.tar"]
     with tarfile.open(tmp_path / "valid" / "00000.tar") as tar:
         content = {member.name: tar.extractfile(member).read() for member in tar}
@@ -68,7 +69,7 @@ def test_a_tar_holds_each_image_beside_its_class(noisy_dataset, tmp_path):
 
 
 def test_parquet_is_laid_out_as_a_hugging_face_dataset(noisy_dataset, tmp_path):
-    benchmark_data.write_parquet(noisy_dataset, tmp_path)
+    datasets.write_parquet(noisy_dataset, tmp_path)
     table = pq.read_table(tmp_path / "train" / "00000.parquet")
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features == {"image": {"_type": "Image"}, "label": {"names": ["2", "10", "b"], "_type": "ClassLabel"}}
@@ -78,7 +79,7 @@ def test_parquet_is_laid_out_as_a_hugging_face_dataset(noisy_dataset, tmp_path):
 
 
 def test_arrays_hold_the_pixels(noisy_dataset, tmp_path):
-    benchmark_data.write_arrays(noisy_dataset, tmp_path)
+    datasets.write_arrays(noisy_dataset, tmp_path)
     images_ND, labels_N = np.load(tmp_path / "valid_images.npy"), np.load(tmp_path / "valid_labels.npy")
     assert labels_N.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     expected_HW = np.array(Image.open(noisy_dataset / "valid" / "10" / "2.png"))

@@ -3,24 +3,30 @@ import os
 import subprocess
 import sys
 
-import benchmark
-import benchmark_data
 import pytest
-from benchmark_request import Answer
 from conftest import ROOT
+
+import benchmark
+from benchmarks import data as datasets
+from benchmarks.request import Answer
 
 
 @pytest.fixture(scope="module")
 def arrays(noisy_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("arrays")
-    benchmark_data.write_arrays(noisy_dataset, folder)
+    datasets.write_arrays(noisy_dataset, folder)
     return folder
 
 
 def _ask(name, **request):
-    command = [sys.executable, ROOT / "jobs" / "benchmark_parts.py", name, json.dumps(request)]
+    command = [sys.executable, "-m", "benchmarks.parts", name, json.dumps(request)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "RAY_ADDRESS": "local"}
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "jobs",
+        env={**os.environ, "RAY_ADDRESS": "local"},
     )
     return Answer(**json.loads(done.stdout.splitlines()[-1]))
 

@@ -4,24 +4,27 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import benchmark
-import benchmark_data
 import numpy as np
 import pytest
-from benchmark_request import Answer, class_names
 from conftest import ROOT, naive_num_correct, naive_pixels
 from PIL import Image
+
+import benchmark
+from benchmarks import data as datasets
+from benchmarks.request import Answer, class_names
 
 DAFT_PYTHON = os.environ.get("DAFT_PYTHON", sys.executable)
 
 
 def _ask(name, images):
-    command = [sys.executable, ROOT / "jobs" / "benchmark_peers.py", name, json.dumps(asdict(images))]
+    command = [sys.executable, "-m", "benchmarks.peers", name, json.dumps(asdict(images))]
     if name.startswith("daft"):
         command[0] = DAFT_PYTHON
-    if reason := benchmark.missing(name, DAFT_PYTHON):
+    if reason := benchmark.missing_package(name, DAFT_PYTHON):
         pytest.skip(reason)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT / "jobs", env={**os.environ, "RAY_ADDRESS": "local"}
+    )
     try:
         done.check_returncode()
     except subprocess.CalledProcessError as exc:
@@ -43,7 +46,7 @@ def _ask(name, images):
     ],
 )
 def test_a_peer_finds_what_numpy_finds(noisy_dataset, name):
-    answer = _ask(name, benchmark_data.look_at(noisy_dataset))
+    answer = _ask(name, datasets.images_request(noisy_dataset))
     assert (answer.num_images, answer.num_correct, answer.num_valid) == (42, naive_num_correct(noisy_dataset), 18)
     means = [np.mean(naive_pixels(noisy_dataset, "train", label)) for label in class_names(noisy_dataset)]
     assert answer.checksum == pytest.approx(np.mean(means), abs=1e-6)
@@ -51,7 +54,7 @@ def test_a_peer_finds_what_numpy_finds(noisy_dataset, name):
 
 @pytest.mark.parametrize("name", ["limit", "daft_decode"])
 def test_what_only_decodes_says_how_many(noisy_dataset, name):
-    assert _ask(name, benchmark_data.look_at(noisy_dataset)).num_images == 42
+    assert _ask(name, datasets.images_request(noisy_dataset)).num_images == 42
 
 
 @pytest.mark.slow
@@ -63,7 +66,7 @@ def test_photographs_become_one_size_and_colour(tmp_path, name):
             for number in range(3):
                 size = (100 + 40 * number, 90)
                 Image.new("RGB", size, colour).save(tmp_path / split / colour / f"{label}.{number}.jpg")
-    answer = _ask(name, benchmark_data.look_at(tmp_path, (16, 24)))
+    answer = _ask(name, datasets.images_request(tmp_path, (16, 24)))
     assert (answer.num_images, answer.num_correct, answer.num_valid) == (12, 6, 6)
     assert answer.checksum == pytest.approx(1 / 3, abs=0.01)
 
@@ -74,14 +77,14 @@ def test_the_limit_does_not_pass_over_what_it_cannot_decode(tmp_path):
         Image.new("L", (4, 4)).save(tmp_path / split / "a" / "0.png")
     (tmp_path / "valid" / "a" / "1.png").write_text("no image")
     with pytest.raises(subprocess.CalledProcessError):
-        _ask("limit", benchmark_data.look_at(tmp_path))
+        _ask("limit", datasets.images_request(tmp_path))
 
 
 def test_peers_need_no_library_to_begin():
     heavy = ("torch", "ray", "numpy", "PIL", "daft", "pyarrow", "pandas")
-    code = f"import benchmark_peers, sys; assert not sys.modules.keys() & set({heavy})"
+    code = f"import benchmarks.peers, sys; assert not sys.modules.keys() & set({heavy})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "jobs", check=True)
 
 
-def test_classes_are_sorted_as_people_sort(noisy_dataset):
+def test_classes_are_in_natural_order(noisy_dataset):
     assert class_names(noisy_dataset) == ["2", "10", "b"]

@@ -1,7 +1,8 @@
 from itertools import product
 
 import pytest
-from benchmark_table import Run, compare_sizes, summarise, table
+
+from benchmarks.table import Run, compare_sizes, format_table, summarise
 
 WALLS = {"evaluate": (1.0, 2.0, 4.0), "plain_loop": (2.0, 2.0, 2.0)}
 
@@ -16,7 +17,7 @@ def _runs():
 
 def _spread(figures, **wanted):
     (figure,) = [f for f in figures if all(getattr(f, key) == value for key, value in wanted.items())]
-    return figure.median, figure.least, figure.most
+    return figure.median, figure.minimum, figure.maximum
 
 
 def test_ratios_are_taken_within_rounds():
@@ -51,7 +52,7 @@ def test_sizes_are_compared_by_the_image():
 
 
 def test_a_table_shows_each_command_on_a_line():
-    lines = table(summarise(_runs(), {"mnist": "evaluate"}), {"mnist": "evaluate"}).splitlines()
+    lines = format_table(summarise(_runs(), {"mnist": "evaluate"}), {"mnist": "evaluate"}).splitlines()
     assert lines[0] == "mnist"
     assert lines[3].split()[:9] == ["evaluate", "2.00", "1.00", "4.00", "50", "-", "-", "3.0", "2"]
     assert lines[4].split()[9:13] == ["1", "1.00", "0.50", "2.00"]

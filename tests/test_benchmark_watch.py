@@ -4,9 +4,9 @@ import sys
 import time
 from pathlib import Path
 
-import benchmark_watch
 import pytest
-from benchmark_watch import end_session, read_session, watch
+
+from benchmarks.watch import end_session, read_session, watch
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 
@@ -30,9 +30,9 @@ def test_own_memory_is_told_from_the_children_s(tmp_path, monkeypatch):
             seen.touch()
         return found
 
-    monkeypatch.setattr(benchmark_watch, "read_session", read_and_tell)
+    monkeypatch.setattr("benchmarks.watch.read_session", read_and_tell)
     began = time.monotonic()
-    watched = watch([sys.executable, "-c", code], tmp_path / "out", tmp_path / "err")
+    watched = watch([sys.executable, "-c", code], tmp_path / "out", tmp_path / "err", tmp_path)
     assert watched.exit_code == 0
     assert (tmp_path / "out").read_text() == "done\n"
     assert watched.main_peak_bytes < 2**26 < 2**27 < watched.peak_bytes

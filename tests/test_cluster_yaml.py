@@ -16,7 +16,7 @@ TEXT = (ROOT / "cluster.yaml").read_text()
 CONFIG = yaml.safe_load(TEXT)
 NODE_TYPES = CONFIG["available_node_types"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "pipeline" / "driver" / "README.md").read_text()
 START_COMMANDS = CONFIG["head_start_ray_commands"] + CONFIG["worker_start_ray_commands"]
 
 

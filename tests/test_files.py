@@ -18,7 +18,7 @@ from pipeline.data.files import Location, ReadFault, display, locate, read_image
 from pipeline.data.listing import list_dataset
 from pipeline.errors import DataError
 
-every_kind = pytest.mark.parametrize("kind", ["folder", "parquet", "mock", "file uri"])
+every_kind = pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
 # Python 3.12 and later warn of a fork beside Arrow's threads; the child only reads files.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -74,7 +74,7 @@ def test_a_uri_is_located_without_connecting(uri):
 
 def test_digits_are_in_the_package():
     location = locate("digits")
-    assert (location.kind, location.root) == ("parquet", "digits")
+    assert (location.kind, location.root) == ("package", "digits")
 
 
 def test_a_path_that_is_there_is_meant_even_if_it_reads_as_a_pattern(tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_a_file_larger_than_memory_is_a_fault_of_one_image(tmp_path):
     assert fault.reason == "too_large"
 
 
-@pytest.mark.parametrize("kind", ["folder", "parquet", "file uri"])
+@pytest.mark.parametrize("kind", ["folder", "file uri"])
 def test_a_location_crosses_a_pickle_without_what_it_has_opened(kind, tmp_path):
     location = write_dataset(kind, tmp_path, KEYS)
     unused = pickle.dumps(location)

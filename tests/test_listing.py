@@ -17,7 +17,7 @@ from pipeline.data.listing import list_archives, list_dataset
 from pipeline.errors import DataError
 
 UNSPLIT = Config(valid_fraction=0.25)
-every_kind = pytest.mark.parametrize("kind", ["folder", "parquet", "mock", "file uri"])
+every_kind = pytest.mark.parametrize("kind", ["folder", "mock", "file uri"])
 
 
 # Splits and classes
@@ -297,7 +297,7 @@ def test_a_uri_s_listing_has_sizes_and_times_for_a_cache(fraction, tmp_path):
 
 def test_the_same_files_have_the_same_digest_wherever_they_lie(tmp_path):
     digests = set()
-    for kind in ("folder", "parquet", "mock", "file uri"):
+    for kind in ("folder", "mock", "file uri"):
         (tmp_path / kind).mkdir()
         digests.add(list_dataset(write_dataset(kind, tmp_path / kind, KEYS), Config()).sha256)
     assert len(digests) == 1

@@ -11,8 +11,12 @@ from pipeline.config import Config
 from pipeline.driver import job
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-QUERIES = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+RESULTS = ROOT / "pipeline" / "results" / "README.md"
+QUERIES = [
+    query
+    for path in (ROOT / "README.md", RESULTS)
+    for query in re.findall(r"```sql\n(.*?)```", path.read_text(), re.DOTALL)
+]
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,8 @@ def test_a_missing_bucket_fails_at_once(bucket, uri):
 @pytest.mark.ray
 def test_results_in_a_missing_bucket_fail_at_once_and_in_one_line(bucket, tmp_path):
     _, query = bucket
-    process = command("--out", f"s3://no-such-bucket/out{query}", "--epochs", 0)
+    words = ("--out", f"s3://no-such-bucket/out{query}", "--epochs", 0)
+    process = command(*words, IMAGE_BASELINE_PLAIN_RAY="")  # of which a line would speak
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (1, "")
     assert re.fullmatch(r"error: --out s3://no-such-bucket/out\S*: expected .*, got .*not found.*\n", stderr)

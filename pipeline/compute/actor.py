@@ -3,7 +3,7 @@
 Input: decoded Arrow tables, one a shard. Output: counts, sums, epoch records, scored parts: small things. Invariant:
 an image is copied to its position in one buffer when it arrives, and that depends on the listing alone.
 
-Axes as in `nearest_mean` and `sgd_linear`; M is the number of positions in a buffer, listed images that may yet be skipped.
+Axes as in `nearest_mean` and `sgd_linear`; M positions of a buffer, one for each listed image, skipped ones included.
 """
 
 from __future__ import annotations

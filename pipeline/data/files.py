@@ -1,14 +1,15 @@
 """Where images are: the names below a location and the bytes of each file.
 
-What enters: `--data`, a name, a folder or a URI. What leaves: keys, and for keys the bytes of their files.
+Input: `--data`, a name, a folder or a URI. Output: keys, and for keys the bytes of their files. Invariant: what is
+listed is later read or named in a `ReadFault`, and never opened before that.
 
 A key is a path below the dataset's root, kept as the bytes that the file system gave: file names need not be UTF-8.
-Always: what is listed is later read or named in a `ReadFault`, and never opened before that.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import socket
@@ -25,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from pipeline.data import storage
 from pipeline.data.formats import format_of
@@ -51,13 +51,15 @@ _FILE_ERRNOS = frozenset(
 
 @dataclass(frozen=True)
 class Location:
-    """A dataset's root: a local folder, a URI of `pyarrow.fs`, or a Parquet file of `key` and `image` bytes.
+    """A dataset's root: a local folder, a URI of `pyarrow.fs`, or `digits` in the package.
 
-    The Parquet file `digits` is that of the package, wherever it is on each node. A folder or URI may also be that of
-    one archive, or have archives below it, those that `pattern` names where there is one.
+    A folder or URI may also be that of one archive, or have archives below it, those that `pattern` names where there
+    is one. `digits` has a kind of its own because no ordinary form of it serves every cluster: nodes have the package,
+    but not a folder that the driver unpacks; as an archive its images would have other keys; and as a folder in the
+    package it would be 1,797 files of 120 bytes.
     """
 
-    kind: Literal["folder", "uri", "parquet"]
+    kind: Literal["folder", "uri", "package"]
     root: str
     pattern: str = ""
 
@@ -71,11 +73,6 @@ class Location:
         if self.kind == "folder":
             return pafs.LocalFileSystem(), self.root
         return storage.open_uri("--data", self.root, DataError)
-
-    @cached_property
-    def table(self) -> pa.Table:
-        """The whole of a Parquet dataset: `key` string, `image` binary."""
-        return pq.read_table(DIGITS if self.root == "digits" else self.root, columns=["key", "image"])
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,12 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         DataError: If there is no such folder.
     """
     if data == "digits":
-        return Location("parquet", data)
+        return Location("package", data)
     if data == "mnist_sample":
         # Here, because its HTTP and tar libraries would load in every decoding process.
         from pipeline.data import download
 
-        return Location("folder", str(download.fetch(download.MNIST_SAMPLE, download.cache_folder(), on_download)))
+        return Location("folder", str(download.fetch(download.cache_folder(), on_download)))
     data = storage.plain_path(data)
     # A path that is there is meant, even if it reads as a pattern.
     is_there = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111 - of what can be no path, too
@@ -157,9 +154,8 @@ def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | Re
                 )
             root = os.fsencode(location.root) + b"/"
             return (_read_local(root + key) for key in keys.to_pylist())
-        case "parquet":
-            images = dict(zip(location.table["key"].to_pylist(), location.table["image"].to_pylist(), strict=True))
-            return (images[key.decode()] for key in keys.to_pylist())
+        case "package":
+            return (_read_digits()[key] for key in keys.to_pylist())
         case "uri":
             filesystem, root_path = location.filesystem
             return (_read_remote(filesystem, f"{root_path}/{display(key)}") for key in keys.to_pylist())
@@ -183,9 +179,9 @@ def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> lis
         case "folder":
             with _one_line_faults(location), os.scandir(os.fsencode(location.root) + b"/" + prefix) as entries:
                 found = [(entry.name, entry.is_dir()) for entry in entries]
-        case "parquet":
-            below = {key.removeprefix(prefix) for key in _parquet_keys(location) if key.startswith(prefix)}
-            found = list({(name.split(b"/")[0], b"/" in name) for name in below})
+        case "package":
+            below = (key.removeprefix(prefix) for key in _read_digits() if key.startswith(prefix))
+            found = [(name, True) for name in {path.split(b"/")[0] for path in below}]
         case "uri":
             found = [
                 (info.base_name.encode(), info.type == pafs.FileType.Directory)
@@ -209,9 +205,8 @@ def list_files(location: Location, prefix: bytes, *, with_stamps: bool) -> tuple
                 keys: list[bytes] = []
                 _walk(root, prefix, above, keys)
                 return keys, None
-        case "parquet":
-            found = (key for key in _parquet_keys(location) if key.startswith(prefix))
-            return [key for key in found if not _is_in_hidden(key, prefix)], None
+        case "package":
+            return [key for key in _read_digits() if key.startswith(prefix)], None
         case "uri":
             root_length = len(location.filesystem[1].rstrip("/")) + 1
             infos = _list_remote(location, prefix, recursive=True)
@@ -337,5 +332,11 @@ def _list_remote(location: Location, prefix: bytes, *, recursive: bool) -> list[
     return found
 
 
-def _parquet_keys(location: Location) -> list[bytes]:
-    return [key.encode() for key in location.table["key"].to_pylist()]
+@functools.cache
+def _read_digits() -> dict[bytes, bytes]:
+    """Read the images of `digits`, by key."""
+    import pyarrow.parquet as pq  # here, because it would load in every decoding process
+
+    table = pq.read_table(DIGITS)
+    keys = (key.encode() for key in table["key"].to_pylist())
+    return dict(zip(keys, table["image"].to_pylist(), strict=True))

@@ -6,6 +6,7 @@ imports what an actor computes with; an actor does its calls in the order in whi
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.compute.exchange import TOKEN_BYTES, Address
 from pipeline.driver.allocation import Allocation
-from pipeline.driver.tasks import _import_torch, leave_pandas_out
+from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref
 from pipeline.errors import ActorLostError
 from pipeline.plan import Plan
@@ -46,9 +47,9 @@ class ActorProcess:
     the writing of results here, because the modules below do not know of each other.
     """
 
-    def __init__(self, *, has_training: bool) -> None:
+    def __init__(self) -> None:
         leave_pandas_out()
-        _import_torch(has_training=has_training)
+        importlib.import_module("torch")  # while the listing is read, and not when the first images are here
 
     def begin(self, plan: Plan, rank: int, allocation: Allocation, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""
@@ -78,13 +79,12 @@ class ActorProcess:
         return PartRecord(digest, scored.confusions)
 
 
-def start_actors(allocation: Allocation, node_ids: Sequence[str], *, has_training: bool) -> list[Actor]:
+def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]:
     """Start the actors' processes, which import torch; nothing is waited for.
 
     Args:
         allocation: How the job fits the cluster.
         node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
-        has_training: Whether SGD follows the distances.
     """
     if not node_ids:
         raise ActorLostError("the actors: expected a node with CPUs, got none")
@@ -96,7 +96,7 @@ def start_actors(allocation: Allocation, node_ids: Sequence[str], *, has_trainin
             scheduling_strategy="DEFAULT"
             if allocation.gpus_per_actor > 0
             else NodeAffinitySchedulingStrategy(node_ids[rank % len(node_ids)], soft=False)
-        ).remote(has_training=has_training)
+        ).remote()
         for rank in range(allocation.num_actors)
     ]
 

@@ -1,62 +1,48 @@
-"""Connecting to Ray: a cluster that is there, or one started here with what a job needs of it and nothing else.
+"""Connecting to Ray: a cluster that is there, or one started here for this job alone.
 
-What enters: an address, or none. What leaves: a connection that is left again. Always: nothing that was started here
-stays, however the job ends.
+Input: an address, or none.
+Output: a connection, which is closed again.
+Invariant: no process that was started here is left, however the job ends.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 import os
+import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import ray
-import ray._private.node
-import ray._private.ray_constants
-import ray._private.services
-import ray._private.utils
 import ray.exceptions
 
+from pipeline.driver import local_ray
 from pipeline.driver.cluster import STORE_SHARE, memory_limit
 from pipeline.errors import ClusterError
 
+logger = logging.getLogger(__name__)
+
 _CONNECT_SECONDS = 5.0
-_GRACE_SECONDS = 3.0
+_GRACE_SECONDS = 1.0
 _END_SECONDS = 10.0
-# The least that Ray takes for its object store.
-_LEAST_STORE_BYTES = 80 * 2**20
-_REGISTER_SECONDS = 30.0
 _POLL_SECONDS = 0.01
-_SHORT_SECONDS = 0.1
-# Ray's node manager wants two agents that live as long as it does, and to be told where they listen: these do nothing
-# until their input, its end of a pipe, is closed, whatever arguments they get; and nobody asks them anything.
-_NO_AGENT = "/bin/sh -c 'read _'"
-_NO_AGENTS = {
-    "--dashboard_agent_command": _NO_AGENT,
-    "--runtime_env_agent_command": _NO_AGENT,
-    "--metrics-agent-port": "1",
-    "--metrics_export_port": "1",
-    "--runtime_env_agent_port": "1",
-    "--dashboard_agent_listen_port": "1",
-}
-# Read by all of Ray's processes, unless the user says otherwise.
+# The least that Ray takes for its object store, and the least share of /dev/shm that it is content with before it
+# refuses a store that does not fit.
+_LEAST_STORE_BYTES = 80 * 2**20
+_SHARED_MEMORY = Path("/dev/shm")
+# Read by all of Ray's processes that are started here, unless the user says otherwise.
 _SETTINGS = {
     # Only there for the dashboard to show.
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
-    # As long as by default, but not a second at a time: Ray's node manager knocks at its own store before that listens.
+    # As long as by default, but not a second at a time: the raylet tries its own store before that listens.
     "RAY_raylet_client_connect_timeout_milliseconds": "20",
     "RAY_raylet_client_num_connect_attempts": "500",
     # While a long listing is read, workers have nothing to do, and would be ended and started again.
@@ -85,40 +71,29 @@ def connected(address: str | None) -> Iterator[bool]:
     if ray.is_initialized():
         yield True
         return
-    signals = {signal.SIGINT, signal.SIGTERM}
-    is_main = threading.current_thread() is threading.main_thread()
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    # Ray sets handlers of its own, which raise: in a fork, as when it starts its processes, that is ignored, and the
-    # request with it. Who has none is better off with Ray's than with the system's.
-    ray_utils: Any = ray._private.utils
-    kept_handlers = [(ray_utils, "set_sigterm_handler", _do_nothing)] if callable(on_terminate) else []
     others = set(psutil.Process().children())
     _check_address(address)
-    # Ray loads this when the first object is sent; while its services start there is time for it.
-    threading.Thread(target=importlib.import_module, args=("ray._common.pydantic_compat",), daemon=True).start()
+    is_joined, is_fast = _is_joined(address), False
     try:
-        try:
-            with _replaced(kept_handlers), _fewer_services():
-                ray.init(
-                    address=address,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as exc:
-            where = f"--address {address}" if address else "Ray"
-            raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
-        finally:
-            if is_main:  # whatever Ray's compiled code has set
-                signal.signal(signal.SIGTERM, on_terminate)
-        yield not any(child not in others for child in psutil.Process().children())
+        with _terminated_later():
+            try:
+                if is_joined:
+                    _initialize(address)
+                else:
+                    is_fast = _start(others)
+            except Exception as exc:  # Ray raises plain ones too
+                where = f"--address {address}" if address else "Ray"
+                if not is_joined:
+                    raise ClusterError(
+                        f"{where}: expected Ray to start, got {exc}; see the newest session's logs, by default "
+                        "/tmp/ray/session_latest/logs"
+                    ) from exc
+                raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
+        yield is_joined
     finally:
         # A second Ctrl-C at this point would leave Ray's processes behind.
-        if is_main:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        _leave_ray(others)
-        if is_main:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        with _blocked({signal.SIGINT, signal.SIGTERM}):
+            _leave_ray(others, is_fast=is_fast)
 
 
 def _check_address(address: str | None) -> None:
@@ -135,114 +110,113 @@ def _check_address(address: str | None) -> None:
         ) from exc
 
 
-@contextmanager
-def _fewer_services() -> Iterator[None]:
-    """Have a Ray that is started here listen on this machine alone, and do without what no job on one asks for.
+def _is_joined(address: str | None) -> bool:
+    """Say whether `ray.init` would join a cluster, by the rules that its documentation gives."""
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    if address is not None:
+        return address != "local"
+    latest = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return latest.exists() and bool(latest.read_text().strip())
 
-    The dashboard (which starts even where it is said not to be included), its agent and that for runtime environments,
-    the autoscaler's monitor and the forwarder of logs are Python processes of their own, for some of which Ray waits;
-    and for what it does need it looks too seldom. Without all that, Ray's start takes about a fifth of
-    the time. None of it has a public option in Ray 2.60.
+
+def _start(others: set[psutil.Process]) -> bool:
+    """Start Ray here, as fast as this version of it allows, and say whether that was fast.
+
+    Args:
+        others: Processes that this one had started before.
     """
-    node_module: Any = ray._private.node
-    node = node_module.Node
-    services: Any = ray._private.services
-    raylet: Any = ray._raylet
-    wait_for_node, start_process = services.get_node, services.start_ray_process
-    wait_for_port = node_module.wait_for_persisted_port
-    store_bytes = max(_LEAST_STORE_BYTES, int(STORE_SHARE * memory_limit()))
-
-    def start_no_dashboard(self: Any, **_: object) -> None:
-        self._webui_url = None
-
-    def get_node(address: str, node_id: str) -> Any:
-        client = raylet.GcsClient(address=address)
-        deadline = time.monotonic() + _REGISTER_SECONDS
-        while not client.get_all_node_info():
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"Ray: expected it to start within {_REGISTER_SECONDS:.0f} s, got no node; see raylet.err and "
-                    "raylet.out in the newest session's logs, by default /tmp/ray/session_latest/logs"
-                )
-            time.sleep(_POLL_SECONDS)
-        return wait_for_node(address, node_id)
-
-    def wait_for_persisted_port(folder: str, node_id: str, name: str, timeout_ms: int) -> Any:
-        _wait_for_file(Path(folder, f"{name}_{node_id}"), timeout_ms / 1000)
-        return wait_for_port(folder, node_id, name, timeout_ms=timeout_ms)
-
-    def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
-        if process_type == ray._private.ray_constants.PROCESS_TYPE_RAYLET:
-            given = dict(argument.partition("=")[::2] for argument in command)
-            # One for each CPU, which decodes, and one for an actor, which Ray would only start when all are wanted.
-            num_workers = str(int(given["--num_prestart_python_workers"]) + 1)
-            workers = dict.fromkeys(("--num_prestart_python_workers", "--maximum_startup_concurrency"), num_workers)
-            changed = _NO_AGENTS | workers
-            kept = [argument for argument in command if argument.partition("=")[0] not in changed]
-            command = [*kept, *(f"{name}={value}" for name, value in changed.items())]
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)  # here, as a cluster that is only joined has a dashboard
-        return start_process(command, process_type, **options)
-
-    replacements: list[tuple[Any, str, Any]] = [
-        (node, "start_api_server", start_no_dashboard),
-        (node, "start_monitor", _do_nothing),
-        (node, "start_log_monitor", _do_nothing),
-        (services, "get_node", get_node),
-        (node_module, "wait_for_persisted_port", wait_for_persisted_port),
-        (node_module, "time", SimpleNamespace(**{**vars(time), "sleep": _sleep_little})),
-        (services, "start_ray_process", start_ray_process),
-        # What is asked of a whole process group, as to end, this process answers; without its services, it could not.
-        (services, "ConsolePopen", functools.partial(subprocess.Popen, process_group=0)),
-        # By the machine's own address Ray's daemons would be open to its network; nobody there is to reach this one.
-        (ray.util, "get_node_ip_address", lambda: "127.0.0.1"),
-        # With what the dashboard needs, it would load all of that here, a quarter of a second, to say that it can.
-        (ray._private.utils, "get_dashboard_dependency_error", lambda: ImportError("no dashboard is wanted")),
-        # Ray sees no control group but the outermost, and would take a share of memory that this process has not.
-        (ray._private.ray_constants, "DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", store_bytes),
-    ]
-    unset = [name for name in _SETTINGS if name not in os.environ]
+    unset = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(unset)
     try:
-        with _replaced(replacements):
-            yield
+        reason = local_ray.find_reason_for_plain()
+        if reason is None:
+            try:
+                with local_ray.started_fast():
+                    _initialize("local", object_store_memory=_choose_store_bytes())
+            except Exception as exc:  # noqa: BLE001 - whatever another version makes of the stand-ins
+                _leave_ray(others, is_fast=False)
+                reason = (
+                    f"Ray {ray.__version__}: expected to start with fewer services, got {' '.join(str(exc).split())}"
+                )
+            else:
+                return True
+        logger.warning(
+            "%s; Ray is started as it comes, which takes longer and listens on this machine's network", reason
+        )
+        _initialize("local", object_store_memory=_choose_store_bytes())
+        return False
     finally:
         for name in unset:
             os.environ.pop(name, None)
 
 
-def _wait_for_file(path: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+def _initialize(address: str | None, **options: Any) -> None:
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
-def _sleep_little(seconds: float) -> None:
-    """Stand for a short wait that is longer than what is waited for; where Ray is patient, it has to be."""
-    time.sleep(seconds if seconds > _SHORT_SECONDS else min(seconds, _POLL_SECONDS))
+@contextmanager
+def _terminated_later() -> Iterator[None]:
+    """Hold a SIGTERM back until Ray is up, to be answered then as the caller has it answered.
+
+    Ray sets handlers of its own, which raise: in a fork, as when it starts its processes, that is ignored, and the
+    request with it. And those processes inherit that they do not hear it: what is asked of a whole process group, this
+    process answers; without them, it could not. Who has no handler is better off with Ray's than with the system's.
+    """
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    if not callable(on_terminate):
+        yield
+        return
+    with _blocked({signal.SIGTERM}):
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():  # whatever Ray, and its compiled code, have set
+                signal.signal(signal.SIGTERM, on_terminate)
 
 
-def _do_nothing(_: object) -> None:
-    """Stand for what Ray is not to do."""
+@contextmanager
+def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
+    """Have signals wait, for this thread and what it starts."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def _leave_ray(others: set[psutil.Process]) -> None:
+def _choose_store_bytes() -> int | None:
+    """Choose the size of the object store; None where Ray knows as well.
+
+    Of control groups Ray sees none but the outermost, and would take a share of memory that this process has not.
+    """
+    memory = psutil.virtual_memory()
+    limit = memory_limit()
+    if limit >= memory.total:
+        return None
+    share = STORE_SHARE * min(limit, memory.available)
+    # A store of more than 10 GB that does not fit /dev/shm is an error of Ray's; a smaller one goes to the disk.
+    most = max(10e9, 0.95 * shutil.disk_usage(_SHARED_MEMORY).free)
+    return max(_LEAST_STORE_BYTES, int(min(share, most)))
+
+
+def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
     """Disconnect, and end whatever this process started except `others`."""
     started = [child for child in psutil.Process().children() if child not in others]
-    ended: set[psutil.Process] = set()
-    node: Any = ray._private.node.Node
+    # Before the raylet dies: its own children are nobody's children then.
+    ended = set(_family(started))
 
-    def end_at_once(self: Any, **_: object) -> None:
-        """Stand for Ray's orderly end, which takes up to two seconds and has nothing left to save."""
+    def end_at_once() -> None:
         for child in started:
             with suppress(psutil.NoSuchProcess):
                 child.suspend()  # so that it starts no other while its own are looked for
         ended.update(_family(started))
         _kill(ended)
 
-    # What was itself asked to end, by a signal to the whole process group, can keep Ray waiting for a minute.
-    impatience = threading.Timer(_GRACE_SECONDS, lambda: _kill(_family(started)))
+    # Ray's services do not hear that they are asked to end, see above; and what died by itself can keep Ray waiting.
+    impatience = threading.Timer(_GRACE_SECONDS, end_at_once)
     impatience.start()
-    with _replaced([(node, "kill_all_processes", end_at_once)]):
+    with local_ray.ended_by(end_at_once) if is_fast else nullcontext():
         ray.shutdown()
     impatience.cancel()
     ended.update(_family(started))  # all of it, if Ray's start was interrupted and there was nothing to shut down
@@ -267,19 +241,6 @@ def _family(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             family += process.children(recursive=True)
     return family
-
-
-@contextmanager
-def _replaced(replacements: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Have other values stand for attributes, given as owner, name and value, for a while."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
-    try:
-        for owner, name, replacement in replacements:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -65,7 +65,7 @@ def evaluate(
     config = replace(config, scratch=storage.absolute_root("--scratch", config.scratch, OptionError))
     location = files.locate(config.data, on_download)
     output = Output.at(config.out)
-    data = [] if location.kind == "parquet" else [location.root]
+    data = [] if location.kind == "package" else [location.root]
     if any(storage.is_inside(output.root, root) for root in data):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     cache = None
@@ -117,7 +117,7 @@ def _allocate(config: Config, nodes: list[Node]) -> Allocation:
 
 def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     node_ids = [node.node_id for node in cluster.working_nodes()]
-    return start_actors(allocation, node_ids, has_training=config.epochs > 0)
+    return start_actors(allocation, node_ids)
 
 
 def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:

@@ -7,6 +7,7 @@ shards with the names of their entries. Invariant: what a job takes from the cac
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -55,6 +56,8 @@ def begin_listing(location: Location, config: Config) -> Future[FirstListing]:
     pending: Future[FirstListing] = Future()
 
     def run() -> None:
+        # While Ray starts, the main thread has it wait, and what any thread hears would be answered by Ray's handler.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             pending.set_result(_list_first(location, config))
         except BaseException as exc:  # noqa: BLE001 - all of it: what is kept here is raised by result()
@@ -88,7 +91,7 @@ def finish_listing(
 
 def _list_first(location: Location, config: Config) -> FirstListing:
     """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
-    if location.kind != "parquet":
+    if location.kind != "package":
         ignored: Counter[str] = Counter()
         filesystem, root = location.filesystem
         if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):

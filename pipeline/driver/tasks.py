@@ -6,14 +6,9 @@ for `STALL_SECONDS` there is an error that names what was waited for.
 
 from __future__ import annotations
 
-import gc
-import importlib
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from importlib.abc import MetaPathFinder
-from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -29,45 +24,10 @@ from pipeline.data.splits import Split
 from pipeline.decoding import cache_key
 from pipeline.decoding.images import Header
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers
+from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref
 from pipeline.plan import Shard, Target
 from pipeline.results.tables import skipped_table
-
-
-class _NoPandas(MetaPathFinder):
-    """Says that there is no pandas."""
-
-    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> None:
-        if fullname == "pandas":
-            raise ModuleNotFoundError("pandas is left out")
-
-
-@cache
-def leave_pandas_out() -> None:
-    """Keep pyarrow from importing pandas in this process, of which nothing here is used.
-
-    Where pandas is installed, pyarrow's first conversion imports it, which takes a process longer than a small dataset.
-    pyarrow asks once: if pandas is not to be had then, it works without; what needs pandas still finds it later.
-    """
-    finder = _NoPandas()
-    sys.meta_path.insert(0, finder)
-    pa.array([0])
-    sys.meta_path.remove(finder)
-
-
-def _import_torch(*, has_training: bool) -> None:
-    """Import torch; for distances alone, in two thirds of the time that it takes of itself."""
-    # How operators act on tensors without data, for compilers, and on random numbers, for training.
-    unused = "torch._meta_registrations"
-    is_left_out = not has_training and unused not in sys.modules
-    if is_left_out:
-        sys.modules[unused] = ModuleType(unused)
-    gc.disable()  # what the import leaves is there to stay, and need not be looked through
-    importlib.import_module("torch")
-    gc.freeze()
-    gc.enable()
-    if is_left_out:
-        del sys.modules[unused]
 
 
 def submit_decoding(

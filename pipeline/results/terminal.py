@@ -7,10 +7,8 @@ was computed, rounded only here.
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -40,8 +38,6 @@ class Progress:
     epoch: int | None = None
     num_epochs: int | None = None
     loss: float | None = None
-
-
 
 
 def library_versions() -> dict[str, str]:

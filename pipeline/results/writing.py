@@ -9,22 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.data import storage
-from pipeline.plan import Target
-from pipeline.errors import OutputError, without_secrets
-from pipeline.results.figures import EpochMetric, Metric
+from pipeline.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +47,6 @@ class Output:
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the root's path on it; connects at first use in each process."""
         return storage.open_root("--out", self.root, OutputError)
-
-
 
 
 def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
@@ -147,28 +141,6 @@ def write_run(output: Output, run: Mapping[str, Any]) -> None:
 def combine_digests(digests: Mapping[str, str]) -> str:
     """Digest the digests of all tables, by name: one value to compare two runs by."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:

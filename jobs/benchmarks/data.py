@@ -1,8 +1,7 @@
-"""The images of the benchmark's workloads, made from others in a folder for work.
+"""The datasets of the benchmark's workloads, made in a working folder.
 
-What enters: a folder of images, or nothing. What leaves: folders of `train/<class>/` and `valid/<class>/`, the same as
-tar or Parquet files, or arrays. Always: the same request makes the same files, and a folder under its final name is
-complete.
+Input: a folder of images, or nothing. Output: folders of `train/<class>/` and `valid/<class>/`, the same as tar or
+Parquet files, or arrays. Invariant: the same request makes the same files; a folder under its final name is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from benchmark_request import Images, class_names, image_paths, labelled_paths
+from benchmarks.request import Images, class_names, image_paths, labelled_paths
 
 SPLITS = ("train", "valid")
 _PHOTOGRAPHS = ("china.jpg", "flower.jpg")
@@ -30,7 +29,7 @@ _ROW_GROUP_IMAGES = 1000
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Have a folder made if it is not there yet; it appears under its name when it is complete."""
+    """Make a folder if it does not exist; it gets its final name when it is complete."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         if partial.exists():
@@ -42,10 +41,10 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def link_images(source: Path, folder: Path, num_images: int) -> None:
-    """Make a dataset of so many files, each a hard link to one of `source`'s, in the proportions of its classes.
+    """Make a dataset of `num_images` hard links to the files of `source`, in the proportions of its classes.
 
-    Every name is opened, read and decoded for itself; what is saved is room on the disk. As these files are in the
-    system's cache after the first round, so are the links.
+    Every link is opened, read and decoded by itself; links save disk space. After the first round the files of `source`
+    are in the system's page cache, and so are the links.
     """
     groups = [(split, name) for split in SPLITS for name in class_names(str(source))]
     by_group = {group: image_paths(str(source), *group) for group in groups}
@@ -54,7 +53,7 @@ def link_images(source: Path, folder: Path, num_images: int) -> None:
     for (split, name), paths in by_group.items():
         target = folder / split / name
         target.mkdir(parents=True)
-        # From cumulative counts, so that the groups add up to the number that was asked for.
+        # From cumulative counts, so that the groups add up to `num_images`.
         first, num_before = num_before * num_images // total, num_before + len(paths)
         for number in range(num_before * num_images // total - first):
             path = paths[number % len(paths)]
@@ -75,7 +74,7 @@ def make_photographs(folder: Path, num_images: int) -> None:
     """
     num_processes = os.cpu_count() or 1
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        pool.starmap(_make_share, [(folder, range(place, num_images, num_processes)) for place in range(num_processes)])
+        pool.starmap(_make_share, [(folder, range(first, num_images, num_processes)) for first in range(num_processes)])
 
 
 def _make_share(folder: Path, numbers: range) -> None:
@@ -85,7 +84,7 @@ def _make_share(folder: Path, numbers: range) -> None:
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     for number in numbers:
-        # A stream an image, so that it does not depend on how the work is shared.
+        # One random stream per image, so that the result does not depend on the number of processes.
         random = np.random.default_rng(number)
         photograph, side = (number // 2) % len(_PHOTOGRAPHS), number % 2
         image = photographs[photograph]
@@ -112,11 +111,11 @@ def write_tars(source: Path, folder: Path) -> None:
     """
     for split in SPLITS:
         (folder / split).mkdir()
-        for place, rows in enumerate(_rows(source, split)):
-            with tarfile.open(folder / split / f"{place:05d}.tar", "w") as tar:
+        for index, rows in enumerate(_rows(source, split)):
+            with tarfile.open(folder / split / f"{index:05d}.tar", "w") as tar:
                 for number, (path, name) in enumerate(rows):
                     for ending, data in ((Path(path).suffix, Path(path).read_bytes()), (".cls", name.encode())):
-                        member = tarfile.TarInfo(f"{place * _FILE_IMAGES + number:09d}{ending}")
+                        member = tarfile.TarInfo(f"{index * _FILE_IMAGES + number:09d}{ending}")
                         member.size = len(data)
                         tar.addfile(member, BytesIO(data))
 
@@ -136,14 +135,14 @@ def write_parquet(source: Path, folder: Path) -> None:
     schema = pa.schema(fields, metadata=metadata)
     for split in SPLITS:
         (folder / split).mkdir()
-        for place, rows in enumerate(_rows(source, split)):
+        for index, rows in enumerate(_rows(source, split)):
             images = [{"bytes": Path(path).read_bytes(), "path": Path(path).name} for path, _ in rows]
             table = pa.table([images, [classes.index(name) for _, name in rows]], schema=schema)
-            pq.write_table(table, folder / split / f"{place:05d}.parquet", row_group_size=_ROW_GROUP_IMAGES)
+            pq.write_table(table, folder / split / f"{index:05d}.parquet", row_group_size=_ROW_GROUP_IMAGES)
 
 
 def _rows(source: Path, split: str) -> Iterator[list[tuple[str, str]]]:
-    """Yield a split's paths with their classes, mixed but in a fixed order, as many at a time as a file holds."""
+    """Yield a split's paths with their classes, shuffled by a fixed seed, the rows of one file at a time."""
     import numpy as np
 
     classes = class_names(str(source))
@@ -165,8 +164,8 @@ def write_arrays(source: Path, folder: Path) -> None:
         np.save(folder / f"{split}_labels.npy", labels_N)
 
 
-def look_at(data: Path, size: tuple[int, int] | None = None) -> Images:
-    """Describe a dataset to the peers by its first image, or by the size, height and width, that all are to have."""
+def images_request(data: Path, size: tuple[int, int] | None = None) -> Images:
+    """Make the peers' request: the size (height, width) and mode of the first image, or the given size."""
     from PIL import Image
 
     with Image.open(labelled_paths(str(data), "train")[0][0]) as image:

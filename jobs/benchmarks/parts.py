@@ -1,9 +1,12 @@
-"""Parts of this program by themselves, and what they are held against: the steps of SGD, and the driver.
+"""Single parts of this program (the steps of SGD, the driver), and the loops that they are compared with.
 
-What enters: the name of a part and a request as JSON, on the command line. What leaves: an `Answer` as JSON. Always:
-`phase_s` covers the steps, or the feeding, alone; start-up, loading and a first epoch that warms up are not in it.
+Run from `jobs/` as `python -m benchmarks.parts NAME REQUEST`.
 
-Legend: N images, B rows of a step, K classes, D values of one image, P parameters.
+Input: the name of a part and a `Task` as JSON, on the command line. Output: an `Answer` as JSON, the last line on
+standard output. Invariant: `phase_s` covers the steps, or the feeding, alone, without start-up, loading and the first
+epoch, which warms up.
+
+Axes: N images, B rows of a step, K classes, D values of one image, P parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark_request import Answer, serve
+from benchmarks.request import Answer, serve
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -33,14 +36,14 @@ _SHARD_IMAGES = 2048
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a part is given.
+class Task:
+    """The work for a part.
 
     Attributes:
         arrays: Folder of `train_images.npy` (uint8 [N, D]), `train_labels.npy` (int64 [N]) and the same of `valid`.
         batch_size: Images of a step.
-        num_epochs: Timed epochs, after one that is not.
-        num_shards: Shards that the driver is to hand out.
+        num_epochs: Timed epochs; one more, not timed, comes first.
+        num_shards: Shards that the driver hands out.
     """
 
     arrays: str = ""
@@ -56,53 +59,53 @@ class Part:
         return array
 
 
-def actor(part: Part) -> Answer:
-    """Train as a `LaneActor` does, in this process, without Ray."""
-    return _train_actor(part, _make_actor(part, 0, 1))
+def train_actor(task: Task) -> Answer:
+    """Train with one `LaneActor` in this process, without Ray."""
+    return _time_epochs(task, _make_actor(task, 0, 1))
 
 
-def actors_2(part: Part) -> Answer:
-    """Train as two of them do that exchange their lanes, each a process with one thread."""
+def train_two_actors(task: Task) -> Answer:
+    """Train with two `LaneActor`s that exchange the gradients of their lanes, each in a process with one thread."""
     import multiprocessing
     import secrets
 
     from pipeline.compute.exchange import TOKEN_BYTES
 
-    first = _make_actor(part, 0, 2)
+    first = _make_actor(task, 0, 2)
     address = first.listen("127.0.0.1")
     token = secrets.token_bytes(TOKEN_BYTES)
     context = multiprocessing.get_context("spawn")
     told, tell = context.Pipe(duplex=False)
-    other = context.Process(target=_run_other, args=(part, address, token, tell))
+    other = context.Process(target=_run_other, args=(task, address, token, tell))
     other.start()
     try:
         first.join_group(token, address, told.recv())
-        return _train_actor(part, first)
+        return _time_epochs(task, first)
     finally:
         other.join(30)
         other.kill()
 
 
-def _run_other(part: Part, address: Address, token: bytes, tell: Connection) -> None:
-    second = _make_actor(part, 1, 2)
+def _run_other(task: Task, address: Address, token: bytes, tell: Connection) -> None:
+    second = _make_actor(task, 1, 2)
     own_address = second.listen("127.0.0.1")
     tell.send(own_address)
     second.join_group(token, address, own_address)
     second.finish_means()
     second.begin_training(None)
-    for epoch in range(part.num_epochs + 1):
+    for epoch in range(task.num_epochs + 1):
         second.train_epoch(epoch + 1)
 
 
-def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
-    """Make an actor that holds its lanes."""
+def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
+    """Make an actor that holds the images of its lanes."""
     import numpy as np
     import pyarrow as pa
 
     from pipeline.compute.actor import LaneActor
     from pipeline.plan import LaneAssignment, Plan, Target
 
-    images_ND, labels_N = part.load("train_images"), part.load("train_labels")
+    images_ND, labels_N = task.load("train_images"), task.load("train_labels")
     target = Target(1, images_ND.shape[1], "L")
     plan = Plan(
         target=target,
@@ -110,7 +113,7 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
         assignment=LaneAssignment(len(labels_N), _NUM_LANES),
         part_sizes=(),
         has_training=True,
-        batch_size=part.batch_size,
+        batch_size=task.batch_size,
         learning_rate=None,
         seed=_SEED,
         gpus_per_actor=1.0,
@@ -124,44 +127,44 @@ def _make_actor(part: Part, rank: int, num_actors: int) -> LaneActor:
     return made
 
 
-def _train_actor(part: Part, first: LaneActor) -> Answer:
+def _time_epochs(task: Task, first: LaneActor) -> Answer:
     import torch
 
     first.finish_means()
     first.begin_training(None)
     first.train_epoch(1)
     started = time.perf_counter()
-    for epoch in range(part.num_epochs):
+    for epoch in range(task.num_epochs):
         _, params_P = first.train_epoch(epoch + 2)
     seconds = time.perf_counter() - started
-    return _answer(part, torch.from_numpy(params_P), seconds)
+    return _answer(task, torch.from_numpy(params_P), seconds)
 
 
-def torch_loop(part: Part) -> Answer:
-    """Train by a plain torch loop over a resident tensor, in one thread as an actor: same rows, same arithmetic."""
+def torch_loop(task: Task) -> Answer:
+    """Train by a plain torch loop over a tensor in memory, in one thread as an actor: same rows, same arithmetic."""
     import torch
 
     torch.set_num_threads(1)
-    return torch_loop_threads(part)
+    return torch_loop_threads(task)
 
 
-def torch_loop_threads(part: Part) -> Answer:
-    """Do the same with as many threads as torch takes of itself."""
+def torch_loop_threads(task: Task) -> Answer:
+    """Do the same with torch's default number of threads."""
     import torch
 
     from pipeline.compute.classifiers import sgd_linear
 
-    images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
+    images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
-    centre_D, rate = _centre_and_rate(part)
+    centre_D, rate = _centre_and_rate(task)
     params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1], _SEED)
     weights_KD, bias_K = sgd_linear.split_params(params_P, num_classes)
     started = 0.0
-    for epoch in range(part.num_epochs + 1):
+    for epoch in range(task.num_epochs + 1):
         if epoch == 1:
             started = time.perf_counter()
         losses, num_correct, norms = [], torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-        for rows_B in _epoch_rows(part, epoch + 1, len(labels_N)):
+        for rows_B in _epoch_rows(task, epoch + 1, len(labels_N)):
             labels_B = labels_N[rows_B]
             inputs_BD = images_ND[rows_B].float().div_(255).sub_(centre_D)
             logits_BK = torch.addmm(bias_K, inputs_BD, weights_KD.T)
@@ -175,43 +178,43 @@ def torch_loop_threads(part: Part) -> Answer:
             norms += torch.hypot(torch.linalg.vector_norm(gradient_KD), torch.linalg.vector_norm(gradient_K))
             weights_KD.sub_(gradient_KD, alpha=rate)
             bias_K.sub_(gradient_K, alpha=rate)
-    return _answer(part, params_P, time.perf_counter() - started)
+    return _answer(task, params_P, time.perf_counter() - started)
 
 
-def sklearn_sgd(part: Part) -> Answer:
+def sklearn_sgd(task: Task) -> Answer:
     """Train scikit-learn's linear model by SGD with log loss, a class against the rest, for as many epochs.
 
-    It has no batches, so that only the time of an epoch compares, and its answer is another one.
+    It has no batches, so that only the time of an epoch can be compared; the model is another one.
     Source: https://scikit-learn.org/stable/modules/sgd.html
     """
     import numpy as np
     from sklearn.linear_model import SGDClassifier
 
-    inputs_ND, labels_N = part.load("train_images").astype(np.float32) / 255, part.load("train_labels")
-    model = SGDClassifier(loss="log_loss", max_iter=part.num_epochs, tol=None, random_state=_SEED, n_jobs=-1)
+    inputs_ND, labels_N = task.load("train_images").astype(np.float32) / 255, task.load("train_labels")
+    model = SGDClassifier(loss="log_loss", max_iter=task.num_epochs, tol=None, random_state=_SEED, n_jobs=-1)
     started = time.perf_counter()
     model.fit(inputs_ND, labels_N)
     seconds = time.perf_counter() - started
-    valid_labels_N = part.load("valid_labels")
-    num_correct = int((model.predict(part.load("valid_images").astype(np.float32) / 255) == valid_labels_N).sum())
+    valid_labels_N = task.load("valid_labels")
+    num_correct = int((model.predict(task.load("valid_images").astype(np.float32) / 255) == valid_labels_N).sum())
     num_images = len(labels_N) + len(valid_labels_N)
-    num_units = part.num_epochs * len(labels_N)
+    num_units = task.num_epochs * len(labels_N)
     return Answer(num_images, num_correct, len(valid_labels_N), phase_s=seconds, num_units=num_units)
 
 
-def _centre_and_rate(part: Part) -> tuple[torch.Tensor, float]:
+def _centre_and_rate(task: Task) -> tuple[torch.Tensor, float]:
     import torch
 
     from pipeline.compute.classifiers import nearest_mean, sgd_linear
 
-    images_ND, labels_N = (torch.from_numpy(part.load(f"train_{name}")) for name in ("images", "labels"))
+    images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     sums_KD, counts_K = nearest_mean.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
     means_KD = nearest_mean.class_means(sums_KD, counts_K)
     found = sgd_linear.find_centre(sums_KD, counts_K, means_KD, nearest_mean.sum_squares(images_ND))
     return found.centre_D, found.safe_rate
 
 
-def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
+def _epoch_rows(task: Task, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
     """Yield the rows of an epoch's steps: those that the lanes of an actor take in the same step."""
     import numpy as np
     import torch
@@ -225,36 +228,36 @@ def _epoch_rows(part: Part, epoch: int, num_images: int) -> Iterator[torch.Tenso
         rows = torch.from_numpy(np.flatnonzero(lanes_N == lane))
         # A lane of these images is one chunk.
         orders.append(rows[lanes.shuffled(len(rows), _SEED, epoch, lane, 0)])
-    lane_rows = part.batch_size // _NUM_LANES
+    lane_rows = task.batch_size // _NUM_LANES
     num_steps = -(-max(map(len, orders)) // lane_rows)
     return (torch.cat([order[step * lane_rows :][:lane_rows] for order in orders]) for step in range(num_steps))
 
 
-def _answer(part: Part, params_P: torch.Tensor, seconds: float) -> Answer:
-    """Score the validation images by trained parameters."""
+def _answer(task: Task, params_P: torch.Tensor, seconds: float) -> Answer:
+    """Score the validation images with the trained parameters."""
     import torch
 
     from pipeline.compute.classifiers import sgd_linear
 
-    images_ND, labels_N = (torch.from_numpy(part.load(f"valid_{name}")) for name in ("images", "labels"))
+    images_ND, labels_N = (torch.from_numpy(task.load(f"valid_{name}")) for name in ("images", "labels"))
     num_classes = len(params_P) // (images_ND.shape[1] + 1)
-    centre_D, _ = _centre_and_rate(part)
+    centre_D, _ = _centre_and_rate(task)
     found_N = sgd_linear.log_probabilities(params_P, images_ND, num_classes, centre_D).argmax(1)
-    num_train = len(part.load("train_labels"))
+    num_train = len(task.load("train_labels"))
     return Answer(
         num_train + len(labels_N),
         int((found_N == labels_N).sum()),
         len(labels_N),
         checksum=float(torch.linalg.vector_norm(params_P)),
         phase_s=seconds,
-        num_units=part.num_epochs * num_train,
+        num_units=task.num_epochs * num_train,
     )
 
 
-def driver(part: Part) -> Answer:
-    """Have the driver hand out shards whose decoding does nothing to an actor that does nothing.
+def feed_shards(task: Task) -> Answer:
+    """Let the driver hand out shards; the decoding task and the actor do nothing.
 
-    All else is what a job does: keys are taken from the listing and sent, and every answer is waited for.
+    All else is as in a job: keys are taken from the listing and sent, and every result is waited for.
     """
     import numpy as np
     import psutil
@@ -277,23 +280,23 @@ def driver(part: Part) -> Answer:
         def write_part(self, *_: object) -> PartRecord:
             return PartRecord("", {})
 
-    # It takes the real function's place in this process alone, and is sent the same.
-    task: Any = decode_nothing
-    tasks._decode_shard = task
+    # Replaces the real function in this process alone, and is sent to the workers in the same way.
+    stand_in: Any = decode_nothing
+    tasks._decode_shard = stand_in
     sizes: list[int] = []
 
-    def look(done: int) -> None:
-        if not sizes and done >= part.num_shards * _SHARD_IMAGES // 4:
+    def measure_memory(done: int) -> None:
+        if not sizes and done >= task.num_shards * _SHARD_IMAGES // 4:
             sizes.append(psutil.Process().memory_info().rss)
 
     with connect.connected("local"):
         idle: Any = ray.remote(num_cpus=0)(IdleActor)
         actors = [idle.remote()]
-        # Workers are up before the clock runs.
+        # Start the workers before the timed phase.
         warm_up = ray.remote(lambda: None)
         ray.get([warm_up.remote() for _ in range(4 * (os.cpu_count() or 1))])
         ray.get(actors[0].call.remote("warm_up"))
-        job = _make_job(part, look)
+        job = _make_job(task, measure_memory)
         started = time.perf_counter()
         counts = feed.feed(job, actors, [])
         seconds = time.perf_counter() - started
@@ -301,13 +304,13 @@ def driver(part: Part) -> Answer:
     return Answer(
         counts.num_decoded.total(),
         phase_s=seconds,
-        num_units=part.num_shards,
+        num_units=task.num_shards,
         quarter_bytes=sizes[0] if sizes else None,
     )
 
 
-def _make_job(part: Part, look: Callable[[int], None]) -> Job:
-    """Make a job of so many shards; all name the same rows, so that the listing is small however many there are."""
+def _make_job(task: Task, on_done: Callable[[int], None]) -> Job:
+    """Make a job of `num_shards` shards; all name the same rows, so that the listing stays small."""
     import pyarrow as pa
 
     from pipeline.config import Config
@@ -324,8 +327,8 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
     listing = Listing(Location("folder", "/nothing"), ("a", "b"), rows, rows, "valid", {})
     plan, shards = make_plan(config, listing, target := Target(28, 28, "L"), 0)
     last = shards[-1]
-    many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(part.num_shards - 1)]
-    many.append(replace(last, index=part.num_shards - 1))
+    many = [Shard(index, "train", 0, _SHARD_IMAGES, 0, 0) for index in range(task.num_shards - 1)]
+    many.append(replace(last, index=task.num_shards - 1))
     allocation = allocate(config, {"CPU": float(os.cpu_count() or 1)}, 1)
     return Job(
         config,
@@ -339,19 +342,19 @@ def _make_job(part: Part, look: Callable[[int], None]) -> Job:
         Output("/nothing"),
         None,
         Clock(),
-        lambda progress: look(progress.done),
+        lambda progress: on_done(progress.done),
     )
 
 
-PARTS: dict[str, Callable[[Part], Answer]] = {
-    "actor": actor,
-    "actors_2": actors_2,
+PARTS: dict[str, Callable[[Task], Answer]] = {
+    "actor": train_actor,
+    "actors_2": train_two_actors,
     "torch_loop": torch_loop,
     "torch_loop_threads": torch_loop_threads,
     "sklearn_sgd": sklearn_sgd,
-    "driver": driver,
+    "driver": feed_shards,
 }
 
 
 if __name__ == "__main__":
-    serve(PARTS, Part)
+    serve(PARTS, Task)

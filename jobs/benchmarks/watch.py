@@ -1,6 +1,6 @@
-"""A command run to its end and watched: how long, how much CPU, how much memory, and nothing left of it.
+"""Run a command to its end and measure it: wall time, CPU time, memory.
 
-What enters: a command. What leaves: a `Watched`. Always: every process of the command's session has ended.
+Input: a command. Output: a `Watched`. Invariant: every process of the command's session has ended.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ _GRACE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Watched:
-    """What a command took.
+    """The time and memory that a command took.
 
-    `wall_s` is from starting the process to its end, as a user waits for it. `cpu_s` and the peaks come from
-    looking at all processes of its session five times a second, because Ray's raylet does not wait for its workers,
-    so that `wait4` knows nothing of them. Counted: user and system time of every process seen, Ray's services too.
-    Not counted: the last fifth of a second of a process and those that live no longer. Where `wait4` knows of more CPU
-    time, or there is no /proc, its figure stands. `peak_bytes` is the resident memory of the largest process,
-    `main_peak_bytes` that of the process that was started, pages of the object store that it touched included.
+    `cpu_s` and the peaks are sampled from all processes of the session five times a second: Ray's raylet does not wait
+    for its workers, so that `wait4` does not count them. Up to the last 0.2 s of a process are not counted. Where
+    `wait4` reports more CPU time, or where there is no /proc, its figure is used.
+
+    Attributes:
+        exit_code: Of the process that was started.
+        wall_s: From the start of the process to its end.
+        cpu_s: User and system time of all processes, Ray's services included.
+        peak_bytes: Resident memory of the largest process.
+        main_peak_bytes: Resident memory of the process that was started, with the pages of the object store that it
+            touched.
     """
 
     exit_code: int
@@ -41,44 +46,46 @@ class Watched:
     main_peak_bytes: int
 
 
-def watch(command: Sequence[str], out: Path, err: Path) -> Watched:
-    """Run a process to its end in a session of its own, its output going to two files."""
+def watch(command: Sequence[str], out: Path, err: Path, folder: Path) -> Watched:
+    """Run a process to its end, in a session of its own and in a working folder; its output goes to two files."""
     seen: dict[int, tuple[float, int]] = {}
     has_ended = threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not has_ended.wait(_SAMPLE_SECONDS):
             seen.update(read_session(process.pid))
 
-    # A Ray that runs on this machine already would spare a command its start.
+    # A command that joins a running Ray would not measure the start of Ray.
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     # An interrupt waits until there is a process to end.
     interrupts: list[int] = []
     handlers = {signum: signal.signal(signum, lambda signum, _: interrupts.append(signum)) for signum in INTERRUPTS}
     with out.open("wb") as stdout, err.open("wb") as stderr:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=stderr, cwd=folder, env=environment, start_new_session=True
+        )
     try:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         if interrupts:
             raise KeyboardInterrupt
-        looker = threading.Thread(target=look, daemon=True)
-        looker.start()
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
     except KeyboardInterrupt:
-        process.terminate()  # lets it end its Ray; what is slower than that is killed
+        process.terminate()  # which ends its Ray too; after the grace period it is killed
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
         raise
     finally:
         has_ended.set()
         end_session(process.pid)
-    looker.join()
+    sampler.join()
     cpu_s = max(usage.ru_utime + usage.ru_stime, sum(seconds for seconds, _ in seen.values()))
-    # Only where nothing was seen: it knows this process's own memory, before it became the command, as well.
+    # `ru_maxrss` includes the memory of this process before exec: used only where nothing was sampled.
     unit = 1 if sys.platform == "darwin" else 1024
     main_peak_bytes = seen[process.pid][1] if process.pid in seen else usage.ru_maxrss * unit
     peak_bytes = max([main_peak_bytes, *(size for _, size in seen.values())])
@@ -104,7 +111,7 @@ def read_session(session: int) -> dict[int, tuple[float, int]]:
 
 
 def end_session(session: int) -> None:
-    """Kill what a command left behind, its process group and the groups that Ray gives its workers."""
+    """Kill every process that a command left: its process group, and the groups that Ray makes for workers."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
     for pid in read_session(session):

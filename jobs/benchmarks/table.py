@@ -1,7 +1,7 @@
-"""Single runs to medians, spreads and ratios, and both to Parquet and to text.
+"""Medians, spreads and ratios of the runs, as Parquet and as text.
 
-What enters: runs. What leaves: figures, a table for people, two files. Always: a ratio is taken within a round, where
-both commands met the machine in the same state, and only then its median.
+Input: runs. Output: figures, a text table, two Parquet files. Invariant: a ratio is computed within a round, where both
+commands find the machine in the same state; the median is that of the ratios.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one command on one case, and a row of the Parquet file; rounds count from 1, and 0 warms up.
+    """One run of one command on one case: a row of the Parquet file. Rounds count from 1.
 
-    The times and memory are those of `benchmark_watch.Watched`, the rest that of `benchmark_request.Answer`.
+    Times and memory are those of `watch.Watched`, the other fields those of `request.Answer`.
     """
 
     case: str
@@ -41,14 +41,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measure of one command over all rounds: the median, the least and the most."""
+    """One measure of one command over all rounds: median, minimum and maximum."""
 
     case: str
     command: str
     measure: str
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     num_runs: int
 
 
@@ -66,15 +66,15 @@ _MEASURES: dict[str, Callable[[Run], float | None]] = {
     "images_per_s": lambda run: run.num_images / run.wall_s,
     "units_per_s": lambda run: 1 / unit_s if (unit_s := _unit_s(run)) else None,
 }
-# Both as how many times as long as the base's: the whole process, and an image, or shard, of the phase alone.
+# Both relative to the base command: the whole process; and the phase per image (or shard).
 _RATIOS: dict[str, Callable[[Run], float | None]] = {"wall_ratio": lambda run: run.wall_s, "phase_ratio": _unit_s}
 
 
 def summarise(runs: Sequence[Run], bases: Mapping[str, str]) -> list[Figure]:
-    """Work out every measure of every command, case by case.
+    """Compute every measure of every command, case by case.
 
     Args:
-        runs: Of all rounds.
+        runs: The runs of all rounds.
         bases: By case, the command that the others' times are divided by.
     """
     figures = []
@@ -91,10 +91,10 @@ def summarise(runs: Sequence[Run], bases: Mapping[str, str]) -> list[Figure]:
 
 
 def compare_sizes(runs: Sequence[Run], small: str, large: str) -> list[Figure]:
-    """Hold each command's run on a large case against its run on a small one, in the same round.
+    """Compare each command's run on a large case with its run on a small one, in the same round.
 
-    Measures: time an image, of the whole process and of the phase, as a ratio; and by how many bytes the memory of
-    the command's own process grew for each image more.
+    Measures: the ratio of the time per image, for the whole process and for the phase; and the growth of the main
+    process's memory in bytes per additional image.
     """
     figures = []
     for command in dict.fromkeys(run.command for run in runs):
@@ -130,8 +130,8 @@ def _figure(case: str, command: str, measure: str, values: Sequence[float | None
     return [Figure(case, command, measure, median(known), min(known), max(known), len(known))] if known else []
 
 
-def table(figures: Sequence[Figure], bases: Mapping[str, str]) -> str:
-    """Lay figures out for a terminal, a block a case."""
+def format_table(figures: Sequence[Figure], bases: Mapping[str, str]) -> str:
+    """Format figures as text, one block per case."""
     blocks = []
     for case in dict.fromkeys(figure.case for figure in figures):
         own: dict[str, dict[str, Figure]] = {}
@@ -151,12 +151,12 @@ def _case_lines(case: str, own: Mapping[str, Mapping[str, Figure]], base: str) -
         f"{'MiB':>8}{'median':>9}{'min':>8}{'max':>8}{'median':>9}{'min':>8}{'max':>8}",
     ]
     for command, found in own.items():
-        walls, memory = found["wall_s"], found["peak_bytes"].most / _MIB
+        walls, memory = found["wall_s"], found["peak_bytes"].maximum / _MIB
         line = (
-            f"{command:<22}{walls.median:>8.2f}{walls.least:>8.2f}{walls.most:>8.2f}"
+            f"{command:<22}{walls.median:>8.2f}{walls.minimum:>8.2f}{walls.maximum:>8.2f}"
             f"{found['images_per_s'].median:>10,.0f}{_median(found, 'phase_s', '>8.2f')}"
             f"{_median(found, 'units_per_s', '>10,.0f')}{found['cpu_s'].median:>8.1f}{memory:>9,.0f}"
-            f"{found['main_peak_bytes'].most / _MIB:>8,.0f}"
+            f"{found['main_peak_bytes'].maximum / _MIB:>8,.0f}"
             f"{_spread(found, 'wall_ratio')}{_spread(found, 'phase_ratio')}"
         )
         lines.append(line.rstrip())
@@ -185,11 +185,13 @@ def _median(found: Mapping[str, Figure], measure: str, form: str) -> str:
 
 def _spread(found: Mapping[str, Figure], measure: str) -> str:
     figure = found.get(measure)
-    return f"{figure.median:>9.2f}{figure.least:>8.2f}{figure.most:>8.2f}" if figure else f"{'-':>9}{'-':>8}{'-':>8}"
+    return (
+        f"{figure.median:>9.2f}{figure.minimum:>8.2f}{figure.maximum:>8.2f}" if figure else f"{'-':>9}{'-':>8}{'-':>8}"
+    )
 
 
-def write(path: Path, runs: Sequence[Run], figures: Sequence[Figure]) -> Path:
-    """Write a row a run, and beside it a row a figure, each with what they depend on: the machine and the versions.
+def write_runs(path: Path, runs: Sequence[Run], figures: Sequence[Figure]) -> Path:
+    """Write one row per run and, in a second file, one row per figure, each with the machine and the versions.
 
     Returns:
         The path of the figures, `<name>-figures.parquet`.
@@ -197,7 +199,7 @@ def write(path: Path, runs: Sequence[Run], figures: Sequence[Figure]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.results.terminal import library_versions
+    from pipeline.results.run import library_versions
 
     machine: dict[str, Any] = {
         "platform": platform.platform(), "num_cpus": os.cpu_count(), **library_versions()

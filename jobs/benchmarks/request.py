@@ -1,7 +1,7 @@
-"""What the benchmark asks of a process and what that answers; and the files of a folder of images.
+"""The request to a benchmark process and its answer; and the files of a folder of images.
 
-What enters: the name of a peer and a request as JSON, on the command line. What leaves: an `Answer` as JSON, the last
-line on standard output. Always: the same files, in the same order, for everybody.
+Input: the name of a peer and a request as JSON, on the command line. Output: an `Answer` as JSON, the last line on
+standard output. Invariant: every process gets the same files in the same order.
 """
 
 # Every peer pays for every import here: only light ones, the others inside the functions.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# What Ray Data's `read_images` takes when nothing is said, so that all commands read the same files.
+# The default of Ray Data's `read_images`, so that all commands read the same files.
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -31,9 +31,8 @@ class Answer:
     Attributes:
         num_images: Images decoded, of both splits.
         num_correct: Images of `valid` that are given their own class; None where nothing is classified.
-        num_valid: Of how many.
-        checksum: One figure in which every value has its part: the mean training pixel, 0 to 1, or the norm of the
-            parameters.
+        num_valid: Images of `valid`.
+        checksum: A figure that depends on every value: the mean training pixel, 0 to 1, or the norm of the parameters.
         phase_s: Seconds of the phase that the workload is about: decoding, steps of SGD, feeding; None where a command
             cannot tell.
         num_units: Images (an epoch counts each anew) or shards of that phase.
@@ -66,16 +65,16 @@ def serve(peers: Mapping[str, Callable[[Any], Answer]], request_type: Callable[.
     answer = peers[name](request_type(**json.loads(request)))
     sys.stdout.write(json.dumps(asdict(answer)) + "\n")
     if "daft" in sys.modules:
-        # Its threads can abort the interpreter while that ends, after all is done.
+        # Its threads can abort the interpreter at exit.
         sys.stdout.flush()
         os._exit(0)
 
 
 def class_names(data: str) -> list[str]:
-    """List the classes as people sort them (2 before 10), which is the order in which a tie is settled."""
+    """List the classes in natural sort order (2 before 10); a tie goes to the first class."""
 
     def parts(name: str) -> list[int | str]:
-        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+        return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
     return sorted((entry.name for entry in os.scandir(Path(data, "train")) if entry.is_dir()), key=parts)
 
@@ -88,7 +87,7 @@ def image_paths(data: str, split: str, name: str) -> list[str]:
 
 
 def labelled_paths(data: str, split: str) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """List a split's images, class by class, and their classes' places, int64."""
+    """List a split's N images, class by class, and the index of each one's class, int64 [N]."""
     import numpy as np
 
     by_class = [image_paths(data, split, name) for name in class_names(data)]

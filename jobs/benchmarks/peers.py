@@ -1,13 +1,15 @@
-"""The peers of `benchmark.py`: what a user would write instead for nearest class means, and the limit.
+"""The peers: other programs for nearest class means, and the limit (decoding alone).
 
-What enters: the name of a peer and a request as JSON, on the command line. What leaves: an `Answer` as JSON, the only
-line on standard output. Always: a peer is the whole of a process started anew, and is written the fast way that its
-own documentation shows.
+Run from `jobs/` as `python -m benchmarks.peers NAME REQUEST`.
 
-Legend: N images, B images of a batch, K classes, D values of one image.
+Input: the name of a peer and an `Images` request as JSON, on the command line. Output: an `Answer` as JSON, the last
+line on standard output. Invariant: a peer runs in a new process, and is written in the fast way that the library's own
+documentation shows.
+
+Axes: N images, B images of a batch, K classes, D values of one image.
 """
 
-# Every peer pays for every import here: only light ones, the others inside the functions.
+# Every peer's time includes the imports here: heavy ones stand inside the functions.
 from __future__ import annotations
 
 import os
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark_request import Answer, Images, class_names, image_paths, labelled_paths, serve
+from benchmarks.request import Answer, Images, class_names, image_paths, labelled_paths, serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _BLOCK_IMAGES = 512
-# Larger batches cost less: 4,096 took two thirds of the CPU time of 512 on MNIST. But there are to be enough of them to
-# keep every worker busy to the end.
+# Larger batches cost less: 4,096 took two thirds of the CPU time of 512 on MNIST. There must be enough batches to keep
+# every worker busy to the end.
 _MAX_LOADER_IMAGES, _BATCHES_PER_WORKER = 4096, 16
 _RAY_BLOCKS_PER_CPU = 8
 
 
 def plain_loop(images: Images) -> Answer:
-    """Do the work in one process, as one writes it in a notebook.
+    """Do the work in one process, as in a notebook.
 
     The model is chapter 4 of "Deep Learning for Coders with fastai and PyTorch", with any number of classes.
     """
@@ -59,10 +61,10 @@ def plain_loop(images: Images) -> Answer:
 
 
 def dataloader(images: Images) -> Answer:
-    """Do the work with torch's `DataLoader`, a worker a core.
+    """Do the work with torch's `DataLoader`, one worker per core.
 
-    Batches are fetched whole by `__getitems__` and come as one tensor each, which cost less than a tensor an image and
-    the default collation; paths are an array instead of a list, which the workers would copy bit by bit.
+    `__getitems__` fetches a whole batch as one tensor, which costs less than one tensor per image and the default
+    collation. Paths are an array, because the workers would copy a list page by page (reference counts).
     Source: https://docs.pytorch.org/docs/stable/data.html#torch.utils.data.Dataset and #multi-process-data-loading
     """
     import torch
@@ -75,7 +77,7 @@ def dataloader(images: Images) -> Answer:
         files = _Files(split, images)
         size = max(1, min(_MAX_LOADER_IMAGES, len(files) // (_BATCHES_PER_WORKER * num_workers)))
         dataset: Any = files
-        return iter(DataLoader(dataset, batch_size=size, num_workers=num_workers, collate_fn=_as_it_is))
+        return iter(DataLoader(dataset, batch_size=size, num_workers=num_workers, collate_fn=_identity))
 
     sums_KD, counts_K = torch.zeros(num_classes, 1, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.int64)
     for images_BD, labels_B in load("train"):
@@ -114,12 +116,12 @@ class _Files:
         return torch.from_numpy(np.stack(pixels)).flatten(1), torch.from_numpy(self._labels_N[list(rows)])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def ray_data_read_images(images: Images) -> Answer:
-    """Do the work with Ray Data as its documentation shows it: `read_images`, then `map_batches`, nothing set.
+    """Do the work with Ray Data as its documentation shows it: `read_images`, then `map_batches`, default settings.
 
     Source: https://docs.ray.io/en/latest/data/working-with-images.html
     """
@@ -136,11 +138,11 @@ def ray_data_read_images(images: Images) -> Answer:
 
 
 def ray_data_tuned(images: Images) -> Answer:
-    """Do the same with the settings that were the fastest found on small files.
+    """Do the same with the fastest settings that we found for small files.
 
-    `preserve_order` makes a read task read its files one after another instead of in eight threads, and the label
-    comes by `partitioning`, which is cheaper than `include_paths`. Other numbers of blocks made no difference, and
-    batches of a set size instead of whole blocks took nearly twice as long.
+    With `preserve_order` a read task reads its files one after another, not in eight threads. `partitioning` gives the
+    label at less cost than `include_paths`. Other numbers of blocks made no difference; batches of a fixed size took
+    nearly twice as long as whole blocks.
     Source: https://docs.ray.io/en/latest/data/execution-configurations.html
     """
     import ray.data
@@ -156,9 +158,9 @@ def ray_data_tuned(images: Images) -> Answer:
 
 
 def ray_data_map_batches(images: Images) -> Answer:
-    """Do the work with Ray Data from a list of paths, decoded in `map_batches` by this program's own decoder.
+    """Do the work with Ray Data from a list of paths; `map_batches` decodes with this program's own decoder.
 
-    The two calls of `map_batches` are fused into one task, so that no image is copied to the object store.
+    Ray Data fuses the two calls of `map_batches` into one task, so that no image is copied to the object store.
     Source: https://docs.ray.io/en/latest/data/transforming-data.html
     """
     import numpy as np
@@ -196,7 +198,7 @@ def _ray_data(
     *,
     preserve_order: bool,
 ) -> Answer:
-    """Add up and score the batches of a dataset of images, whose classes' names `names` finds."""
+    """Sum and score the batches of a dataset of images; `names` gives the class names of a batch."""
     import logging
 
     import numpy as np
@@ -214,12 +216,12 @@ def _ray_data(
         labels_N = np.array([labels_by_name[name] for name in names(batch)])
         return batch["image"].reshape(len(labels_N), -1), labels_N
 
-    def add_up(batch: dict[str, Any]) -> dict[str, Any]:
+    def sum_classes(batch: dict[str, Any]) -> dict[str, Any]:
         images_ND, labels_N = unpack(batch)
         sums_KD = np.stack([images_ND[labels_N == label].sum(0, dtype=np.int64) for label in range(num_classes)])
         return {"sums": sums_KD[None], "counts": np.bincount(labels_N, minlength=num_classes)[None]}
 
-    rows = read("train").map_batches(add_up).take_all()
+    rows = read("train").map_batches(sum_classes).take_all()
     sums_KD, counts_K = sum(row["sums"] for row in rows), sum(row["counts"] for row in rows)
     means_KD = (sums_KD / (255 * counts_K[:, None])).astype(np.float32)
 
@@ -241,7 +243,7 @@ def _ray_data(
 
 
 def daft_whole(images: Images) -> Answer:
-    """Do the work with Daft: its own decoder and resizer, in threads; batches are reduced as they come.
+    """Do the work with Daft: its own decoder and resizer, in threads.
 
     Source: https://docs.daft.ai/en/stable/modalities/images/
     """
@@ -268,19 +270,19 @@ def daft_whole(images: Images) -> Answer:
 
 
 def daft_decode(images: Images) -> Answer:
-    """Decode all images with Daft and do nothing with them."""
+    """Decode all images with Daft, and nothing else."""
     return Answer(sum(len(labels_B) for split in ("train", "valid") for _, labels_B in _daft_batches(images, split)))
 
 
 def _daft_batches(images: Images, split: str) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
-    """Have Daft decode a split's files from a list of paths; yields pixels [B, D] and labels [B]."""
+    """Decode a split's files with Daft, from a list of paths; yields pixels, uint8 [B, D], and labels, int64 [B]."""
     import daft
 
     paths, labels_N = labelled_paths(images.data, split)
     pixels = daft.col("path").download().decode_image(mode=images.mode)
     if images.is_resized:
         pixels = pixels.resize(images.width, images.height)
-    # Of one shape: the pixels then lie in one array.
+    # With one shape for all, the pixels of a batch are one array.
     pixels = pixels.cast(daft.DataType.image(images.mode, images.height, images.width))
     frame = daft.from_pydict({"path": paths, "label": labels_N}).select(daft.col("label"), pixels.alias("image"))
     for batch in frame.to_arrow_iter():
@@ -289,7 +291,7 @@ def _daft_batches(images: Images, split: str) -> Iterator[tuple[npt.NDArray[np.u
 
 
 def limit(images: Images) -> Answer:
-    """Let bare processes, one a core, decode their share of the files in full and do nothing else."""
+    """Decode the files in full in plain processes, one per core, and do nothing else."""
     import numpy as np
     from PIL import Image
 
@@ -297,12 +299,12 @@ def limit(images: Images) -> Answer:
     num_processes = os.cpu_count() or 1
     started = time.perf_counter()
     pids = []
-    for place in range(num_processes):
+    for first in range(num_processes):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                for path in paths[place::num_processes]:
+                for path in paths[first::num_processes]:
                     np.asarray(Image.open(path))
                 status = 0
             finally:
@@ -328,7 +330,7 @@ PEERS: dict[str, Callable[[Images], Answer]] = {
 
 
 def _open(path: str, images: Images) -> Image.Image:
-    """Open an image and bring it to the mode and size that are asked for, decoded in full."""
+    """Decode an image in full, and convert it to the mode and size of the request."""
     from PIL import Image
 
     image: Image.Image = Image.open(path)

@@ -1,0 +1,90 @@
+"""Training as it stands after an epoch, kept so that an interrupted run can be resumed.
+
+Input: parameters, history and a fingerprint of what they depend on. Output: one Parquet file in the results' folder.
+Invariant: a checkpoint is only read by a run with the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipeline.data import storage
+from pipeline.errors import OutputError, without_secrets
+from pipeline.results.figures import EpochMetric
+from pipeline.results.writing import CHECKPOINT_FILE, Output, write_table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Training as it stands after an epoch.
+
+    Attributes:
+        fingerprint: What must be equal for the training to go on: data, options, seed.
+        history: A row an epoch.
+        params_P: float32 [P].
+    """
+
+    fingerprint: dict[str, Any]
+    history: list[EpochMetric]
+    params_P: npt.NDArray[np.float32]
+
+
+def write_checkpoint(output: Output, checkpoint: Checkpoint) -> None:
+    """Keep training as it stands; `--resume` goes on from here."""
+    metadata = {
+        "fingerprint": json.dumps(checkpoint.fingerprint),
+        "history": json.dumps([asdict(row) for row in checkpoint.history]),
+    }
+    schema = pa.schema([("params", pa.float32())], metadata=metadata)
+    write_table(output, CHECKPOINT_FILE.removesuffix(".parquet"), pa.table([checkpoint.params_P], schema=schema))
+
+
+def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint | None:
+    """Read where an unfinished training stood; None if it had not finished an epoch.
+
+    Raises:
+        OutputError: If it was begun on other data or with other options.
+    """
+    filesystem, root = output.filesystem
+    path = f"{root}/{CHECKPOINT_FILE}"
+    try:
+        if storage.with_retries(lambda: filesystem.get_file_info(path), path).type == pafs.FileType.NotFound:
+            return None
+        table = storage.with_retries(lambda: pq.read_table(path, filesystem=filesystem), path)
+        was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
+    except (pa.ArrowInvalid, TypeError, KeyError, OSError) as exc:
+        raise OutputError(
+            f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
+        ) from exc
+    if different := [name for name in fingerprint if was.get(name) != fingerprint[name]]:
+        name = different[0]
+        expected, got = f"{name} {was.get(name)}", fingerprint[name]
+        if name == "listing":  # two digests tell nobody anything
+            expected, got = "the files", "others"
+        raise OutputError(
+            f"--resume: expected {expected}, with which {output.root} was begun, got {got}; "
+            "run with the same data and options, or give --overwrite"
+        )
+    history = [EpochMetric(**row) for row in json.loads(table.schema.metadata[b"history"])]
+    return Checkpoint(was, history, table["params"].to_numpy())
+
+
+def delete_checkpoint(output: Output) -> None:
+    """Remove what only an unfinished run needs."""
+    filesystem, root = output.filesystem
+    try:
+        storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
+    except OSError as exc:  # the results are whole all the same
+        shown = without_secrets(output.root)
+        logger.warning("%s/%s: expected to remove it, got %s", shown, CHECKPOINT_FILE, storage.reason(exc))

@@ -1,0 +1,177 @@
+"""Ray started here: fast where its insides are as expected, plain where not, and always with the same result."""
+
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import uuid
+
+import psutil
+import pytest
+import ray
+from conftest import ROOT, command, end_processes, processes_with
+
+from pipeline.driver import local_ray
+
+pytestmark = pytest.mark.ray
+MARK = "IMAGE_BASELINE_TEST_MARK"
+PLAIN = "Ray is started as it comes, which takes longer and listens on this machine's network"
+_RUN = """
+import os, runpy, sys
+from ray._private import node, services
+exec(os.environ["CHANGE"])
+sys.argv = ["evaluate.py", *sys.argv[1:]]
+runpy.run_path(os.environ["COMMAND"], run_name="__main__")
+"""
+# Gone from the class, where it is looked for; Ray itself finds it all the same.
+_REMOVE = """
+original = node.Node.{name}
+del node.Node.{name}
+def find(self, name):
+    return original.__get__(self) if name == "{name}" else object.__getattribute__(self, name)
+node.Node.__getattr__ = find
+"""
+_CHANGE_SIGNATURE = """
+original = services.start_ray_process
+services.start_ray_process = lambda *arguments, **options: original(*arguments, **options)
+"""
+_BREAK = """
+from pipeline.driver import local_ray
+local_ray._GIVEN_ARGUMENTS |= {"--unknown"}
+"""
+
+
+def run(out, change="", **environment):
+    words = ["--epochs", "0", "--json", "--address", "local", "--out", out]
+    environment = {"PYTHONPATH": str(ROOT), "CHANGE": change, "COMMAND": f"{ROOT}/jobs/evaluate.py", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", _RUN, *words],
+        env={**os.environ, local_ray.PLAIN_VARIABLE: "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory):
+    """That of a job on Ray started fast, which says nothing of it."""
+    done = run(tmp_path_factory.mktemp("fast") / "out")
+    assert (done.returncode, PLAIN in done.stderr) == (0, False), done.stderr
+    return json.loads(done.stdout)["results_sha256"]
+
+
+def test_all_that_is_replaced_is_in_the_installed_ray(monkeypatch):
+    monkeypatch.delenv(local_ray.PLAIN_VARIABLE, raising=False)
+    assert local_ray.find_reason_for_plain() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "variable", "reason"),
+    [
+        ("", "1", "IMAGE_BASELINE_PLAIN_RAY is 1"),
+        (
+            _REMOVE.format(name="start_monitor"),
+            "",
+            f"Ray {ray.__version__}: expected ray._private.node.Node.start_monitor(self), got none",
+        ),
+        (
+            _REMOVE.format(name="kill_all_processes"),
+            "",
+            f"Ray {ray.__version__}: expected ray._private.node.Node.kill_all_processes(self), got none",
+        ),
+        (
+            _CHANGE_SIGNATURE,
+            "",
+            f"Ray {ray.__version__}: expected ray._private.services.start_ray_process(command, process_type), got "
+            "(arguments, options)",
+        ),
+    ],
+)
+def test_a_plain_ray_gives_the_same_and_says_so_in_one_line(digest, tmp_path, change, variable, reason):
+    done = run(tmp_path / "out", change, **{local_ray.PLAIN_VARIABLE: variable})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results_sha256"] == digest
+    assert [line for line in done.stderr.splitlines() if PLAIN in line] == [f"{reason}; {PLAIN}"]
+
+
+def test_what_only_shows_when_ray_starts_is_a_plain_ray_too(digest, tmp_path):
+    done = run(tmp_path / "out", _BREAK)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results_sha256"] == digest
+    [line] = [line for line in done.stderr.splitlines() if PLAIN in line]
+    reason = "expected to start with fewer services, got a raylet without --unknown"
+    assert line == f"Ray {ray.__version__}: {reason}; {PLAIN}"
+
+
+_SHOW_REPLACED = """
+import pkgutil, sys, ray
+from pipeline.driver import connect, local_ray
+originals = {each.path: pkgutil.resolve_name(each.path) for each in local_ray.REPLACEMENTS}
+def watch(call):
+    def watched(*arguments, **options):
+        replaced = [path for path, original in originals.items() if pkgutil.resolve_name(path) is not original]
+        print(call.__name__, replaced)
+        return call(*arguments, **options)
+    return watched
+ray.init, ray.shutdown = watch(ray.init), watch(ray.shutdown)
+with connect.connected(sys.argv[1] or None) as is_joined:
+    print(is_joined)
+print([path for path, original in originals.items() if pkgutil.resolve_name(path) is not original])
+"""
+
+
+def show_replaced(address, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", _SHOW_REPLACED, address],
+        env={**os.environ, "PYTHONPATH": str(ROOT), local_ray.PLAIN_VARIABLE: "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_names_are_replaced_while_ray_starts_and_ends_here():
+    starts, end = [each.path for each in local_ray.STARTS], local_ray.END.path
+    assert show_replaced("local") == f"init {starts}\nFalse\nshutdown {[end]}\n[]\n"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("told_by", ["--address", "RAY_ADDRESS", "ray_current_cluster"])
+def test_nothing_is_replaced_where_a_cluster_is_joined(tmp_path, told_by):
+    address = ray.get_runtime_context().gcs_address
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    if told_by == "ray_current_cluster":
+        (folder / told_by).write_text(address)
+    environment = {"RAY_ADDRESS": address if told_by == "RAY_ADDRESS" else "", "RAY_TMPDIR": str(tmp_path)}
+    shown = show_replaced(address if told_by == "--address" else "", **environment)
+    assert shown == "init []\nTrue\nshutdown []\n[]\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_all_of_the_group_while_a_plain_ray_starts_is_answered(tmp_path, signum):
+    mark = {MARK: str(uuid.uuid4())}
+    process = command("--out", tmp_path / "out", "--address", "local", IMAGE_BASELINE_PLAIN_RAY="1", **mark)
+    try:
+        driver = psutil.Process(process.pid)
+        while process.poll() is None and "raylet" not in {child.name() for child in driver.children()}:
+            pass
+        os.killpg(process.pid, signum)
+        stdout, stderr = process.communicate(timeout=60)
+        left = processes_with(*next(iter(mark.items())))
+    finally:
+        end_processes(processes_with(*next(iter(mark.items()))))
+    assert (process.returncode, stdout, left) == (128 + signum, "", []), stderr
+    assert stderr.splitlines()[-1] == "interrupted: nothing was evaluated"
+
+
+def test_every_replacement_says_what_it_saves():
+    assert all(each.reason and each.saves for each in local_ray.REPLACEMENTS)
+    assert [each.path for each in local_ray.REPLACEMENTS if pkgutil.resolve_name(each.path) is None] == []
