@@ -59,7 +59,7 @@ ACCEPTED = [
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_a_value_that_cannot_be_used_is_refused_in_one_line_by_its_option(options, message):
-    with pytest.raises(OptionError, match=rf"\A{re.escape(message)}[^\n]*; [^\n]+\Z"):  # and says what to do
+    with pytest.raises(OptionError, match=rf"\A(?=[^\n]+; [^\n]+\Z){re.escape(message)}"):  # with what to do
         Config(**options)
 
 

@@ -66,11 +66,6 @@ def test_intervals_hold_the_share_and_stay_within_0_and_1(num_images):
         assert 0 <= low <= num_correct / num_images <= high <= 1
 
 
-def test_intervals_mirror_each_other():
-    low, high = wilson_interval(30, 100)
-    assert wilson_interval(70, 100) == pytest.approx((1 - high, 1 - low))
-
-
 def test_the_interval_of_95_percent_covers_95_percent():
     # Summed over all outcomes of 200 images of which 90 % would be right.
     chances = [math.comb(200, k) * 0.9**k * 0.1 ** (200 - k) for k in range(201)]

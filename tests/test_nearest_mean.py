@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, pairwise_distances
 
 from pipeline.compute.classifiers import nearest_mean
 from pipeline.compute.scoring import confusion
@@ -99,17 +98,6 @@ def test_distances_are_those_of_a_loop(shape):
         np.testing.assert_allclose(got_NK, expected_NK, rtol=2e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_distances_are_those_of_scikit_learn(shape):
-    images_ND, _, means_KD = draw(*shape, seed=1)
-    l1_NK, rms_NK = distances(images_ND, means_KD)
-    pixels_ND = images_ND / 255
-    manhattan_NK = pairwise_distances(pixels_ND, means_KD.astype(np.float64), "l1")
-    euclidean_NK = pairwise_distances(pixels_ND, means_KD.astype(np.float64), "euclidean")
-    np.testing.assert_allclose(l1_NK, manhattan_NK / shape[1], rtol=2e-6)
-    np.testing.assert_allclose(rms_NK, euclidean_NK / np.sqrt(shape[1]), rtol=2e-6)
-
-
 def test_black_and_white_are_at_distance_1():
     images_ND = np.array([[0] * 784, [255] * 784], np.uint8)
     for got_NK in distances(images_ND, (images_ND / 255).astype(np.float32)):
@@ -203,12 +191,6 @@ def test_confusion_counts_as_a_loop_does(num_images, num_classes):
         expected_KK[label, prediction] += 1
     assert counts_KK.dtype == np.int64
     np.testing.assert_array_equal(counts_KK, expected_KK)
-
-
-def test_confusion_is_that_of_scikit_learn():
-    labels_N, predictions_N = np.random.default_rng(4).integers(0, 7, (2, 300))
-    counts_KK = confusion(torch.tensor(labels_N), torch.tensor(predictions_N), 7)
-    np.testing.assert_array_equal(counts_KK, confusion_matrix(labels_N, predictions_N, labels=range(7)))
 
 
 def test_two_classes_give_the_notebooks_is_3():

@@ -6,19 +6,10 @@ from pipeline.data.splits import is_held_out, natural_sort_key, split_in_path, v
 
 @pytest.mark.parametrize(
     ("path", "split"),
-    [
-        ("train-00000-of-00001.parquet", "train"),
-        ("data/test-0.tar", "test"),
-        ("train/part-3.tar", "train"),
-        ("imagenet-val-000000.tar", "val"),
-        ("train2017.tar", "train"),
-        ("train/test-0.tar", "test"),
-        ("test/train_test.tar", "test"),
-        ("constrained.tar", None),
-        ("latest.tar", None),
-        ("0001.tar", None),
-    ],
-)
+    [("train-00000-of-00001.parquet", "train"), ("data/test-0.tar", "test"), ("train/part-3.tar", "train"),
+     ("imagenet-val-000000.tar", "val"), ("train2017.tar", "train"), ("train/test-0.tar", "test"),
+     ("test/train_test.tar", "test"), ("constrained.tar", None), ("latest.tar", None), ("0001.tar", None)],
+)  # fmt: skip
 def test_a_split_is_a_word_of_the_path_nearest_to_the_file(path, split):
     assert split_in_path(path, Config()) == split
 
@@ -39,5 +30,11 @@ def test_a_hash_holds_out_about_the_fraction():
     assert all(is_held_out(b"%d" % number, 0.5) for number in range(4000) if held_out[number])
 
 
-def test_numbers_in_names_sort_by_value():
-    assert sorted([b"class10", b"class2", b"Class1"], key=natural_sort_key) == [b"Class1", b"class2", b"class10"]
+@pytest.mark.parametrize(
+    "names",
+    [("1", "2", "10"), ("Class1", "class2", "class10"), ("a9b", "a10a", "a10b"), ("02", "2", "3"), ("3", "apple"),
+     ("apple", "Banana", "cherry"), ("n1", "n1a", "n2"), ("A", "a"), ("1.5", "1.10")],
+)  # fmt: skip
+def test_numbers_in_names_sort_by_value(names):
+    turned = names[::-1]
+    assert sorted(turned, key=lambda name: natural_sort_key(name.encode())) == list(names)

@@ -114,25 +114,15 @@ def test_a_uri_that_cannot_be_opened_is_one_line(uri):
 
 @pytest.mark.parametrize(
     ("inner", "outer", "is_inside"),
-    [
-        ("s3://b/data/out?region=x", "s3://b/data", True),
-        ("s3://b/data", "s3://b/data/?region=x", True),
-        ("s3://b/database", "s3://b/data", False),
-        ("s3://c/data/out", "s3://b/data", False),
-        ("gs://b/data/out", "s3://b/data", False),
-        ("s3://key:secret@b/data/out", "s3://b/data", True),
-        ("s3://b/data/out", "s3://key:secret@b/data", True),
-        ("gs://anonymous@b/data/out", "gs://b/data", True),
-        ("abfss://one@account/data/out", "abfss://other@account/data", False),
-        ("abfss://one:secret@account/data/out", "abfss://other:secret@account/data", False),
-        ("/data/out", "s3://b/data", False),
-        ("s3://b/data", "/", False),
-        ("/data/out", "/data/", True),
-        ("/data", "/data", True),
-        ("/database", "/data", False),
-        ("/data/../out", "/data", False),
-    ],
-)
+    [("s3://b/data/out?region=x", "s3://b/data", True), ("s3://b/data", "s3://b/data/?region=x", True),
+     ("s3://b/database", "s3://b/data", False), ("s3://c/data/out", "s3://b/data", False),
+     ("gs://b/data/out", "s3://b/data", False), ("s3://key:secret@b/data/out", "s3://b/data", True),
+     ("s3://b/data/out", "s3://key:secret@b/data", True), ("gs://anonymous@b/data/out", "gs://b/data", True),
+     ("abfss://one@account/data/out", "abfss://other@account/data", False),
+     ("abfss://one:secret@account/data/out", "abfss://other:secret@account/data", False),
+     ("/data/out", "s3://b/data", False), ("s3://b/data", "/", False), ("/data/out", "/data/", True),
+     ("/data", "/data", True), ("/database", "/data", False), ("/data/../out", "/data", False)],
+)  # fmt: skip
 def test_what_is_inside_a_folder_or_uri(inner, outer, is_inside):
     assert storage.is_inside(inner, outer) is is_inside
 

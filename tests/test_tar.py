@@ -1,4 +1,3 @@
-import io
 import tarfile
 from collections import Counter
 
@@ -10,9 +9,8 @@ from builders import ALL_TRAIN, LOCAL, counting_store, pack_tar, read_archive, r
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
-from pipeline.data.files import Location, ReadFault, display, read_images
+from pipeline.data.files import ReadFault
 from pipeline.data.formats import tar
-from pipeline.data.listing import list_dataset
 from pipeline.errors import DataError
 
 FOLDERS = [
@@ -39,19 +37,6 @@ def test_class_folders_give_splits_and_classes(tmp_path):
     assert rows_of(scanned, "valid") == [(name, name.split("/")[2], data) for name, data in FOLDERS[8:]]
     assert scanned[0].num_images == {split: {"3": 4, "7": 4} for split in ("train", "valid")}
     assert (scanned[0].split_names, scanned[0].row_groups) == (("train", "test"), {"train": (0, 8), "valid": (0, 8)})
-
-
-def test_a_tar_and_its_folder_hold_the_same_images(tmp_path):
-    with tarfile.open(fileobj=io.BytesIO(pack_tar(FOLDERS))) as tar:
-        tar.extractall(tmp_path / "folder", filter="data")
-    listing = list_dataset(Location("folder", str(tmp_path / "folder/mnist")), Config())
-    for split in ("train", "valid"):
-        table = listing.split(split)
-        classes = [listing.classes[label] for label in table["label"].to_pylist()]
-        keys = [f"mnist/{display(key)}" for key in table["key"].to_pylist()]
-        images = read_images(listing.location, table["key"].combine_chunks())
-        expected = sorted(zip(keys, classes, images, strict=True))
-        assert sorted(rows_of(scan_tar(tmp_path / "tar", FOLDERS, Config()), split)) == expected
 
 
 def test_classes_are_in_natural_order(tmp_path):
@@ -118,15 +103,10 @@ def test_what_webdataset_writes_is_read_as_it_reads_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("side", "name"),
-    [
-        (("a.cls", b"3"), "3"),
-        (("a.cls", b" sea lion\n"), "sea lion"),
-        (("a.CLS", b"3"), "3"),
-        (("a.json", b'{"label": 3}'), "3"),
-        (("a.json", b'{"class": "cat", "cls": 4}'), "cat"),
-        (("a.json", b'{"cls": "\xc3\xa4"}'), "ä"),
-    ],
-)
+    [(("a.cls", b"3"), "3"), (("a.cls", b" sea lion\n"), "sea lion"), (("a.CLS", b"3"), "3"),
+     (("a.json", b'{"label": 3}'), "3"), (("a.json", b'{"class": "cat", "cls": 4}'), "cat"),
+     (("a.json", b'{"cls": "\xc3\xa4"}'), "ä")],
+)  # fmt: skip
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_class_stands_beside_its_image(tmp_path, side, name, is_first):
     members = [side, ("a.png", b"x")] if is_first else [("a.png", b"x"), side]

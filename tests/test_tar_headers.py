@@ -138,14 +138,10 @@ def with_field(data, offset, field):
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [
-        (b"-0000000777\0", "an uncompressed tar"),
-        (b"abc\0", "an uncompressed tar"),
-        (b"\xff" * 12, "an uncompressed tar"),
-        (b"\x80" + b"\xff" * 11, "a whole tar file"),
-        (b"77777777777\0", "a whole tar file"),
-    ],
-)
+    [(b"-0000000777\0", "an uncompressed tar"), (b"abc\0", "an uncompressed tar"),
+     (b"\xff" * 12, "an uncompressed tar"), (b"\x80" + b"\xff" * 11, "a whole tar file"),
+     (b"77777777777\0", "a whole tar file")],
+)  # fmt: skip
 def test_an_impossible_size_is_an_error(size, message):
     with pytest.raises(DataError, match=f"/d/a.tar: expected {message}"):
         walk_bytes(with_field(pack_tar([("a", b"1")]), 124, size))
