@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +23,15 @@ import click
 from pipeline import __version__
 from pipeline.config import DEVICES, MODES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
-from pipeline.results.terminal import Progress, progress_line, summary
+from pipeline.results.terminal import (
+    Progress,
+    StatusLine,
+    is_terminal,
+    print_summary,
+    progress_line,
+    progress_parts,
+    summary,
+)
 
 # What a shell says of a command ended by Ctrl-C, and by a request to end.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -32,11 +41,11 @@ _DEFAULTS = Config()
 
 
 class _Interrupted(BaseException):
-    """The user, or the system, asked the job to end; no `except Exception` may hold it up."""
+    """The user, or the system, asked the job to end; no `except Exception` may catch it."""
 
 
 class _Signals:
-    """What was asked by Ctrl-C or SIGTERM, to be answered where it is safe.
+    """The last of Ctrl-C and SIGTERM, which is answered where it is safe.
 
     An exception raised in the middle of Ray's compiled code would crash the process instead of ending it.
     """
@@ -55,44 +64,69 @@ class _Signals:
         self.received = signum
 
 
-class _Screen:
-    """Progress on standard error: one line that changes on a terminal, else a plain line now and then."""
+class _Screen(logging.Handler):
+    """Progress and messages on standard error: on a terminal a line that is redrawn, else a plain line now and then.
+
+    Messages may come from any thread; the lock is that of every logging handler.
+    """
 
     def __init__(self, signals: _Signals) -> None:
+        super().__init__()
         self._signals = signals
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = is_terminal(sys.stderr)
+        self._line: StatusLine | None = None
         self._next_time = time.monotonic() + (0.0 if self._is_terminal else _LINE_SECONDS)
-        self._width = 0
+        self._first: Progress | None = None
         self.last: Progress | None = None
 
     def show(self, progress: Progress) -> None:
-        """Show where the work is, if it is time to."""
+        """Show how far the job is, if it is time to."""
+        if self.last is None or self.last.phase != progress.phase or self.last.units > progress.units:
+            self._first = progress
         self.last = progress
-        self._write(progress_line(progress))
+        self._show(progress_parts(progress, self._first), progress.share)
 
     def show_download(self, num_bytes: int, total_bytes: int) -> None:
         """Show how far a download is."""
-        filled = 30 * num_bytes // total_bytes
-        bar = "#" * filled + "-" * (30 - filled)
-        self._write(f"fetching mnist_sample [{bar}] {num_bytes / 2**20:.1f} of {total_bytes / 2**20:.1f} MiB")
+        done, total = (f"{size / 2**20:.1f}" for size in (num_bytes, total_bytes))
+        self._show([f"fetched {done} of {total} MiB of mnist_sample"], num_bytes / total_bytes)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message above the progress."""
+        self.write(self.format(record))
+
+    def write(self, message: str) -> None:
+        """Write a line that stays."""
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason to end the job
+            self.clear()
+            click.echo(message, err=True)
 
     def clear(self) -> None:
-        """Make room for a line that stays."""
-        if self._width:
-            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
-            self._width = 0
+        """Erase the progress."""
+        with self._locked():
+            if self._line is not None:
+                self._line.clear()
 
-    def _write(self, line: str) -> None:
+    def _show(self, parts: list[str], share: float | None) -> None:
         self._signals.check()
         now = time.monotonic()
         if now < self._next_time:
             return
         self._next_time = now + (0.1 if self._is_terminal else _LINE_SECONDS)
-        if self._is_terminal:
-            click.echo("\r" + line.ljust(self._width), err=True, nl=False)
-            self._width = len(line)
-        else:
-            click.echo(line, err=True)
+        if not self._is_terminal:
+            self.write(", ".join(parts))
+            return
+        with self._locked(), contextlib.suppress(OSError):
+            self._line = self._line or StatusLine(sys.stderr)
+            self._line.draw(parts, share)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
@@ -195,12 +229,12 @@ def main(is_json: bool, **options: Any) -> None:
 
     Prints accuracies; writes all figures and one row per image as Parquet files.
     """
-    # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(logging.INFO)
+    _prepare_streams()
     signals = _Signals()
     screen = _Screen(signals)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[screen])
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.captureWarnings(True)
     # NumPy's own threads, for which nothing here has work, spin while they start: a tenth of a second in each process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
@@ -211,26 +245,51 @@ def main(is_json: bool, **options: Any) -> None:
         from pipeline.driver.imports import leave_pandas_out
 
         leave_pandas_out()
-        # Ray prints what its node manager has to say where only the summary belongs.
-        with contextlib.redirect_stdout(sys.stderr):
-            run = job.evaluate(config, screen.show, screen.show_download)
+        try:
+            # Ray prints the messages of its node manager on standard output, which is for the summary alone.
+            with contextlib.redirect_stdout(sys.stderr):
+                run = job.evaluate(config, screen.show, screen.show_download)
+        finally:
+            screen.clear()
     except OptionError as exc:
-        click.echo(f"error: {exc}", err=True)
+        screen.write(f"error: {exc}")
         sys.exit(2)
     except EvaluationError as exc:
-        screen.clear()
-        click.echo(f"error: {exc}", err=True)
+        screen.write(f"error: {exc}")
         sys.exit(1)
     except _Interrupted:
-        screen.clear()
-        click.echo(f"interrupted: {_left_undone(screen.last, config)}", err=True)
-        sys.stderr.flush()
+        screen.write(f"interrupted: {_left_undone(screen.last, config)}")
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received])
-    screen.clear()
     gc.freeze()  # to look all through once more before the end takes a tenth of a second
-    # A path may hold bytes that are no text.
-    click.echo(json.dumps(run) if is_json else summary(run).encode(errors="backslashreplace").decode())
+    try:
+        _print_run(run, is_json=is_json)
+    except OSError as exc:
+        screen.write(
+            f"error: standard output: expected it to take the summary, got {exc.strerror}; the results are complete "
+            f"in {run['out']}"
+        )
+        # What could not be written would be tried once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Make standard output and error take any text: where they are closed, and where their encoding lacks a letter."""
+    # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
+    if is_json:
+        click.echo(json.dumps(run))
+    elif is_terminal(sys.stdout):
+        print_summary(run, sys.stdout)
+    else:
+        click.echo(summary(run))
 
 
 def _left_undone(last: Progress | None, config: Config) -> str:

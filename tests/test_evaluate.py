@@ -1,11 +1,16 @@
 """The command as a user runs it, in processes of its own: what it prints, how it ends, and what it leaves behind."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import uuid
 
 import click.testing
@@ -123,8 +128,91 @@ def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path, gate):
 @pytest.mark.ray
 def test_a_closed_stream_is_written_to_by_nobody(small_dataset, tmp_path):
     script = f"{sys.executable} {ROOT}/jobs/evaluate.py --data {small_dataset} --epochs 1 --out {tmp_path}/out 2>&-"
-    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, timeout=180, check=True)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", script], capture_output=True, text=True, timeout=180, check=True, env=environment
+    )
     assert last_line(done.stdout).split()[0] == "sha256"
+    assert re.search(r"^\\xe4 +12 ", done.stdout, re.MULTILINE)  # a class's name that the encoding lacks
+
+
+def start(*args, stdout, stderr=subprocess.PIPE):
+    arguments = [sys.executable, ROOT / "jobs" / "evaluate.py", *map(str, args)]
+    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, text=True, env={**os.environ, "TERM": "xterm"})
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("opened", "reason"),
+    [(closed_pipe, "Broken pipe"), (lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device")],
+)
+def test_a_summary_that_cannot_be_written_is_one_line(small_dataset, tmp_path, opened, reason):
+    options = ("--data", small_dataset, "--epochs", 0, "--out", tmp_path / "out")
+    process = start(*options, stdout=opened())
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 1
+    assert re.fullmatch(f"error: standard output: expected .*, got {reason}; .*", last_line(stderr))
+    assert "Traceback" not in stderr
+    assert (tmp_path / "out" / "run.json").exists()
+
+
+def terminal_of(columns):
+    """Open a terminal; return its two ends and what it has shown when all others have closed it."""
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    shown = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):  # what reading gives when nobody can write any more
+            while chunk := os.read(screen, 4096):
+                shown.extend(chunk)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+
+    def finish():
+        reader.join(60)
+        os.close(screen)
+        return shown.decode()
+
+    return terminal, finish
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("columns", [100, 50])
+def test_a_terminal_has_one_line_of_progress_and_then_tables(small_dataset, tmp_path, columns):
+    terminal, finish = terminal_of(columns)
+    options = ("--data", small_dataset, "--epochs", 3, "--out", tmp_path / "out")
+    process = start(*options, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert process.wait(180) == 0
+    progress, tables = finish().split("classifier", 1)
+    assert "\n" not in progress
+    assert "\x1b[?25l" not in progress  # a hidden cursor stays hidden where the process is killed
+    assert "━━━" in progress
+    assert re.search("nearest_mean_rms", tables)
+
+
+@pytest.mark.ray
+def test_messages_stand_above_the_progress_of_a_terminal(small_dataset, tmp_path, gate):
+    terminal, finish = terminal_of(80)
+    mark = str(uuid.uuid4())
+    options = ("--data", small_dataset, "--epochs", 3, "--out", tmp_path / "out")
+    process = gated_command(gate, "train", *options, stderr=terminal, TERM="xterm", **{MARK: mark})
+    os.close(terminal)
+    with gate.held("train", process):
+        os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
+    process.communicate(timeout=180)
+    assert process.returncode == 0
+    (message,) = [line for line in finish().split("\n") if "starting all actors anew" in line]
+    assert "step" in message
+    assert "step" not in message.rpartition("\x1b[2K")[2]
 
 
 @pytest.mark.ray
@@ -325,7 +413,7 @@ _NOTE_SLOW_IMPORTS = """
 import os, sys
 class Note:
     def find_spec(self, name, path, target=None):
-        if name in ("torch", "pyarrow.compute"):
+        if name in ("torch", "pyarrow.compute", "rich"):
             with open(os.environ["NOTES"], "a") as notes:
                 print(name, file=notes)
 sys.meta_path.insert(0, Note())

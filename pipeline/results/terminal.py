@@ -1,19 +1,27 @@
-"""What people are shown: progress, and the summary of a finished run.
+"""Progress and the summary of a run: plain lines in a log, drawn by `rich` on a terminal.
 
-What enters: `Progress` records and what `run.json` holds. What leaves: lines of text. Always: a figure is shown as it
-was computed, rounded only here.
+Input: `Progress` records and the content of `run.json`. Output: text. Invariant: `rich`, a twentieth of a second of
+start-up, is loaded only where a terminal is attached; both forms show the same figures, which are rounded only here.
 """
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# With more classes than this, the worst and the best are shown, so many of each.
 _MAX_CLASSES = 10
 _ENDS = 5
+_BAR_STEP, _MAX_BAR = 10, 30
+_NO_FIGURE = "-"
+_LABEL_WIDTH, _MIN_NAME_WIDTH = 9, 16
+_GAP = 3  # between the columns of a table of `rich`
 
 
 @dataclass(frozen=True)
@@ -39,99 +47,280 @@ class Progress:
     num_epochs: int | None = None
     loss: float | None = None
 
+    @property
+    def units(self) -> tuple[int, int]:
+        """Units done and in all; those of training are the steps of all epochs."""
+        if self.epoch is None or self.num_epochs is None or self.phase != "train":
+            return self.done, self.total
+        return (self.epoch - 1) * self.total + self.done, self.num_epochs * self.total
 
-def library_versions() -> dict[str, str]:
-    """The versions of what the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "ray", "pillow", "pyarrow")},
-    }
+    @property
+    def share(self) -> float | None:
+        """The share that is done, 0 to 1; None where it cannot be known."""
+        done, total = self.units
+        return None if self.phase in ("start", "means") or total == 0 else done / total
 
 
-def progress_line(progress: Progress) -> str:
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether lines on a stream can be redrawn; a dumb terminal is a log."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def progress_line(progress: Progress, first: Progress | None = None) -> str:
     """Say in one line how far the work is, how fast, and how long it still takes."""
+    return ", ".join(progress_parts(progress, first))
+
+
+def progress_parts(progress: Progress, first: Progress | None = None) -> list[str]:
+    """Say how far the work is: the main thing, then details, of which the last is the most important.
+
+    Args:
+        progress: As it stands.
+        first: The first progress of the phase in this run: a resumed training does not begin at zero.
+    """
+    done, total = f"{progress.done:,}", f"{progress.total:,}"
     match progress.phase:
         case "start":
-            return "starting Ray and listing the images"
+            return ["starting Ray and listing the images"]
         case "nodes" | "GPUs":
-            return f"waiting for the cluster's {progress.phase}, {progress.done} of {progress.total} are there"
+            return [f"waiting for the cluster's {progress.phase}", f"{done} of {total} are there"]
         case "scan":
-            return f"indexed {progress.done:,} of {progress.total:,} archives"
+            return [f"indexed {done} of {total} archives"]
         case "times":
-            return f"looked up {progress.done:,} of {progress.total:,} files for the cache"
+            return [f"looked up {done} of {total} files for the cache"]
         case "decode" if progress.done == 0:
-            return f"starting to decode {progress.total:,} images"
+            return [f"starting to decode {total} images"]
         case "decode":
-            rate = progress.done / max(progress.seconds, 1e-9)
-            left = _duration((progress.total - progress.done) / rate)
-            return f"decoded {progress.done:,} of {progress.total:,} images, {rate:,.0f} a second, {left} left"
+            return [f"decoded {done} of {total} images", *_speed(progress, first)]
         case "means":
-            return "all images are decoded, computing the class means"
+            return ["all images are decoded", "computing the class means"]
         case "train":
-            loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
-            return (
-                f"epoch {progress.epoch} of {progress.num_epochs}, step {progress.done:,} of {progress.total:,}{loss}"
-            )
+            loss = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
+            speed = [] if first is None else _speed(progress, first)
+            return [f"epoch {progress.epoch} of {progress.num_epochs}", f"step {done} of {total}", *loss, *speed]
         case _:
-            return f"scored {progress.done:,} of {progress.total:,} prediction files"
+            return [f"scored {done} of {total} prediction files", *_speed(progress, first)]
+
+
+def _speed(progress: Progress, first: Progress | None) -> list[str]:
+    """Return the mean rate of the phase and the time left at that rate; nothing before there is a rate."""
+    done, total = progress.units
+    num_done = done - (first.units[0] if first else 0)
+    seconds = progress.seconds - (first.seconds if first else 0.0)
+    if num_done <= 0 or seconds <= 0:
+        return []
+    rate = num_done / seconds
+    return [
+        f"{rate:,.0f} a second" if rate >= 10 else f"{rate:.1f} a second",
+        f"{_duration((total - done) / rate)} left",
+    ]
+
+
+class StatusLine:
+    """The last line of a terminal, which is redrawn in place, as wide as the terminal at most.
+
+    This is not `rich.progress.Progress`, which hides the cursor: where Ray's compiled code ends the process, the
+    terminal would stay without one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = _make_console(stream)
+        self._is_drawn = False
+
+    def draw(self, parts: Sequence[str], share: float | None = None) -> None:
+        """Draw a bar, if a share is known and there is space for it, and as many parts of the text as fit."""
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        space = self._console.width - 1  # in the last column, terminals wrap
+        kept = list(parts)
+        while len(kept) > 1 and len(", ".join(kept)) > space:
+            kept.pop(-2 if len(kept) > 2 else -1)
+        text = Text(", ".join(kept))
+        text.truncate(space, overflow="ellipsis")
+        # In steps, so that the text stays where it is while its length changes by a digit.
+        width = min(_MAX_BAR, (space - text.cell_len - 1) // _BAR_STEP * _BAR_STEP)
+        with self._console:  # one write
+            self._erase()
+            if share is not None and width > 0:
+                self._console.print(ProgressBar(1.0, share, width), " ", sep="", end="")
+            self._console.print(text, end="")
+        self._is_drawn = True
+
+    def clear(self) -> None:
+        """Erase the line, before a line that stays."""
+        if self._is_drawn:
+            self._erase()
+            self._is_drawn = False
+
+    def _erase(self) -> None:
+        from rich.control import Control
+        from rich.segment import ControlType
+
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
 
 def summary(run: Mapping[str, Any]) -> str:
-    """Lay a finished run out for a terminal: accuracies by classifier and class, counts, times."""
+    """Format a finished run for a log: classifiers, accuracies by class, counts, times."""
+    title, classes = _class_rows(run["metrics"])
+    facts = [f"{label:<{_LABEL_WIDTH}}  {text}" for label, text in _facts(run)]
+    return "\n".join([*_plain_table(_classifier_rows(run["metrics"])), "", title, *_plain_table(classes), "", *facts])
+
+
+def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
+    """Show a finished run on a terminal: the same as `summary`, as tables that fit its width."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console, best = _make_console(stream), _best_classifier(run["metrics"])
+    classifiers = _fit(_classifier_rows(run["metrics"]), console.width, ["mean of classes", "right", "95 % interval"])
+    console.print(_rich_table(classifiers, [row[0] == best for row in classifiers]), "")
+    title, all_classes = _class_rows(run["metrics"])
+    classes = _fit(all_classes, console.width, [name for name in all_classes[0][2:] if name != best])
+    if len(classes[0]) < len(all_classes[0]):
+        title += "; other classifiers in metrics.parquet"
+    console.print(Text(title), _rich_table(classes), "")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", min_width=_LABEL_WIDTH)
+    *others, out, sha256 = _facts(run)
+    for label, text in others:
+        facts.add_row(label, Text(text))
+    console.print(facts)
+    for label, text in (out, sha256):  # left to the terminal to wrap, so that it can be copied
+        console.print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), f"  {text}"), soft_wrap=True)
+
+
+def _make_console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, markup=False, emoji=False, highlight=False)
+
+
+def _classifiers(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["classifier"] for row in metrics))
+
+
+def _best_classifier(metrics: Sequence[Mapping[str, Any]]) -> str:
+    rows = [row for row in metrics if row["scope"] == "all"]
+    return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
+
+
+def _classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of classifiers, its header first."""
+    rows = [["classifier", "accuracy", "95 % interval", "mean of classes", "right"]]
+    found = {(row["classifier"], row["scope"]): row for row in metrics if row["scope"] != "class"}
+    for name in _classifiers(metrics):
+        total, mean = found[name, "all"], found[name, "mean_of_classes"]
+        interval = f"{_figure(total['accuracy_low'])} to {_figure(total['accuracy_high'])}"
+        right = f"{total['num_correct']:,} of {total['num_images']:,}"
+        rows.append([name, _figure(total["accuracy"]), interval, _figure(mean["accuracy"]), right])
+    return rows
+
+
+def _class_rows(metrics: Sequence[Mapping[str, Any]]) -> tuple[str, list[list[str]]]:
+    """Return a title, and the table of accuracies by class (rows) and classifier (columns), its header first.
+
+    Of many classes, the worst and the best for the classifier with the highest accuracy are shown.
+    """
+    names, best = _classifiers(metrics), _best_classifier(metrics)
+    by_class: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in metrics:
+        if row["scope"] == "class":
+            by_class.setdefault(row["class"], {})[row["classifier"]] = row
+    title, shown, gap = "accuracy by class", list(by_class), 0
+    if len(by_class) > _MAX_CLASSES:
+        filled = [name for name, own in by_class.items() if own[best]["accuracy"] is not None]
+        shown = sorted(filled, key=lambda name: by_class[name][best]["accuracy"])
+        gap = max(0, len(shown) - 2 * _ENDS)
+    if gap:
+        title += f", the {_ENDS} worst and the {_ENDS} best of {len(filled):,} for {best}"
+        shown = [*shown[:_ENDS], *shown[-_ENDS:]]
+    rows = [
+        [
+            name,
+            f"{by_class[name][best]['num_images']:,}",
+            *(_figure(by_class[name][each]["accuracy"]) for each in names),
+        ]
+        for name in shown
+    ]
+    if gap:
+        rows.insert(_ENDS, ["..."] + [""] * (1 + len(names)))
+    return title, [["class", "images", *names], *rows]
+
+
+def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     target, seconds = run["target"], run["seconds"]
     kept = f", {run['num_shards_from_cache']:,} of {run['num_shards']:,} shards from the cache"
-    lines = []
-    for classifier in dict.fromkeys(row["classifier"] for row in run["metrics"]):
-        rows = [row for row in run["metrics"] if row["classifier"] == classifier]
-        lines += [*_classifier_lines(classifier, rows), ""]
     phases = ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if phase != "total")
     ignored = sum(run["dataset"]["num_ignored_files"].values())
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in run["num_skipped_by_reason"].items())
     skipped = f"{run['num_skipped']:,} skipped" + (f" ({reasons}; see skipped.parquet)" if reasons else "")
-    lines += [
-        f"images     {run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate "
-        f"on, {skipped}; {run['num_resized']:,} resized; other files ignored: {ignored:,}",
-        f"decoded    to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
-        + (kept if run["options"]["cache"] is not None else ""),
-        f"seconds    {seconds['total']:.1f} ({phases})",
-        f"computed   on {_devices(run['actors']['devices'])}",
-        f"results    {run['out']}",
-        f"sha256     {run['results_sha256']}",
+    devices = run["actors"]["devices"]
+    return [
+        (
+            "images",
+            f"{run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate on, "
+            f"{skipped}; {run['num_resized']:,} resized; other files ignored: {ignored:,}",
+        ),
+        (
+            "decoded",
+            f"to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
+            + (kept if run["options"]["cache"] is not None else ""),
+        ),
+        ("seconds", f"{seconds['total']:.1f} ({phases})"),
+        ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
+        ("results", run["out"]),
+        ("sha256", run["results_sha256"]),
     ]
-    return "\n".join(lines)
 
 
-def _classifier_lines(classifier: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    classes = [row for row in rows if row["scope"] == "class"]
-    shown, num_between = classes, 0
-    if len(classes) > _MAX_CLASSES:
-        shown = sorted((row for row in classes if row["accuracy"] is not None), key=lambda row: row["accuracy"])
-        num_between = max(0, len(shown) - 2 * _ENDS)
-        if num_between:
-            shown = [*shown[:_ENDS], *shown[-_ENDS:]]
-    others = [row for row in rows if row["scope"] != "class"]
-    names = [row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ") for row in rows]
-    width = max(len(name) for name in names)
-    lines = [f"{classifier}"]
-    for row in (*shown, *others):
-        name = row["class"] if row["scope"] == "class" else row["scope"].replace("_", " ")
-        lines.append(f"  {name:<{width}}  {_figures(row)}".rstrip())
-        if num_between and row is shown[_ENDS - 1]:
-            lines.append(f"  ... {num_between} class{'es' if num_between > 1 else ''} between")
+def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def _figures(row: Mapping[str, Any]) -> str:
-    if row["accuracy"] is None:
-        return "no images"
-    if row["num_images"] is None:
-        return f"{row['accuracy']:.4f}"
-    interval = f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}"
-    return f"{row['accuracy']:.4f}  ({interval})  {row['num_correct']:,} of {row['num_images']:,}"
+def _rich_table(rows: Sequence[Sequence[str]], is_bold: Sequence[bool] = ()) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(Text(rows[0][0]), overflow="fold")
+    for heading in rows[0][1:]:
+        table.add_column(Text(_foldable(heading)), justify="right", no_wrap=True)
+    for index, row in enumerate(rows[1:], 1):
+        table.add_row(*map(Text, row), style="bold" if is_bold and is_bold[index] else None)
+    return table
 
 
-def _devices(devices: Sequence[str]) -> str:
-    return ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+def _fit(rows: list[list[str]], width: int, droppable: Sequence[str]) -> list[list[str]]:
+    """Leave out columns, by their headings, until a table fits a width; names in the first column can be folded."""
+    for heading in droppable:
+        widths = [max(_cell_width(cell) for cell in column) for column in zip(*rows, strict=True)]
+        if min(widths[0], _MIN_NAME_WIDTH) + sum(widths[1:]) + _GAP * (len(widths) - 1) <= width:
+            break
+        index = rows[0].index(heading)
+        rows = [[*row[:index], *row[index + 1 :]] for row in rows]
+    return rows
+
+
+def _cell_width(cell: str) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, _foldable(cell).split("\n")))
+
+
+def _foldable(heading: str) -> str:
+    """Break a classifier's name after its first word."""
+    return heading.replace("_", "_\n", 1)
+
+
+def _figure(value: float | None) -> str:
+    return _NO_FIGURE if value is None else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:
