@@ -1,7 +1,7 @@
-"""A listing cut into shards, images dealt to lanes and parts: the plan of a job.
+"""A listing cut into shards, images assigned to lanes and parts: the plan of a job.
 
 Input: the number of images and the options. Output: numbered shards, each some neighbours in the listing, and the rule
-by which an image has its place in a lane. Invariant: both depend on the listing and the options alone, never on the
+by which an image has its offset in a lane. Invariant: both depend on the listing and the options alone, never on the
 number of workers; every image is in one shard; and how the listing is cut does not change where an image goes.
 """
 
@@ -101,10 +101,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class LaneAssignment:
-    """The rule that gives every training image its lane and its place there.
+    """The rule that gives every training image its lane and its offset there.
 
-    The listing is dealt in runs of neighbours, a run to each lane in turn: single images where there are few, so that
-    lanes are alike, and as many as a shard where there are many, so that a shard goes to few actors.
+    Runs of neighbours in the listing go to the lanes in turn: single images where there are few, so that lanes are alike,
+    and as many as a shard where there are many, so that a shard goes to few actors.
 
     Attributes:
         num_images: Listed training images.
@@ -132,7 +132,7 @@ class LaneAssignment:
         """Return the lanes of rows of the listing, int64 [N]."""
         return rows_N // self.run_length % self.num_lanes
 
-    def places(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def offsets(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return where rows of the listing stand in their lanes, int64 [N]."""
         return rows_N // (self.run_length * self.num_lanes) * self.run_length + rows_N % self.run_length
 

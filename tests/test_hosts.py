@@ -11,7 +11,7 @@ import pytest
 from hosts import cut_off, isolated_hosts, listening, processes_in, reconnect, why_not
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
-KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], 22), 1)"
+CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 22), 1)"
 # Prints the names of the namespaces, and waits to be killed.
 MAKER = """
 import sys, time
@@ -36,11 +36,11 @@ def test_hosts_see_each_other_by_the_network_alone():
 
 def test_a_host_that_is_cut_off_is_not_heard_until_it_is_connected_again():
     with isolated_hosts(1) as (switch, [host]):
-        assert switch.run("python", "-c", KNOCK, host.address).returncode == 0
+        assert switch.run("python", "-c", CONNECT, host.address).returncode == 0
         cut_off(switch, host)
-        assert "timed out" in switch.run("python", "-c", KNOCK, host.address).stderr
+        assert "timed out" in switch.run("python", "-c", CONNECT, host.address).stderr
         reconnect(switch, host)
-        assert switch.run("python", "-c", KNOCK, host.address).returncode == 0
+        assert switch.run("python", "-c", CONNECT, host.address).returncode == 0
 
 
 def test_a_test_that_fails_leaves_nothing():

@@ -66,7 +66,7 @@ def order_in_a_loop(plan, rows, lane, epoch, num_chunks):
     """The rows of a lane in the order of an epoch: chunk after chunk, each of every n-th image of the lane."""
     assignment, taken = plan.assignment, []
     own = [row for row in rows if assignment.lanes(np.array([row]))[0] == lane]
-    by_index = {int(assignment.places(np.array([row]))[0]): row for row in own}
+    by_index = {int(assignment.offsets(np.array([row]))[0]): row for row in own}
     for chunk in shuffled(num_chunks, plan.seed, epoch, lane, "chunks").tolist():
         inside = [by_index[index] for index in sorted(by_index) if index % num_chunks == chunk]
         taken += [inside[index] for index in shuffled(len(inside), plan.seed, epoch, lane, chunk).tolist()]

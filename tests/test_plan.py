@@ -64,7 +64,7 @@ def test_lanes_and_indices_are_those_of_a_loop(num_images, num_lanes):
     assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
     lanes, indices, sizes = assign_in_a_loop(num_images, num_lanes, assignment.run_length)
     assert assignment.lanes(rows_N).tolist() == lanes
-    assert assignment.places(rows_N).tolist() == indices
+    assert assignment.offsets(rows_N).tolist() == indices
     assert assignment.lane_sizes == tuple(sizes)
 
 
@@ -72,7 +72,7 @@ def test_lanes_and_indices_are_those_of_a_loop(num_images, num_lanes):
 def test_every_index_of_every_lane_is_taken_once(num_images, num_lanes):
     assignment, rows_N = LaneAssignment(num_images, num_lanes), np.arange(num_images)
     starts_L = np.cumsum([0, *assignment.lane_sizes])
-    taken_N = starts_L[assignment.lanes(rows_N)] + assignment.places(rows_N)
+    taken_N = starts_L[assignment.lanes(rows_N)] + assignment.offsets(rows_N)
     assert np.array_equal(np.sort(taken_N), rows_N)
 
 

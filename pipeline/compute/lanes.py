@@ -1,13 +1,13 @@
 """The training images of some lanes, in memory, on a GPU or on disk, and the order in which an epoch takes them.
 
-Input: images with their lanes and places. Output: for each step, the next rows of every lane. Invariant: the order
-depends on the seed, the epoch, the lane and the images' places alone, and not on where the images are kept.
+Input: images with their lanes and offsets. Output: for each step, the next rows of every lane. Invariant: the order
+depends on the seed, the epoch, the lane and the images' offsets alone, and not on where the images are kept.
 
 A lane is stored as chunks, each of every n-th image of it, so that a chunk of a sorted listing holds all classes. An
 epoch takes the chunks of a lane in another order each time, and the images of a chunk in another order: what is on disk
 is read chunk by chunk from front to back, the next one while steps are made with this one.
 
-Axes: B rows of a step, D values of an image, M places of all lanes, N images, Z lanes.
+Axes: B rows of a step, D values of an image, M positions of all lanes, N images, Z lanes.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Lanes:
         self._is_on_disk = scratch is not None
         self._num_chunks = plan.num_chunks
         self._chunk_rows = -(-max(plan.assignment.lane_sizes) // self._num_chunks)
-        lane_places = self._num_chunks * self._chunk_rows
-        self._starts = {lane: index * lane_places for index, lane in enumerate(lanes)}
-        num_places = len(lanes) * lane_places
-        self._images_MD = empty_images(num_places, plan.target.num_values, store, scratch)
-        self._labels_M = torch.empty(num_places, dtype=torch.int32, device=store)
-        self._is_filled_M = np.zeros(num_places, np.bool_)
+        lane_positions = self._num_chunks * self._chunk_rows
+        self._starts = {lane: index * lane_positions for index, lane in enumerate(lanes)}
+        num_positions = len(lanes) * lane_positions
+        self._images_MD = empty_images(num_positions, plan.target.num_values, store, scratch)
+        self._labels_M = torch.empty(num_positions, dtype=torch.int32, device=store)
+        self._is_filled_M = np.zeros(num_positions, np.bool_)
 
     def put(self, rows_N: npt.NDArray[np.int64], images_ND: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Copy images to their places.
+        """Copy images to their positions.
 
         Args:
             rows_N: Their rows in the training listing.
@@ -67,11 +67,11 @@ class Lanes:
             labels_N: int64.
         """
         assignment = self._plan.assignment
-        places_N = assignment.places(rows_N)
+        offsets_N = assignment.offsets(rows_N)
         starts_L = np.array([self._starts.get(lane, -1) for lane in range(assignment.num_lanes)])
         # [lane][chunk][row of the chunk]: the p-th image of a lane is in chunk p modulo their number.
-        positions_N = starts_L[assignment.lanes(rows_N)] + places_N % self._num_chunks * self._chunk_rows
-        positions_N += places_N // self._num_chunks
+        positions_N = starts_L[assignment.lanes(rows_N)] + offsets_N % self._num_chunks * self._chunk_rows
+        positions_N += offsets_N // self._num_chunks
         put_images(self._images_MD, positions_N, images_ND)
         self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
         self._is_filled_M[positions_N] = True

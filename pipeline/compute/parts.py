@@ -1,9 +1,9 @@
 """The validation images of one part, until they are scored and written to the part's prediction file.
 
-Input: images with their places in the part. Output: their keys and labels in the order of the listing, and their
-pixels in blocks. Invariant: an image's place depends on the listing alone; those of skipped images stay empty.
+Input: images with their positions in the part. Output: their keys and labels in the order of the listing, and their
+pixels in blocks. Invariant: an image's position depends on the listing alone; those of skipped images stay empty.
 
-Axes: D values of an image, M places, N images.
+Axes: D values of an image, M positions, N images.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _BLOCK_PRODUCTS = 8
 
 
 class Part:
-    """Images of one part at their places.
+    """Images of one part at their positions.
 
     Args:
-        num_places: M, the listed images of the part.
+        num_positions: M, the listed images of the part.
         num_values: D.
         device: Where they are kept.
         scratch: The folder whose disk keeps them; None for memory or the GPU's.
@@ -35,19 +35,19 @@ class Part:
         ClusterError: If there is no room on that disk.
     """
 
-    def __init__(self, num_places: int, num_values: int, device: torch.device, scratch: str | None) -> None:
-        self._images_MD = empty_images(num_places, num_values, device, scratch)
-        self._labels_M = torch.empty(num_places, dtype=torch.int64)
-        self._is_filled_M = np.zeros(num_places, np.bool_)
+    def __init__(self, num_positions: int, num_values: int, device: torch.device, scratch: str | None) -> None:
+        self._images_MD = empty_images(num_positions, num_values, device, scratch)
+        self._labels_M = torch.empty(num_positions, dtype=torch.int64)
+        self._is_filled_M = np.zeros(num_positions, np.bool_)
         self._keys: dict[int, pa.StringArray] = {}
 
     def put(
         self, rows_N: npt.NDArray[np.int64], keys: pa.ChunkedArray, images_ND: torch.Tensor, labels_N: torch.Tensor
     ) -> None:
-        """Copy a shard's images to their places.
+        """Copy a shard's images to their positions.
 
         Args:
-            rows_N: The places, int64, rising.
+            rows_N: The positions, int64, rising.
             keys: Of the images, string.
             images_ND: uint8.
             labels_N: int64.

@@ -151,7 +151,7 @@ def _check_kinds(where: str, archives: list[Archive], image: str | None, compres
         )
     if compressed is not None:
         raise DataError(
-            f"{where}: expected tar files that can be read at any place, got {compressed}, which is compressed; "
+            f"{where}: expected tar files that can be read at any offset, got {compressed}, which is compressed; "
             "unpack it, or write it again as .tar"
         )
     if not archives:

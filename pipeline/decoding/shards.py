@@ -32,7 +32,7 @@ class Loader:
         target: What every image becomes.
         classes: Names of the K classes.
         assignment: How training images come to lanes.
-        num_actors: How many actors the lanes are dealt to.
+        num_actors: How many actors the lanes are assigned to.
         cache: Where outcomes are kept; None for nowhere.
     """
 

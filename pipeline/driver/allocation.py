@@ -105,7 +105,7 @@ def choose_storage(plan: Plan, num_actors: int, capacities: Sequence[NodeCapacit
     Raises:
         ClusterError: If a node has room for its actors' images neither in memory nor on disk.
     """
-    # Lanes and parts are dealt to actors in turn: one may have one more than another.
+    # Lanes and parts go to actors in turn: one may have one more than another.
     share = -(-plan.num_lanes // num_actors) / plan.num_lanes
     needed = [plan.held_bytes * min(1.0, share * capacity.num_actors) for capacity in capacities]
     is_short = [

@@ -97,7 +97,7 @@ def connected(address: str | None) -> Iterator[bool]:
 
 
 def _check_address(address: str | None) -> None:
-    """Knock at a cluster's door: Ray itself would try for minutes, and could not be interrupted."""
+    """Try the cluster's port first: Ray itself would try for minutes, and could not be interrupted."""
     address = address or os.environ.get("RAY_ADDRESS")
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():

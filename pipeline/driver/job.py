@@ -58,7 +58,7 @@ def evaluate(
         What `run.json` holds.
 
     Raises:
-        EvaluationError: One of the tree in `errors`, for everything that a user can mend.
+        EvaluationError: One of the tree in `errors`, for everything that a user can correct.
     """
     clock = Clock()
     # Actors have other working folders.

@@ -194,15 +194,15 @@ def started_fast() -> Iterator[None]:
 
 @contextmanager
 def ended_by(end: Callable[[], None]) -> Iterator[None]:
-    """Have `ray.shutdown` call `end` in place of Ray's own end of its processes."""
+    """Have `ray.shutdown` call `end` instead of ending its processes itself."""
     with _replaced(END.path, lambda _: lambda self, **options: end()):
         yield
 
 
 @contextmanager
 def _replaced(path: str, stand_in: Callable[[Any], Any]) -> Iterator[None]:
-    place, _, name = path.rpartition(".")
-    owner = pkgutil.resolve_name(place)
+    owner_path, _, name = path.rpartition(".")
+    owner = pkgutil.resolve_name(owner_path)
     original = getattr(owner, name)
     setattr(owner, name, stand_in(original))
     try:

@@ -155,7 +155,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 def open_file(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
-    """Open a file to be read at any place."""
+    """Open a file to be read at any offset."""
     return storage.with_retries(lambda: filesystem.open_input_file(path), path)
 
 

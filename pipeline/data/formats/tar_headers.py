@@ -1,6 +1,6 @@
 """The headers of a tar file: which members there are, and where their bytes lie.
 
-Input: an open file that can be read at any place. Output: name, place and size of each regular member. Invariant:
+Input: an open file that can be read at any offset. Output: name, offset and size of each regular member. Invariant:
 every step goes forward and every member lies within the file, whatever the headers say.
 
 The formats are POSIX ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html) and GNU's
