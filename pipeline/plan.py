@@ -103,8 +103,8 @@ class Shard:
 class LaneAssignment:
     """The rule that gives every training image its lane and its offset there.
 
-    Runs of neighbours in the listing go to the lanes in turn: single images where there are few, so that lanes are alike,
-    and as many as a shard where there are many, so that a shard goes to few actors.
+    Runs of neighbours in the listing go to the lanes in turn: single images where there are few, so that lanes are
+    alike, and as many as a shard where there are many, so that a shard goes to few actors.
 
     Attributes:
         num_images: Listed training images.
