@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -73,9 +73,11 @@ class _Screen(logging.Handler):
     def __init__(self, signals: _Signals) -> None:
         super().__init__()
         self._signals = signals
-        self._is_terminal = is_terminal(sys.stderr)
+        self._stream = sys.stderr
+        self._is_terminal = is_terminal(self._stream)
         self._line: StatusLine | None = None
         self._next_time = time.monotonic() + (0.0 if self._is_terminal else _LINE_SECONDS)
+        self._is_inside_line = False
         self._first: Progress | None = None
         self.last: Progress | None = None
 
@@ -101,6 +103,13 @@ class _Screen(logging.Handler):
             self.clear()
             click.echo(message, err=True)
 
+    def write_to(self, stream: TextIO, text: str) -> int:
+        """Write what a library prints; its line is not redrawn before it ends."""
+        with self._locked():
+            self.clear()
+            self._is_inside_line = not text.endswith("\n") if text else self._is_inside_line
+            return stream.write(text)
+
     def clear(self) -> None:
         """Erase the progress."""
         with self._locked():
@@ -110,14 +119,14 @@ class _Screen(logging.Handler):
     def _show(self, parts: list[str], share: float | None) -> None:
         self._signals.check()
         now = time.monotonic()
-        if now < self._next_time:
+        if now < self._next_time or self._is_inside_line:
             return
         self._next_time = now + (0.1 if self._is_terminal else _LINE_SECONDS)
         if not self._is_terminal:
             self.write(", ".join(parts))
             return
         with self._locked(), contextlib.suppress(OSError):
-            self._line = self._line or StatusLine(sys.stderr)
+            self._line = self._line or StatusLine(self._stream)
             self._line.draw(parts, share)
 
     @contextlib.contextmanager
@@ -127,6 +136,20 @@ class _Screen(logging.Handler):
             yield
         finally:
             self.release()
+
+
+class _Printed:
+    """Standard error as libraries get it: what they print is written above the progress."""
+
+    def __init__(self, screen: _Screen, stream: TextIO) -> None:
+        self._screen, self._stream = screen, stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self._screen.write_to(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
@@ -247,7 +270,8 @@ def main(is_json: bool, **options: Any) -> None:
         leave_pandas_out()
         try:
             # Ray prints the messages of its node manager on standard output, which is for the summary alone.
-            with contextlib.redirect_stdout(sys.stderr):
+            printed: Any = _Printed(screen, sys.stderr)
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 run = job.evaluate(config, screen.show, screen.show_download)
         finally:
             screen.clear()
