@@ -1,6 +1,9 @@
-"""The command: how far do the simplest honest classifiers get on a labelled image dataset, and where do they fail?
+"""The command: evaluate simple classifiers on a labelled image dataset.
 
-Runs on this machine as `python jobs/evaluate.py`, and on a cluster as `ray submit cluster.yaml jobs/evaluate.py`.
+Run on this machine as `python jobs/evaluate.py`, or on a cluster as `ray submit cluster.yaml jobs/evaluate.py`.
+
+Input: options. Output: the summary on standard output, progress and messages on standard error, and an exit status.
+Invariant: a user's mistake, an interrupt and an output that cannot be written are one line each.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from pipeline.results.terminal import (
     summary,
 )
 
-# What a shell says of a command ended by Ctrl-C, and by a request to end.
+# The exit status that a shell gives to a command ended by these signals.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _LINE_SECONDS = 10.0
 Number = TypeVar("Number", int, float)
@@ -100,8 +103,7 @@ class _Screen(logging.Handler):
     def write(self, message: str) -> None:
         """Write a line that stays."""
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason to end the job
-            self.clear()
-            click.echo(message, err=True)
+            self.write_to(self._stream, f"{message}\n")
 
     def write_to(self, stream: TextIO, text: str) -> int:
         """Write what a library prints; its line is not redrawn before it ends."""
@@ -258,12 +260,12 @@ def main(is_json: bool, **options: Any) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[screen])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     logging.captureWarnings(True)
-    # NumPy's own threads, for which nothing here has work, spin while they start: a tenth of a second in each process.
+    # NumPy's own threads are not used here, and their start costs a tenth of a second in each process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         has_default = ("out", "scratch")  # that of Config, which differs from run to run
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
-        # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
+        # Imported here, after the signal handlers are set: while Ray loads, a Ctrl-C would end in a traceback.
         from pipeline.driver import job
         from pipeline.driver.tasks import leave_pandas_out
 
@@ -285,7 +287,7 @@ def main(is_json: bool, **options: Any) -> None:
         screen.write(f"interrupted: {_left_undone(screen.last, config)}")
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received])
-    gc.freeze()  # to look all through once more before the end takes a tenth of a second
+    gc.freeze()  # a last collection at exit takes a tenth of a second
     try:
         _print_run(run, is_json=is_json)
     except OSError as exc:
@@ -293,14 +295,14 @@ def main(is_json: bool, **options: Any) -> None:
             f"error: standard output: expected it to take the summary, got {exc.strerror}; the results are complete "
             f"in {run['out']}"
         )
-        # What could not be written would be tried once more at the end.
+        # At exit, Python would try once more to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _prepare_streams() -> None:
     """Make standard output and error take any text: where they are closed, and where their encoding lacks a letter."""
-    # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
+    # A file that is opened later would get the number of a closed stream, and what is written to it.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
