@@ -1,6 +1,9 @@
-"""The command: how far do the simplest honest classifiers get on a labelled image dataset, and where do they fail?
+"""The command: evaluate simple classifiers on a labelled image dataset.
 
-Runs on this machine as `python jobs/evaluate.py`, and on a cluster as `ray submit cluster.yaml jobs/evaluate.py`.
+Run on this machine as `python jobs/evaluate.py`, or on a cluster as `ray submit cluster.yaml jobs/evaluate.py`.
+
+Input: options. Output: the summary on standard output, progress and messages on standard error, and an exit status.
+Invariant: a user's mistake, an interrupt and an output that cannot be written are one line each.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -33,7 +36,7 @@ from pipeline.results.terminal import (
     summary,
 )
 
-# What a shell says of a command ended by Ctrl-C, and by a request to end.
+# The exit status that a shell gives to a command ended by these signals.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _LINE_SECONDS = 10.0
 Number = TypeVar("Number", int, float)
@@ -73,9 +76,11 @@ class _Screen(logging.Handler):
     def __init__(self, signals: _Signals) -> None:
         super().__init__()
         self._signals = signals
-        self._is_terminal = is_terminal(sys.stderr)
+        self._stream = sys.stderr
+        self._is_terminal = is_terminal(self._stream)
         self._line: StatusLine | None = None
         self._next_time = time.monotonic() + (0.0 if self._is_terminal else _LINE_SECONDS)
+        self._is_inside_line = False
         self._first: Progress | None = None
         self.last: Progress | None = None
 
@@ -98,8 +103,14 @@ class _Screen(logging.Handler):
     def write(self, message: str) -> None:
         """Write a line that stays."""
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason to end the job
+            self.write_to(self._stream, f"{message}\n")
+
+    def write_to(self, stream: TextIO, text: str) -> int:
+        """Write what a library prints; its line is not redrawn before it ends."""
+        with self._locked():
             self.clear()
-            click.echo(message, err=True)
+            self._is_inside_line = not text.endswith("\n") if text else self._is_inside_line
+            return stream.write(text)
 
     def clear(self) -> None:
         """Erase the progress."""
@@ -110,14 +121,14 @@ class _Screen(logging.Handler):
     def _show(self, parts: list[str], share: float | None) -> None:
         self._signals.check()
         now = time.monotonic()
-        if now < self._next_time:
+        if now < self._next_time or self._is_inside_line:
             return
         self._next_time = now + (0.1 if self._is_terminal else _LINE_SECONDS)
         if not self._is_terminal:
             self.write(", ".join(parts))
             return
         with self._locked(), contextlib.suppress(OSError):
-            self._line = self._line or StatusLine(sys.stderr)
+            self._line = self._line or StatusLine(self._stream)
             self._line.draw(parts, share)
 
     @contextlib.contextmanager
@@ -127,6 +138,20 @@ class _Screen(logging.Handler):
             yield
         finally:
             self.release()
+
+
+class _Printed:
+    """Standard error as libraries get it: what they print is written above the progress."""
+
+    def __init__(self, screen: _Screen, stream: TextIO) -> None:
+        self._screen, self._stream = screen, stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self._screen.write_to(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
@@ -235,19 +260,20 @@ def main(is_json: bool, **options: Any) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[screen])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     logging.captureWarnings(True)
-    # NumPy's own threads, for which nothing here has work, spin while they start: a tenth of a second in each process.
+    # NumPy's own threads are not used here, and their start costs a tenth of a second in each process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         has_default = ("out", "scratch")  # that of Config, which differs from run to run
         config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
-        # Here, because it loads Ray, during which a Ctrl-C would end in a traceback.
+        # Imported here, after the signal handlers are set: while Ray loads, a Ctrl-C would end in a traceback.
         from pipeline.driver import job
         from pipeline.driver.imports import leave_pandas_out
 
         leave_pandas_out()
         try:
             # Ray prints the messages of its node manager on standard output, which is for the summary alone.
-            with contextlib.redirect_stdout(sys.stderr):
+            printed: Any = _Printed(screen, sys.stderr)
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 run = job.evaluate(config, screen.show, screen.show_download)
         finally:
             screen.clear()
@@ -261,7 +287,7 @@ def main(is_json: bool, **options: Any) -> None:
         screen.write(f"interrupted: {_left_undone(screen.last, config)}")
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received])
-    gc.freeze()  # to look all through once more before the end takes a tenth of a second
+    gc.freeze()  # a last collection at exit takes a tenth of a second
     try:
         _print_run(run, is_json=is_json)
     except OSError as exc:
@@ -269,14 +295,14 @@ def main(is_json: bool, **options: Any) -> None:
             f"error: standard output: expected it to take the summary, got {exc.strerror}; the results are complete "
             f"in {run['out']}"
         )
-        # What could not be written would be tried once more at the end.
+        # At exit, Python would try once more to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _prepare_streams() -> None:
     """Make standard output and error take any text: where they are closed, and where their encoding lacks a letter."""
-    # Where a stream is closed, what would be written to it is to go nowhere, and not into a file opened later.
+    # A file that is opened later would get the number of a closed stream, and what is written to it.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123,SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -313,7 +313,7 @@ def limit(images: Images) -> Answer:
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     seconds = time.perf_counter() - started
     if any(statuses):
-        raise ValueError(f"{images.data}: expected images that can be decoded, got another file; look above")
+        raise ValueError(f"{images.data}: expected images that can be decoded, got another file; see the error above")
     return Answer(len(paths), phase_s=seconds, num_units=len(paths))
 
 
