@@ -1,7 +1,7 @@
 """Progress and the summary of a run: plain lines in a log, drawn by `rich` on a terminal.
 
-Input: `Progress` records and the content of `run.json`. Output: text. Invariant: `rich`, a twentieth of a second of
-start-up, is loaded only where a terminal is attached; both forms show the same figures, which are rounded only here.
+Input: `Progress` records and the content of `run.json`. Output: text. Invariant: `rich`, 30 ms of start-up, is loaded
+only where a terminal is attached; both forms show the same figures, which are rounded only here.
 """
 
 from __future__ import annotations
