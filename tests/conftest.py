@@ -6,16 +6,7 @@ import subprocess
 import numpy as np
 import psutil
 import pytest
-from builders import (  # noqa: F401  some are passed on to test files that still import them from here
-    DATA,
-    ROOT,
-    command,
-    end_processes,
-    naive_num_correct,
-    naive_pixels,
-    processes_with,
-    write_images,
-)
+from builders import DATA, end_processes, write_images
 
 from pipeline.data import storage
 from pipeline.results.writing import Output, prepare

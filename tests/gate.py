@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT
+from builders import ROOT
 
 _EVALUATE = ROOT / "jobs" / "evaluate.py"
 _GATED = ROOT / "tests" / "evaluate_gated.py"

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import pyarrow.parquet as pq
 import pytest
+from builders import ROOT, naive_num_correct
 from click.testing import CliRunner
-from conftest import ROOT, naive_num_correct
 
 import benchmark
 from benchmarks.request import Answer

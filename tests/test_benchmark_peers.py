@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, naive_num_correct, naive_pixels
+from builders import ROOT, naive_num_correct, naive_pixels
 from PIL import Image
 
 import benchmark

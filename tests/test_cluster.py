@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import command
+from builders import command
 from gate import Gate
 from hosts import (
     Host,

@@ -4,7 +4,7 @@ import json
 import tempfile
 
 import pytest
-from conftest import command
+from builders import command
 from gate import Gate, gated_command
 from ray.cluster_utils import Cluster
 

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, command, end_processes, processes_with
+from builders import ROOT, command, end_processes, processes_with
 from gate import Gate, gated_command
 from PIL import Image
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from builders import ROOT
 
 _CONVERT = "pa.array(['a']), pa.scalar(1), pa.array([1]).to_numpy(); print('converted'); import pandas"
 

@@ -11,7 +11,7 @@ import uuid
 import psutil
 import pytest
 import ray
-from conftest import ROOT, command, end_processes, processes_with
+from builders import ROOT, command, end_processes, processes_with
 
 from pipeline.driver import local_ray
 

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from builders import ROOT
 
 # From the top to the bottom: a room imports only from itself and from rooms below it.
 ROOMS = ("driver", "compute", "results", "decoding", "plan", "data", "config", "errors")
