@@ -5,7 +5,7 @@
     ├── DataError          the dataset is missing, empty or inconsistent
     │   └── DownloadError  a dataset known by name could not be fetched
     ├── TrainingError      the loss is no number any more
-    ├── ImageCountError       images listed, used and skipped do not add up
+    ├── ImageCountError    images listed, used and skipped do not add up
     ├── OutputError        the results' folder cannot be used or written
     ├── CacheError         the cache's folder cannot be used
     └── ClusterError       Ray cannot give, or no longer gives, what the job needs

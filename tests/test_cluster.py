@@ -324,7 +324,7 @@ def test_a_worker_cut_off_while_training_changes_nothing(cluster, local_run):
         # It is gone at once, and the job goes on before anybody knows.
         cut_off(cluster.switch, with_actors[0])
     assert job.end() == 0, job.text()
-    assert "starting all actors anew" in job.text()
+    assert "restarting all actors" in job.text()
     assert results(cluster, "training")["results_sha256"] == local_run["results_sha256"]
 
 

@@ -121,7 +121,7 @@ def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path, gate):
         os.kill(actors_of(mark)[0].pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
-    assert re.search(r"starting all actors anew, to go on after epoch [12]\n", stderr)
+    assert re.search(r"restarting all actors, to go on after epoch [12]\n", stderr)
     assert json.loads(stdout)["results_sha256"] == first["results_sha256"]
 
 
@@ -212,7 +212,7 @@ def test_messages_stand_above_the_progress_of_a_terminal(small_dataset, tmp_path
     assert process.returncode == 0
     progress = re.compile(r"step|means|starting to decode|images, ")
     lines = [line.rpartition("\x1b[2K")[2] for line in finish().split("\n")[:-1]]  # what is left of each on the screen
-    assert any("starting all actors anew" in line for line in lines)
+    assert any("restarting all actors" in line for line in lines)
     assert [line for line in lines if progress.search(line)] == []
 
 

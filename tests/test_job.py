@@ -298,7 +298,7 @@ def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path
     options = {"epochs": 3, "device": "cpu", "actors": num_actors}
     run = evaluate(small_dataset, tmp_path / "out", on_progress, **options)
     assert killed
-    assert "starting all actors anew, to go on after epoch" in caplog.text
+    assert "restarting all actors, to go on after epoch" in caplog.text
     assert run["results_sha256"] == reference["results_sha256"]
 
 
@@ -316,7 +316,7 @@ def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
     options = {"epochs": 3, "device": "cpu", "actors": 2, "scratch": str(tmp_path)}
     run = evaluate(small_dataset, tmp_path / "out", fill_disk_and_kill, **options)
     assert killed
-    assert "starting all actors anew" in caplog.text
+    assert "restarting all actors" in caplog.text
     assert run["actors"]["images_kept_in"] == ["disk"]
     assert run["results_sha256"] == reference["results_sha256"]
 
@@ -334,7 +334,7 @@ def test_an_actor_killed_while_decoding_does_not_change_a_bit(reference, small_d
     # More shards than are in flight at a time, so that there is a middle.
     run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu", shard_images=4)
     assert killed
-    assert "starting all actors anew" in caplog.text
+    assert "restarting all actors" in caplog.text
     assert run["results_sha256"] == reference["results_sha256"]
 
 

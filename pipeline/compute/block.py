@@ -18,7 +18,7 @@ from pipeline.compute.classifiers import nearest_mean
 
 @dataclass
 class Trained:
-    """What all training images have come to.
+    """What was computed from all training images.
 
     Attributes:
         counts_K: Training images of each class, int64.

@@ -109,7 +109,7 @@ class Collective:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
         port = 0
         if self._rank == 0:
-            # Of itself the store would listen on every address of the machine.
+            # By default the store would listen on every address of the machine.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, 0), family=family, backlog=1024)
             port = int(listener.getsockname()[1])
@@ -119,7 +119,7 @@ class Collective:
         port = int(exchange.gather(np.array([port]))[0, 0])
         if self._rank > 0:
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        # Of itself NCCL takes the interface that the host's name leads to, which may be another or a public one.
+        # By default NCCL takes the interface that the host's name leads to, which may be another or a public one.
         if interface := _interface_of(addresses[self._rank][0]):
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         dist.init_process_group(

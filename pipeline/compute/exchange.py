@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 # A peer that moves not a byte for so long is taken for dead.
 TIMEOUT_SECONDS = 120.0
-# A caller that has not said by then who it is, is a outsider.
+# A caller that has not said by then who it is, is no actor of this job.
 _HELLO_SECONDS = 2.0
 TOKEN_BYTES = 16
 # Who calls: the token of this job's actors, and the caller's rank.
@@ -168,7 +168,7 @@ def _read_hello(peer: socket.socket, token: bytes) -> int:
             if not received:
                 return -1
             hello += received
-    except OSError:  # of a outsider's connection
+    except OSError:  # of a connection that no actor of this job made
         return -1
     given, rank = _HELLO.unpack(hello)
     return int(rank) if given == token else -1

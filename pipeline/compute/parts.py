@@ -18,7 +18,7 @@ import torch
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.lanes import empty_images, put_images
 
-# Products of `sgd` over which images are brought to the device at once.
+# Products of `sgd_linear` over which images are brought to the device at once.
 _BLOCK_PRODUCTS = 8
 
 

@@ -46,7 +46,7 @@ def score_part(
 
     Args:
         part: The part, complete.
-        trained: What the training images have come to.
+        trained: What was computed from the training images.
         classifiers: Those that this job has.
         device: Where blocks are scored.
         num_threads: Threads for distances, on the CPU.

@@ -32,7 +32,7 @@ _MAX_RANGE = 100_000
 def find_archives(
     filesystem: pafs.FileSystem, root: str, pattern: str, config: Config, ignored: Counter[str]
 ) -> list[Archive]:
-    """Find the archives of a dataset, sorted as people do, and choose those of the two splits.
+    """Find the archives of a dataset, in natural sort order, and choose those of the two splits.
 
     Args:
         filesystem: Where they are.
@@ -137,17 +137,18 @@ def _translate(pattern: str) -> str:
 
 def _archive(found: Format, name: str, info: pafs.FileInfo, config: Config) -> Archive:
     if info.type != pafs.FileType.File:
-        raise DataError(f"{info.path}: expected a {found.name} file, got none that can be read; take it away")
+        raise DataError(f"{info.path}: expected a {found.name} file, got something that is no regular file; remove it")
     split_name = split_in_path(name, config)
     split: Split | None = None if split_name is None else "train" if split_name == config.train_split else "valid"
     return Archive(found.name, info.path, name, info.size, info.mtime_ns, split, split_name)
 
 
 def _check_kinds(where: str, archives: list[Archive], image: str | None, compressed: str | None) -> None:
+    glob = f"**/*{ending(os.fsencode(archives[0].name))}" if archives else ""
     if archives and image is not None:
         raise DataError(
             f"{where}: expected either class folders of images or archives, got both {image} and {archives[0].name}; "
-            "move one of them elsewhere, or name the archives by a glob such as **/*.tar"
+            f"move one of them elsewhere, or name the archives by a glob such as {glob}"
         )
     if compressed is not None:
         raise DataError(
@@ -160,7 +161,7 @@ def _check_kinds(where: str, archives: list[Archive], image: str | None, compres
     if len(by_kind) > 1:
         raise DataError(
             f"{where}: expected archives of one kind, got {' and '.join(by_kind.values())}; "
-            "name one kind by a glob such as **/*.tar"
+            f"name one kind by a glob such as {glob}"
         )
 
 

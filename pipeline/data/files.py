@@ -77,7 +77,7 @@ class Location:
 
 @dataclass(frozen=True)
 class ReadFault:
-    """Why one file's bytes could not be had: a reason of the fixed list in `decode`, and the system's words."""
+    """Why one file's bytes could not be had: one of `REASONS` of `decoding.images`, and the system's words."""
 
     reason: Literal["unreadable", "not_a_file", "too_large"]
     error: str

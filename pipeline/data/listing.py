@@ -34,7 +34,7 @@ class ArchiveImages:
 
     Attributes:
         archive: The file.
-        index: A reference to its rows of this split, a table of `archives.INDEX`, which stays where it was made.
+        index: A reference to its rows of this split, a table of `formats.index.INDEX`, which stays where it was made.
         labels: The class of the listing that each class of the file is, as a number; -1 for one that is left out.
         row_groups: Rows at which it is best cut, from 0 to their number.
     """
@@ -101,7 +101,7 @@ class Listing:
 
 
 def list_dataset(location: Location, config: Config) -> Listing:
-    """List every image of both splits, sorted, with the classes as people sort them.
+    """List every image of both splits, sorted, with the classes in natural sort order.
 
     Raises:
         DataError: If splits, classes or images are missing, the splits' classes differ, or archives lie between them.

@@ -1,4 +1,4 @@
-"""What splits are called, which side an image is held out to, and in which order people read names.
+"""What splits are called, which side an image is held out to, and the natural sort order of names.
 
 Input: names, as a file system or an archive gives them. Output: the split that a name stands for. Invariant: the
 answer depends on the name and the options alone, so that every process comes to the same.

@@ -129,7 +129,7 @@ def decode_images(
     """Decode a shard's images into one Arrow table.
 
     Args:
-        keys: Of N images, as `sources` lists them.
+        keys: Of N images, as `listing` lists them.
         labels: Of the same images, indexes of classes.
         images: Their bytes, in the same order.
         target: What every image becomes.
@@ -153,7 +153,7 @@ def decode_images(
             kept.append(row)
             num_resized += is_resized
     if faults:
-        del pixels[len(kept) * num_values :]  # room that would be sent with the rest
+        del pixels[len(kept) * num_values :]  # unused bytes that would be sent with the rest
         keys, labels = keys.take(pa.array(kept, pa.int64())), labels.take(pa.array(kept, pa.int64()))
     table = pa.table(
         {"key": _to_text(keys), "class": labels, "image": _to_tensors(pixels, len(kept), target)},

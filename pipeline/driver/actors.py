@@ -102,7 +102,7 @@ def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]
 
 
 def begin_actors(actors: Sequence[Actor], plan: Plan, allocation: Allocation, scratch: str | None) -> list[Ref]:
-    """Give actors their job and let them meet.
+    """Give actors their job and connect them.
 
     Nothing is waited for: an actor does its calls in their order, so shards can be sent before it is up.
 
@@ -113,7 +113,7 @@ def begin_actors(actors: Sequence[Actor], plan: Plan, allocation: Allocation, sc
         scratch: The folder for images that memory cannot hold; None where it can.
 
     Returns:
-        References to the names of their devices, followed by those of their meeting.
+        References to the names of their devices, followed by those of their connecting.
     """
     begun = [actor.begin.remote(plan, rank, allocation, scratch) for rank, actor in enumerate(actors)]
     if allocation.num_actors > 1:

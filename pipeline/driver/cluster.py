@@ -243,7 +243,7 @@ def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: 
         asked = {ref: node for ref, node in asked.items() if node.node_id in living}
         if asked and time.monotonic() > deadline:
             raise ClusterError(
-                f"{what}: expected an answer of {next(iter(asked.values())).address}, got none; see to it"
+                f"{what}: expected an answer from {next(iter(asked.values())).address}, got none; check that node"
             )
     return answers
 

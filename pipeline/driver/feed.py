@@ -158,9 +158,9 @@ class _Feeding:
         if time.monotonic() - self.looked_at_s > _LOOK_SECONDS:
             self.looked_at_s = time.monotonic()
             self.max_in_flight = max_shards_in_flight(self.job.plan, self.job.shards, cluster.cluster_resources())
-            # Ray waits for good with an actor that no node has room for since one died.
+            # Ray waits forever for an actor that no living node can take.
             if len(self.counts.devices) < len(self.actors) and (gone := self.job.node_ids - cluster.living_ids()):
-                raise ActorLostError(f"an actor: expected it to start, got the death of {len(gone)} nodes")
+                raise ActorLostError(f"an actor: expected it to start, got {len(gone)} lost nodes")
         if self._num_to_decode == 0:
             return self.job.show("means", len(self.counts.digests), len(self.job.plan.part_sizes))
         num_done = self.counts.num_decoded.total() + self.counts.num_skipped

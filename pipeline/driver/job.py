@@ -1,7 +1,7 @@
 """The job from its options to its results: listing, feeding, training, scoring, writing.
 
 Input: a `Config`. Output: the result files and what `run.json` says. Invariant: the driver holds references, counts,
-means and parameters, never images or their rows, and the work in flight is bounded by bytes.
+means and parameters, never pixels, and the work in flight is bounded by bytes.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
             if num_deaths > _MAX_DEATHS:
-                raise ClusterError(f"the actors: expected them to live, got {num_deaths} deaths; {exc}") from exc
-            logger.warning("%s; starting all actors anew, to go on after epoch %d", exc, len(training.history))
+                raise ClusterError(f"the actors: expected them to run, got {num_deaths} deaths; {exc}") from exc
+            logger.warning("%s; restarting all actors, to go on after epoch %d", exc, len(training.history))
             job = _reallocate(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
             train.save(job, training, fingerprint)

@@ -56,7 +56,7 @@ def begin_listing(location: Location, config: Config) -> Future[FirstListing]:
     pending: Future[FirstListing] = Future()
 
     def run() -> None:
-        # While Ray starts, the main thread has it wait, and what any thread hears would be answered by Ray's handler.
+        # While Ray starts, SIGTERM is blocked in the main thread; if it were not here, Ray's handler would run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             pending.set_result(_list_first(location, config))

@@ -1,7 +1,7 @@
-"""What the driver needs of Ray: a connection, actors, a decoding task, and waiting that cannot hang.
+"""The Ray tasks: decoding a shard, indexing an archive, naming cache entries, sampling headers.
 
-Input: calls. Output: results, or an error of our own tree for every fault of Ray's. Invariant: with nothing finished
-for `STALL_SECONDS` there is an error that names what was waited for.
+Input: records and rows that are sent to a worker. Output: references to the answers. Invariant: a task does not import
+torch, and what it sends is no more than its answer.
 """
 
 from __future__ import annotations

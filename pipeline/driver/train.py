@@ -128,7 +128,7 @@ def _say_if_it_only_guesses(job: Job, training: Training) -> None:
     loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
     if loss > guessing:
         logger.warning(
-            "sgd_linear: expected a training loss below %.4g, that of guessing, got %.4g; give a smaller "
+            "training: expected a loss below %.4g, that of guessing, got %.4g; give a smaller "
             "--learning-rate than %g",
             guessing, loss, training.learning_rate,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Waiting for Ray that cannot hang, and Ray's faults as errors of our own.
 
-Input: references to results. Output: results, or an error of our own tree for every fault of Ray's. Invariant: with
+Input: references to results. Output: results, or an `EvaluationError` for every fault of Ray's. Invariant: with
 nothing finished for `STALL_SECONDS` there is an error that names what was waited for.
 """
 
@@ -80,11 +80,11 @@ def get_result(ref: Ref, what: str = "a task") -> Any:
     except ray.exceptions.ObjectLostError as exc:  # with the node that held it
         raise ActorLostError(f"{what}: expected its result, got {_first_line(exc)}") from exc
     except ray.exceptions.ActorUnschedulableError as exc:  # its node died before it was up
-        raise ActorLostError(f"an actor: expected its node to live, got {_first_line(exc)}") from exc
+        raise ActorLostError(f"an actor: expected its node to run, got {_first_line(exc)}") from exc
     except ray.exceptions.RayActorError as exc:
         if exc.actor_init_failed:
             cause = str(exc).strip().splitlines()[-1]
-            raise ClusterError(f"an actor: expected it to start, got {cause}; see to the node that it is on") from exc
+            raise ClusterError(f"an actor: expected it to start, got {cause}; check its node") from exc
         raise ActorLostError(f"an actor: expected it to live, got {_first_line(exc)}") from exc
     except ray.exceptions.RayError as exc:
         raise ClusterError(

@@ -73,7 +73,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class EpochMetric:
-    """One row of `history.parquet`: training figures as met on the way, validation figures after the epoch.
+    """One row of `history.parquet`: training figures measured during the epoch, validation figures after the epoch.
 
     Losses are means over images, in nats; accuracies 0 to 1.
     """

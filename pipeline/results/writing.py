@@ -157,8 +157,9 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
     try:
         storage.write_atomic(filesystem, f"{root}/{name}", write)
     except OSError as exc:
-        raise OutputError(f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; make room or choose "
-                          "another --out") from exc  # fmt: skip
+        raise OutputError(
+            f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; free disk space, or choose another --out"
+        ) from exc
 
 
 def _is_result(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The classifiers, as one table: all that is told by classifier (columns, figures, summary) follows from it.
+"""The classifiers, as one table: columns, figures, the memory for scores and the summary follow from it.
 
 Input: a `Block` of images with what was learnt from the training images. Output: a prediction for each image and, where
 the classifier has them, a score for each class. Invariant: an image's output depends on that image and on what was

@@ -118,7 +118,7 @@ def make_index(
         if config.valid_fraction is None:
             raise DataError(
                 f"{archive.path}: expected {config.train_split} and {' or '.join(valid_names(config))} as words of the "
-                "files' paths, or as folders inside of a tar, got no two splits; name them with --train-split and "
+                "files' paths, or as folders inside the archive, got no two splits; name them with --train-split and "
                 "--valid-split, or hold images out with --valid-fraction 0.2"
             )
         keys = (key for chunk in rows.keys.chunks for key in chunk.to_pylist())

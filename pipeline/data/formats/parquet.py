@@ -43,7 +43,7 @@ LABEL_COLUMNS = ("label", "class", "cls", "labels")
 _SCAN_ROWS = 2**16
 # Decoded at a time: some images, so that a row group of any size passes through a bounded memory.
 _BATCH_BYTES, _MAX_BATCH_ROWS = 2**23, 4096
-# Of a column chunk read at a time; a far store answers each request in some 30 ms.
+# Of a column chunk read at a time; a remote store answers each request in some 30 ms.
 _LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**20, 2**23
 
 

@@ -44,8 +44,9 @@ from pipeline.errors import DataError
 
 _JSON_LABELS = ("label", "class", "cls")
 _SIDE_ENDINGS = (b".cls", b".json", b".txt")
-# What is read at once. A far store answers in some 30 ms what it then sends at some 100 MB/s: pixels between two
-# headers are fetched rather than asked around, up to 8 MiB. A local file is faster in parts that fit a cache.
+# What is read at once. A remote store answers in some 30 ms what it then sends at some 100 MB/s: pixels between two
+# headers are read through, up to 8 MiB, instead of a request for each header. A local file is faster in parts that fit
+# a cache.
 _LOCAL_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 2**16, 2**23
 _LOCAL_RUN_BYTES, _REMOTE_RUN_BYTES = 2**20, 2**25
 _CHUNK_ROWS = 2**16
@@ -272,7 +273,7 @@ def _check_unique(archive: Archive, keys: pa.ChunkedArray) -> None:
     if pc.count_distinct(keys).as_py() != len(keys):
         counts = pc.value_counts(keys)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0].as_py()
-        raise DataError(f"{archive.path}: expected every member once, got {display(twice)} again; write the tar anew")
+        raise DataError(f"{archive.path}: expected every member once, got {display(twice)} again; write the tar again")
 
 
 def _check_labelled(archive: Archive, keys: pa.ChunkedArray, is_missing: npt.NDArray[np.bool_]) -> None:
