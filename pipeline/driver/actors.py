@@ -6,6 +6,7 @@ imports what an actor computes with; an actor does its calls in the order in whi
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import secrets
@@ -49,7 +50,12 @@ class ActorProcess:
 
     def __init__(self) -> None:
         leave_pandas_out()
-        importlib.import_module("torch")  # while the listing is read, and not when the first images are here
+        # While the listing is read, and not when the first images are here. The objects of an import stay: looking
+        # through them for garbage takes time.
+        gc.disable()
+        importlib.import_module("torch")
+        gc.freeze()
+        gc.enable()
 
     def begin(self, plan: Plan, rank: int, allocation: Allocation, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""

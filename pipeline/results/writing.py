@@ -158,7 +158,8 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
         storage.write_atomic(filesystem, f"{root}/{name}", write)
     except OSError as exc:
         raise OutputError(
-            f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; free disk space, or choose another --out"
+            f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; free disk space or choose another "
+            "--out"
         ) from exc
 
 
