@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.driver import job
+from pipeline.results.terminal import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "pipeline" / "results" / "README.md"
@@ -32,6 +33,13 @@ def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
     monkeypatch.chdir(results_folder)
     rows = duckdb.sql(query).fetchall()
     assert rows or "skipped" in query
+
+
+@pytest.mark.ray
+def test_the_first_command_prints_what_the_first_screen_shows(local_ray, tmp_path):
+    shown = re.search(r"```\n(classifier .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    printed = summary(job.evaluate(Config(out=str(tmp_path / "out"))))
+    assert printed.startswith(shown)
 
 
 def test_there_is_a_query_for_every_table():

@@ -4,8 +4,8 @@ Input: a process in which pyarrow has converted nothing yet.
 Output: a pyarrow that does without pandas there.
 Invariant: what asks for pandas later finds it; where pyarrow imports it all the same, only time is lost.
 
-Where pandas is installed, as by the extra `bench`, this saves 15 % (9 to 18) of a whole process on MNIST, `--epochs 0`, on
-two CPU cores, the median of eight pairs. Where it is not installed, this does nothing.
+Where pandas is installed, as by the extra `bench`, this saves 15 % (9 to 18) of a whole process on MNIST, with
+`--epochs 0` on two CPU cores, the median of eight pairs. Where it is not installed, this does nothing.
 """
 
 from __future__ import annotations
