@@ -186,10 +186,11 @@ class _Feeding:
             self.job.clock.enter("means")
         if num_skipped_by_reason:
             counts.skipped[shard.index] = skipped
-        where = (shard.start,) if shard.split == "train" else (shard.part, shard.offset)
+        is_train = shard.split == "train"
+        method, where = ("add_train", [shard.start]) if is_train else ("add_valid", [shard.part, shard.offset])
         taken = set()
         for rank, table in tables.items():
-            ref = self.actors[rank].call.remote(f"add_{shard.split}", *where, table)
+            ref = self.actors[rank].call.remote(method, *where, table)
             taken.add(ref)
             self.waiting[ref] = (f"handing shard {shard.index} to its actor", partial(self._finish, shard, taken, ref))
 
