@@ -114,15 +114,17 @@ class _Screen(logging.Handler):
 
     def clear(self) -> None:
         """Erase the progress."""
-        with self._locked():
+        with self._locked(), contextlib.suppress(OSError):
             if self._line is not None:
                 self._line.clear()
 
     def _show(self, parts: list[str], share: float | None) -> None:
         self._signals.check()
         now = time.monotonic()
-        if now < self._next_time or self._is_inside_line:
+        if now < self._next_time:
             return
+        if self._is_inside_line:  # given a moment to end, as otherwise nothing would ever be shown again
+            self.write_to(self._stream, "\n")
         self._next_time = now + (0.1 if self._is_terminal else _LINE_SECONDS)
         if not self._is_terminal:
             self.write(", ".join(parts))
@@ -151,6 +153,8 @@ class _Printed:
         return self._screen.write_to(self._stream, text)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy, which has no stream yet
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 

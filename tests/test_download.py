@@ -102,6 +102,15 @@ def test_what_is_asked_for_is_an_https_url():
     assert download.URL.startswith("https://")
 
 
+def test_an_interrupt_leaves_nothing_behind(server, cache):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(cache, interrupt)
+    assert list(cache.glob("*")) == []
+
+
 @pytest.mark.parametrize(
     ("data", "match"),
     [

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import uuid
 
-import psutil
 import pytest
 import ray
-from builders import ROOT, command, end_processes, processes_with
+from builders import ROOT, end_processes, processes_with
+from gate import Gate
 
 from pipeline.driver import local_ray
 
@@ -144,34 +144,51 @@ def test_names_are_replaced_while_ray_starts_and_ends_here():
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("told_by", ["--address", "RAY_ADDRESS", "ray_current_cluster"])
+@pytest.mark.parametrize("told_by", ["--address", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"])
 def test_nothing_is_replaced_where_a_cluster_is_joined(tmp_path, told_by):
     address = ray.get_runtime_context().gcs_address
     folder = tmp_path / "ray"
     folder.mkdir()
-    if told_by == "ray_current_cluster":
-        (folder / told_by).write_text(address)
-    environment = {"RAY_ADDRESS": address if told_by == "RAY_ADDRESS" else "", "RAY_TMPDIR": str(tmp_path)}
+    if told_by.endswith("TMPDIR"):
+        (folder / "ray_current_cluster").write_text(address)
+    where = told_by if told_by == "TMPDIR" else "RAY_TMPDIR"
+    environment = {"RAY_ADDRESS": address if told_by == "RAY_ADDRESS" else "", where: str(tmp_path)}
     shown = show_replaced(address if told_by == "--address" else "", **environment)
     assert shown == "init []\nTrue\nshutdown []\n[]\n"
 
 
+_HOLD = """
+import pathlib, time
+original, folder = services.start_ray_process, pathlib.Path(os.environ["GATE"])
+def start_ray_process(command, process_type, **options):
+    started = original(command, process_type, **options)
+    if process_type == "raylet":
+        (folder / "raylet").touch()
+        while not (folder / "raylet.go").exists(): time.sleep(0.01)
+    return started
+services.start_ray_process = start_ray_process
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_to_all_of_the_group_while_a_plain_ray_starts_is_answered(tmp_path, signum):
-    mark = {MARK: str(uuid.uuid4())}
-    process = command("--out", tmp_path / "out", "--address", "local", IMAGE_BASELINE_PLAIN_RAY="1", **mark)
+    mark = str(uuid.uuid4())
+    variables = {"CHANGE": _HOLD, "COMMAND": f"{ROOT}/jobs/evaluate.py", "GATE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _RUN, "--out", tmp_path / "out", "--address", "local"],
+        env={**os.environ, **variables, local_ray.PLAIN_VARIABLE: "1", MARK: mark},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        driver = psutil.Process(process.pid)
-        while process.poll() is None and "raylet" not in {child.name() for child in driver.children()}:
-            pass
-        os.killpg(process.pid, signum)
+        with Gate(tmp_path).held("raylet", process):
+            os.killpg(process.pid, signum)
         stdout, stderr = process.communicate(timeout=60)
-        left = processes_with(*next(iter(mark.items())))
+        left = processes_with(MARK, mark)
     finally:
-        end_processes(processes_with(*next(iter(mark.items()))))
+        end_processes(processes_with(MARK, mark))
     assert (process.returncode, stdout, left) == (128 + signum, "", []), stderr
     assert stderr.splitlines()[-1] == "interrupted: nothing was evaluated"
 
 
 def test_every_replacement_says_what_it_saves():
-    assert all(each.reason and each.saves for each in local_ray.REPLACEMENTS)
+    assert all("%" in each.saves or each.saves.startswith("nothing; ") for each in local_ray.REPLACEMENTS)

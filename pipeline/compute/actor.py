@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,6 @@ from pipeline.results.figures import EpochRecord
 
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
-T = TypeVar("T")
 
 
 class LaneActor:

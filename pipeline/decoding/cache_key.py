@@ -46,7 +46,8 @@ def file_stamps(location: Location, rows: pa.Table) -> Stamps:
     kind, ctime, which copying and unpacking programs cannot set back as they do mtime.
 
     Returns:
-        Sizes in bytes and times in nanoseconds, int64 [N] each; -1 for files that are not there.
+        Sizes in bytes and times in nanoseconds, int64 [N] each; -1 for files that are not there, and as the
+        time of images of the package, which is that of its installation.
     """
     match location.kind:
         case "folder":

@@ -1,7 +1,7 @@
 """Bytes of image files to uint8 tensors of one size and mode.
 
-Input: keys, labels and bytes (or the reason why there are none). Output: an Arrow table of tensors and a table of
-skipped images. Invariant: every key that enters is in exactly one of the two.
+Input: keys, labels and bytes (or the reason why there are none). Output: an Arrow table of tensors, and the rows that
+were skipped with their reasons. Invariant: every key that enters is in exactly one of the two.
 
 Axes: N images, H height, W width, C channels (1 for mode L, 3 for RGB); pixels 0 to 255.
 """

@@ -45,7 +45,7 @@ class ActorProcess:
     """A `LaneActor` in a process of Ray's.
 
     It is imported only there, so that the driver and the decoding workers never load torch; and it is joined with
-    the writing of results here, because the modules below do not know of each other.
+    the writing of results here, because each would else have to know of the other.
     """
 
     def __init__(self) -> None:

@@ -174,7 +174,7 @@ def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes
                 raise OutputError(
                     f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
                 ) from exc
-        answers = _ask(nodes, "a look at the files", _look, location, names, str(marker) if marker else None)
+        answers = _ask(nodes, "a look at the files", _see_files, location, names, str(marker) if marker else None)
         for node, (seen_sizes, sees_marker) in answers:
             if seen_sizes != sizes:
                 raise DataError(
@@ -191,12 +191,12 @@ def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes
             marker.unlink(missing_ok=True)
 
 
-def _look(location: Location, names: Sequence[bytes], marker: str | None) -> tuple[list[int], bool]:
+def _see_files(location: Location, names: Sequence[bytes], marker: str | None) -> tuple[list[int], bool]:
     return files.file_sizes(location, names), marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
 
 
 def measure_capacities(nodes: Sequence[Node], allocation: Allocation, scratch: str) -> list[NodeCapacity]:
-    """Ask the nodes that actors may come to for their room for images.
+    """Ask the nodes that actors may run on for the memory and disk that images can take.
 
     Raises:
         ClusterError: If a node has no such folder.

@@ -89,7 +89,8 @@ def connected(address: str | None) -> Iterator[bool]:
                         "/tmp/ray/session_latest/logs"
                     ) from exc
                 raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
-        yield is_joined
+        # By what was started, whatever Ray made of the address.
+        yield is_joined and all(child in others for child in psutil.Process().children())
     finally:
         # A second Ctrl-C at this point would leave Ray's processes behind.
         with _blocked({signal.SIGINT, signal.SIGTERM}):
@@ -116,7 +117,7 @@ def _is_joined(address: str | None) -> bool:
         address = os.environ.get("RAY_ADDRESS") or address
     if address is not None:
         return address != "local"
-    latest = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    latest = Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "ray_current_cluster")
     return latest.exists() and bool(latest.read_text().strip())
 
 
@@ -203,7 +204,7 @@ def _choose_store_bytes() -> int | None:
 def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
     """Disconnect, and end whatever this process started except `others`."""
     started = [child for child in psutil.Process().children() if child not in others]
-    # Before the raylet dies: its own children are nobody's children then.
+    # Before the raylet dies: its own children are reparented to init then.
     ended = set(_family(started))
 
     def end_at_once() -> None:
@@ -214,13 +215,16 @@ def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
         _kill(ended)
 
     # Ray's services do not hear that they are asked to end, see above; and what died by itself can keep Ray waiting.
-    impatience = threading.Timer(_GRACE_SECONDS, end_at_once)
-    impatience.start()
-    with local_ray.ended_by(end_at_once) if is_fast else nullcontext():
-        ray.shutdown()
-    impatience.cancel()
-    ended.update(_family(started))  # all of it, if Ray's start was interrupted and there was nothing to shut down
-    _kill(ended)
+    kill_timer = threading.Timer(_GRACE_SECONDS, end_at_once)
+    kill_timer.start()
+    try:
+        with local_ray.ended_by(end_at_once) if is_fast else nullcontext():
+            ray.shutdown()
+    finally:
+        kill_timer.cancel()
+        kill_timer.join()
+        ended.update(_family(started))  # all of it, if Ray's start was interrupted and there was nothing to shut down
+        _kill(ended)
     psutil.wait_procs(started, timeout=_END_SECONDS)
     deadline = time.monotonic() + _END_SECONDS
     while any(_is_living(process) for process in ended) and time.monotonic() < deadline:
@@ -228,7 +232,7 @@ def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
 
 
 def _is_living(process: psutil.Process) -> bool:
-    """Say whether a process may yet do anything; a dead one stays listed until its parent, or an init, sees to it."""
+    """Say whether a process may yet do anything; a dead one stays listed until its parent, or init, reaps it."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.exceptions
 
 from pipeline.config import Config
 from pipeline.data.files import Location

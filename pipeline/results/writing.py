@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +20,6 @@ import pyarrow.parquet as pq
 
 from pipeline.data import storage
 from pipeline.errors import OutputError
-
-logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.parquet"
