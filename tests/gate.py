@@ -40,7 +40,7 @@ class Gate:
 
 
 def gated_command(gate, moment, *args, stderr=subprocess.PIPE, **environment):
-    """Start the command as `conftest.command` does, to stand still at a moment, as evaluate_gated.py names them."""
+    """Start the command as `builders.command` does, to stand still at a moment, as evaluate_gated.py names them."""
     return subprocess.Popen(
         [sys.executable, str(_GATED), *gate.arguments(moment), *map(str, args)],
         stdout=subprocess.PIPE,

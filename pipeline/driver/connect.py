@@ -135,7 +135,7 @@ def _start(others: set[psutil.Process]) -> bool:
             try:
                 with local_ray.started_fast():
                     _initialize("local", object_store_memory=_choose_store_bytes())
-            except Exception as exc:  # noqa: BLE001 - whatever another version makes of the stand-ins
+            except Exception as exc:  # noqa: BLE001 - whatever another version makes of the replacements
                 _leave_ray(others, is_fast=False)
                 reason = (
                     f"Ray {ray.__version__}: expected to start with fewer services, got {' '.join(str(exc).split())}"
