@@ -14,7 +14,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +26,13 @@ import click
 import benchmarks.data as datasets
 from benchmarks.peers import PEERS
 from benchmarks.request import Answer
+from benchmarks.store import stored
 from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise, write_runs
 from benchmarks.watch import INTERRUPTS, watch
 
-_EVALUATES = ("evaluate", "evaluate_first", "evaluate_again")
-_ON_IMAGES = ("evaluate", *PEERS)
+_EVALUATES = ("evaluate", "evaluate_first", "evaluate_again", "evaluate_local")
+_ON_IMAGES = ("evaluate", *(name for name in PEERS if name != "client"))
+_ON_STORE = ("evaluate", "evaluate_local", "client", "ray_data_read_images", "daft_decode", "limit")
 # The commands of each workload without --only.
 _DEFAULTS = {
     "mnist": _ON_IMAGES,
@@ -38,6 +41,8 @@ _DEFAULTS = {
     "sgd": ("actor", "actors_2", "torch_loop", "torch_loop_threads", "sklearn_sgd"),
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
+    "store": _ON_STORE,
+    "store_photos": _ON_STORE,
 }
 # The commands that --only can name.
 _KNOWN = {**_DEFAULTS, "many": _ON_IMAGES}
@@ -52,6 +57,7 @@ _SAME_CHECKSUM = 1e-5
 _LOOSE_CORRECT, _LOOSE_CHECKSUM = 0.02, 0.01
 _LOOSE = {
     "photos": frozenset(("evaluate", "ray_data_map_batches", "daft")),
+    "store_photos": frozenset(("evaluate", "evaluate_local")),
     # Sums in another order; scikit-learn trains another model.
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
 }
@@ -68,6 +74,8 @@ class Case:
         commands: The names of the commands.
         request: The request to peers and parts.
         options: Options for `evaluate.py`.
+        bucket: The folder that is served as a bucket.
+        latency_ms: Of each of its answers.
     """
 
     title: str
@@ -75,6 +83,8 @@ class Case:
     commands: tuple[str, ...]
     request: dict[str, Any]
     options: tuple[str, ...] = ()
+    bucket: Path | None = None
+    latency_ms: int = 0
 
     @property
     def base(self) -> str:
@@ -93,6 +103,7 @@ class Options:
     num_images: tuple[int, ...]
     form: str
     num_shards: int
+    latencies_ms: tuple[int, ...] = ()
     daft_python: str = field(default=sys.executable)
 
 
@@ -102,6 +113,8 @@ def make_cases(options: Options) -> list[Case]:
     if workload == "driver":
         title = f"driver, {options.num_shards:,} shards without decoding"
         return [Case(title, workload, options.names, {"num_shards": options.num_shards})]
+    if workload.startswith("store"):
+        return _store_cases(options)
     if workload == "photos":
         cases = []
         for number in options.num_images or _MADE_IMAGES["photos"]:
@@ -129,6 +142,28 @@ def make_cases(options: Options) -> list[Case]:
             for number in options.num_images or _MADE_IMAGES["many"]
         ]
     return [_image_case(options, source)]
+
+
+def _store_cases(options: Options) -> list[Case]:
+    """Make a case for each latency, of photographs, or of the given images or as many links to them as asked for."""
+    size = None
+    if options.workload == "store_photos":
+        number = next(iter(options.num_images or _MADE_IMAGES["photos"]))
+        data = datasets.make_once(
+            options.work / f"photos-{number}", partial(datasets.make_photographs, num_images=number)
+        )
+        size = (_PHOTO_SIDE, _PHOTO_SIDE)
+    else:
+        data = _expect_data(options)
+        for number in options.num_images:
+            data = datasets.make_once(
+                options.work / f"many-{number}", partial(datasets.link_images, data, num_images=number)
+            )
+    case = _image_case(options, data, size)
+    return [
+        replace(case, title=f"{case.title}, {latency_ms} ms", bucket=Path(case.options[1]), latency_ms=latency_ms)
+        for latency_ms in options.latencies_ms
+    ]
 
 
 def _image_case(options: Options, data: Path, size: tuple[int, int] | None = None) -> Case:
@@ -174,7 +209,19 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
         click.ClickException: If it fails; the message ends with the last lines of its standard error.
     """
     jobs = Path(__file__).resolve().parent
-    with tempfile.TemporaryDirectory() as folder:
+    num_requests = None
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = None
+        if case.bucket and name not in ("evaluate_local", "limit"):
+            (Path(folder) / "buckets").mkdir()
+            (Path(folder) / "buckets" / "images").symlink_to(case.bucket)
+            server = stack.enter_context(stored(Path(folder) / "buckets", case.latency_ms))
+            endpoint = f"http://127.0.0.1:{server.port}"
+            case = replace(
+                case,
+                options=("--data", f"s3://images?{server.query}&anonymous=true", *case.options[2:]),
+                request={**case.request, "endpoint": endpoint, "bucket": "images"},
+            )
         out, err, results = Path(folder, "out"), Path(folder, "err"), Path(folder, "results")
         python = sys.executable
         if name.startswith(
@@ -196,8 +243,10 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
             )
         found = json.loads(out.read_text().splitlines()[-1])
         answer = _evaluate_answer(found, results) if name in _EVALUATES else Answer(**found)
+        stack.close()
+        num_requests = sum(server.num_requests.values()) if server else None
     row = {key: value for key, value in {**asdict(watched), **asdict(answer)}.items() if key in Run.__annotations__}
-    return Run(case=case.title, command=name, run=index, **row), answer
+    return Run(case=case.title, command=name, run=index, num_requests=num_requests, **row), answer
 
 
 def _evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
@@ -309,8 +358,11 @@ def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--workload", type=click.Choice(tuple(_DEFAULTS)), default="mnist", help="What is done.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; all but photos and driver.")
-@click.option("--images", "num_images", callback=_numbers, help="For many and photos.  [default: 250000,1000000; 2000]")
+@click.option(
+    "--images", "num_images", callback=_numbers, help="For many, photos, store.  [default: 250000,1000000; 2000; all]"
+)
 @click.option("--form", type=click.Choice(("folder", *datasets.FORMS)), default="folder", help="What evaluate reads.")
+@click.option("--latency-ms", "latencies_ms", callback=_numbers, default="30", help="Of the workloads of a store.")
 @click.option("--shards", "num_shards", type=click.IntRange(min=8), default=4000, help="For driver.")
 @click.option("--runs", "num_runs", type=click.IntRange(min=1), default=5, help="Rounds after those that warm up.")
 @click.option("--warm-ups", "num_warm_ups", type=click.IntRange(min=0), default=1, help="Rounds that do not count.")

@@ -247,6 +247,9 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_cluster_option("--device", type=click.Choice(DEVICES), default=_DEFAULTS.device, help="Device of the actors.")
 @_cluster_option("--gpus-per-actor", type=float, default=_DEFAULTS.gpus_per_actor, help="Share of a GPU per actor.")
 @_cluster_option("--shard-images", default="auto", callback=_number_or_auto, help="Images of a shard, at most.")
+@_cluster_option(
+    "--read-concurrency", default="auto", callback=_number_or_auto, help="Files that a process reads at a time."
+)
 @_cluster_option("--scratch", default=None, help="Folder for images that memory cannot hold.  [default: TMPDIR]")
 @_results_option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
 @_results_option("--overwrite", is_flag=True, help="Replace the results in --out.")

@@ -54,6 +54,7 @@ class Config:
     wait_seconds: float = 300.0
     cache: str | None = None
     cache_gib: float | None = None
+    read_concurrency: int | None = None
     scratch: str = field(default_factory=tempfile.gettempdir)
     overwrite: bool = False
     resume: bool = False
@@ -134,6 +135,10 @@ class Config:
         _expect(
             self.shard_images is None or self.shard_images >= 1,
             f"--shard-images: expected auto, or 1 or more, got {self.shard_images}; auto fits the dataset",
+        )
+        _expect(
+            self.read_concurrency is None or 1 <= self.read_concurrency <= 1024,
+            f"--read-concurrency: expected auto, or 1 to 1024, got {self.read_concurrency}; auto is 64",
         )
         _expect(
             self.actors is None or self.actors >= 1,

@@ -8,13 +8,11 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.fs as pafs
-from fsspec.implementations.memory import MemoryFileSystem
+from obstore.store import MemoryStore
 from PIL import Image
 
 from pipeline.config import Config
@@ -22,6 +20,7 @@ from pipeline.data.archives import find_archives
 from pipeline.data.files import Location, display, read_images
 from pipeline.data.formats import reader_of
 from pipeline.data.listing import Listing
+from pipeline.data.storage import BucketStore, LocalStore
 from pipeline.plan import Target, make_plan
 from pipeline.results.figures import EpochMetric, accuracies
 from pipeline.results.tables import (
@@ -36,7 +35,7 @@ from pipeline.results.tables import (
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-LOCAL = pafs.LocalFileSystem()
+LOCAL = LocalStore()
 # The keys of a dataset of two classes, sorted by class and key.
 KEYS = [f"{split}/{name}/{number}.png" for split in ("train", "valid") for name in ("3", "7") for number in (1, 10, 2)]
 ALL_TRAIN = Config(valid_fraction=1e-9)  # of a dataset without splits, all images are of train, in fact
@@ -60,22 +59,27 @@ def write_folder(folder, keys):
 
 
 def write_dataset(kind, folder, keys):
-    """Lay files out as a folder, below a URI (`mock`, `file uri`), or in one Parquet file; return the location."""
-    if kind == "mock":
-        return write_mock(keys)
-    location = write_folder(folder, keys)
-    return Location("uri", f"file://{quote(location.root)}") if kind == "file uri" else location
+    """Lay files out as a folder, or in a bucket; return the location."""
+    return write_bucket(keys) if kind == "bucket" else write_folder(folder, keys)
 
 
-def write_mock(names, content=None):
-    """Do the same in a file system in memory, which like an object store is no local one; return its location."""
-    location = Location("uri", "mock:///bucket/data")
-    filesystem, root = location.filesystem
-    filesystem.delete_dir_contents("bucket", missing_dir_ok=True)  # of the test before: a URI is opened once a process
-    for name in names:
-        filesystem.create_dir(f"{root}/{name}".rpartition("/")[0])
-        with filesystem.open_output_stream(f"{root}/{name}") as stream:
-            stream.write(name.encode() if content is None else content)
+def write_bucket(names, content=None):
+    """Put files into a bucket in memory, which every test has for itself; return its location."""
+    return fill_bucket({name: name.encode() if content is None else content for name in names})
+
+
+def put_in_bucket(folder):
+    """Put the files of a folder into it."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return fill_bucket({str(path.relative_to(folder)): path.read_bytes() for path in paths})
+
+
+def fill_bucket(contents):
+    """Put contents by name into it."""
+    location = Location("uri", "memory://bucket/data")
+    store, root = location.store
+    for name, content in contents.items():
+        store.write(f"{root}/{name}", lambda stream, content=content: stream.write(content))
     return location
 
 
@@ -141,34 +145,18 @@ def naive_num_correct(root):
 # Archives
 
 
-class CountingFile(io.BytesIO):
-    """A file that notes the size of every read in `sizes`."""
+class CountingStore(BucketStore):
+    """A bucket in memory that holds one file, and notes the size of every read in `sizes`."""
 
-    def __init__(self, data, sizes):
-        super().__init__(data)
-        self.sizes = sizes
+    def __init__(self, name, data):
+        super().__init__(MemoryStore(), "bucket")
+        self.sizes = []
+        self.write(f"bucket/{name}", lambda stream: stream.write(data))
 
-    def read(self, size=-1):
-        self.sizes.append(size)
-        return super().read(size)
-
-
-class _CountingStore(MemoryFileSystem):
-    cachable = False
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.sizes = sizes
-
-    def _open(self, path, mode="rb", **options):
-        return CountingFile(self.store[path].getvalue(), self.sizes)
-
-
-def counting_store(name, data):
-    """A store that holds one file, and a list that gets the size of every read; fsspec comes with torch."""
-    MemoryFileSystem().pipe(f"/{name}", data)
-    sizes = []
-    return pafs.PyFileSystem(pafs.FSSpecHandler(_CountingStore(sizes))), sizes
+    def read_range(self, path, start, stop):
+        data = super().read_range(path, start, stop)
+        self.sizes.append(len(data))
+        return data
 
 
 class Scanned(NamedTuple):
@@ -179,16 +167,16 @@ class Scanned(NamedTuple):
     archive: object
 
 
-def scan_archive(path, config, filesystem=LOCAL):
+def scan_archive(path, config, store=LOCAL):
     """Find one archive by its full path and scan it."""
-    (archive,) = find_archives(filesystem, str(path), "", config, Counter())
-    return Scanned(*reader_of(archive).scan(filesystem, archive, config), archive)
+    (archive,) = find_archives(store, str(path), "", config, Counter())
+    return Scanned(*reader_of(archive).scan(store, archive, config), archive)
 
 
-def read_archive(scanned, split="train", rows=None, filesystem=LOCAL):
+def read_archive(scanned, split="train", rows=None, store=LOCAL):
     """Read the bytes of a split's images, or of some of its rows."""
     rows = scanned.index[split] if rows is None else rows
-    return list(reader_of(scanned.archive).read_rows(filesystem, scanned.archive, rows))
+    return list(reader_of(scanned.archive).read_rows(store, scanned.archive, rows, 4))
 
 
 def rows_of(scanned, split="train"):

@@ -7,10 +7,13 @@ import numpy as np
 import psutil
 import pytest
 from builders import DATA, end_processes, write_images
+from obstore.store import MemoryStore
 
-from pipeline.data import storage
+from pipeline.data import clients
 from pipeline.results.writing import Output, prepare
 
+# A bucket in memory: for the process, and until a test ends.
+clients._CLIENTS["memory"] = lambda uri, options: MemoryStore()
 # No test joins a Ray that somebody else runs on this machine.
 os.environ.setdefault("RAY_ADDRESS", "local")
 
@@ -19,7 +22,7 @@ os.environ.setdefault("RAY_ADDRESS", "local")
 def _forget_clients():
     """A client is kept for a process, which is a whole job; here it would outlast its test."""
     yield
-    storage._connect.cache_clear()
+    clients.connect.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +94,7 @@ def output(tmp_path):
 @pytest.fixture
 def memory_output():
     """The same in a file system in memory, which like an object store is no local one."""
-    made = Output.at("mock:///bucket/out")
+    made = Output.at("memory://bucket/out")
     prepare(made, overwrite=False, resume=False)
     return made
 

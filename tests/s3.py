@@ -23,9 +23,11 @@ class Throttle:
         self.application = application
         self.num_refused = 0
         self.num_requests = 0
+        self.last_authorization = ""
 
     def __call__(self, environ, start_response):
         self.num_requests += 1
+        self.last_authorization = environ.get("HTTP_AUTHORIZATION", "")
         if self.num_refused > 0:
             self.num_refused -= 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

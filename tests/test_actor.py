@@ -150,14 +150,13 @@ def make_images(split):
 def make_job(num_actors=1, holes=None, **options):
     """The plan, and for every shard, by rank, the tables that actors get; `holes` are other ones of training."""
     missing = {**HOLES, "train": HOLES["train"] if holes is None else holes}
-    location, tables = Location("uri", "mock:///data"), {}
-    filesystem, root = location.filesystem
+    location, tables = Location("uri", "memory://data"), {}
+    store, root = location.store
     for split in ("train", "valid"):
         files, _, labels_N = make_images(split)
-        filesystem.create_dir(f"{root}/{split}")
         for row, data in enumerate(files):
-            with filesystem.open_output_stream(f"{root}/{split}/{row}.png") as stream:
-                stream.write(b"" if row in missing[split] else data)
+            content = b"" if row in missing[split] else data
+            store.write(f"{root}/{split}/{row}.png", lambda stream, content=content: stream.write(content))
         keys = pa.array([b"%s/%d.png" % (split.encode(), row) for row in range(len(labels_N))])
         tables[split] = pa.table({"key": keys, "label": pa.array(labels_N, pa.int32())})
     listing = Listing(location, CLASSES, tables["train"], tables["valid"], "valid", {})

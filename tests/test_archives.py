@@ -3,7 +3,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from builders import LOCAL, write_files, write_mock
+from builders import LOCAL, write_bucket, write_files
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
@@ -63,9 +63,9 @@ def test_archives_are_found_at_any_depth(tmp_path):
 
 def test_a_store_is_searched_as_a_folder_is():
     names = ["x/2.parquet", "x/10.parquet", "1.parquet", ".hidden/3.parquet", "README.md"]
-    filesystem, root = write_mock(names, b"12345").filesystem
+    store, root = write_bucket(names, b"12345").store
     ignored = Counter()
-    found = find_archives(filesystem, root, "", UNSPLIT, ignored)
+    found = find_archives(store, root, "", UNSPLIT, ignored)
     assert [archive.name for archive in found] == ["1.parquet", "x/2.parquet", "x/10.parquet"]
     assert (found[0].kind, found[0].path, found[0].size_bytes, ignored) == (
         "parquet", f"{root}/1.parquet", 5, {".md": 1}

@@ -62,7 +62,7 @@ def store_aged(cache, numbers, seconds_ago):
 @pytest.mark.parametrize("kind", ["folder", "object store"])
 @pytest.mark.parametrize("num_images", [0, 1, 6])
 def test_what_was_stored_comes_back_unchanged(tmp_path, kind, num_images):
-    cache = Cache.at(str(tmp_path / "new" / "cache") if kind == "folder" else f"mock:///bucket{tmp_path}")
+    cache = Cache.at(str(tmp_path / "new" / "cache") if kind == "folder" else f"memory://bucket{tmp_path}")
     decoded = make_decoded(num_images, seed=num_images)
     assert load(cache, KEYS[0]) is None
     store(cache, KEYS[0], decoded)
@@ -229,8 +229,8 @@ def test_a_folder_that_is_gone_is_one_warning(cache, caplog, is_file):
 def test_a_uri_that_cannot_be_opened_is_an_error_before_work_and_a_warning_later(caplog, root):
     with pytest.raises(CacheError, match=r"^--cache: expected a URI .*, got "):
         prepare(Cache.at(root))
-    assert load(Cache.at(root), KEYS[0]) is None
-    store(Cache.at(root), KEYS[0], make_decoded())
+    assert load(Cache(root), KEYS[0]) is None
+    store(Cache(root), KEYS[0], make_decoded())
     assert len(caplog.messages) == 1
 
 

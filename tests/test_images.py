@@ -26,7 +26,7 @@ from pipeline.decoding.images import (
     choose_target,
     decode_image,
     decode_images,
-    parse_headers,
+    read_header,
     sample_rows,
 )
 from pipeline.errors import DataError
@@ -36,7 +36,7 @@ ROW_OF_FOUR = Target(1, 4, "RGB")
 
 
 def target_of(images, **options):
-    return choose_target(Config(**options), parse_headers(images))
+    return choose_target(Config(**options), [header for header in map(read_header, images) if header])
 
 
 def save_rows(rows, image_format, dtype=np.uint8, **options):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import ALL_TRAIN, LOCAL, counting_store, pack_tar, read_archive, rows_of, scan_archive, write_files
+from builders import ALL_TRAIN, LOCAL, CountingStore, pack_tar, read_archive, rows_of, scan_archive, write_files
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
@@ -200,20 +200,20 @@ def test_a_scan_reads_no_image_and_a_read_only_its_row_groups():
     images = [{"bytes": np.random.default_rng(row).bytes(5000), "path": f"{row}.png"} for row in range(400)]
     buffer = io.BytesIO()
     pq.write_table(hugging_face(images, [0] * 400), buffer, row_group_size=100)
-    filesystem, sizes = counting_store("a.parquet", buffer.getvalue())
-    scanned = scan_archive("/a.parquet", ALL_TRAIN, filesystem)
-    assert sum(sizes) < 100_000
-    sizes.clear()
-    found = read_archive(scanned, rows=scanned.index["train"].slice(100, 100), filesystem=filesystem)
+    store = CountingStore("a.parquet", buffer.getvalue())
+    scanned = scan_archive("bucket/a.parquet", ALL_TRAIN, store)
+    assert sum(store.sizes) < 100_000
+    store.sizes.clear()
+    found = read_archive(scanned, rows=scanned.index["train"].slice(100, 100), store=store)
     assert found == [image["bytes"] for image in images[100:200]]
-    assert sum(sizes) < 600_000
+    assert sum(store.sizes) < 600_000
 
 
 def test_a_large_row_group_passes_through_a_small_memory(tmp_path):
     images = plain([bytes(2**12)] * 40_000, ["a"] * 40_000)
     _, index, archive = scan_parquet(tmp_path, images, use_dictionary=False, compression="NONE")
     before = pa.total_allocated_bytes()
-    most = max(pa.total_allocated_bytes() for _ in parquet.read_rows(LOCAL, archive, index["train"]))
+    most = max(pa.total_allocated_bytes() for _ in parquet.read_rows(LOCAL, archive, index["train"], 1))
     assert most - before < 40 * 2**20  # of 160 MiB
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import LOCAL, encode, pack_tar
+from builders import encode, pack_tar, put_in_bucket
 from PIL import Image
 
 from pipeline.config import Config
@@ -68,14 +68,14 @@ def write_as(folder, kind):
         elif kind == "parquet":
             columns = {"image": pa.array([data for *_, data in some], pa.binary()), "label": [n for n, *_ in some]}
             pq.write_table(pa.table(columns), path.with_suffix(".parquet"), row_group_size=9)
-    return Location("uri", f"file://{folder}") if kind == "uri" else Location("folder", str(folder))
+    return put_in_bucket(folder) if kind == "uri" else Location("folder", str(folder))
 
 
 def list_all(location, config=PLAIN):
-    found = find_archives(*location.filesystem, "", config, Counter())
+    found = find_archives(*location.store, "", config, Counter())
     if not found:
         return list_dataset(location, config)
-    parts = [(archive, *reader_of(archive).scan(LOCAL, archive, config)) for archive in found]
+    parts = [(archive, *reader_of(archive).scan(location.store[0], archive, config)) for archive in found]
     return list_archives(location, parts, Counter(), config)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
-from builders import ALL_TRAIN, LOCAL, counting_store, pack_tar, read_archive, rows_of, scan_archive
+from builders import ALL_TRAIN, LOCAL, CountingStore, pack_tar, read_archive, rows_of, scan_archive
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
@@ -188,12 +188,12 @@ def test_many_images_pass_through_chunks(tmp_path, monkeypatch):
 
 def test_a_far_tar_is_scanned_and_read_in_one_request_each():
     members = [(f"{number % 3}/{number}.png", b"%d" % number) for number in range(1000)]
-    filesystem, sizes = counting_store("a.tar", pack_tar(members))
-    scanned = scan_archive("/a.tar", ALL_TRAIN, filesystem)
-    assert len(sizes) == 1
-    images = read_archive(scanned, rows=scanned.index["train"].slice(100, 500), filesystem=filesystem)
+    store = CountingStore("a.tar", pack_tar(members))
+    scanned = scan_archive("bucket/a.tar", ALL_TRAIN, store)
+    assert len(store.sizes) == 1
+    images = read_archive(scanned, rows=scanned.index["train"].slice(100, 500), store=store)
     assert images == [data for _, data in members[100:600]]
-    assert len(sizes) == 2
+    assert len(store.sizes) == 2
 
 
 def test_rows_may_leave_others_out(tmp_path):

@@ -6,20 +6,27 @@ import subprocess
 import tarfile
 from collections import Counter
 
-import pyarrow as pa
 import pytest
-from builders import CountingFile, pack_tar
+from builders import CountingStore, pack_tar
 
-from pipeline.data.formats.tar_headers import walk
+from pipeline.data.formats.index import Archive
+from pipeline.data.formats.tar_headers import TarFile, walk
 from pipeline.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 every_format = pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 
 
+def open_tar(data, window_bytes, num_ahead=2):
+    store = CountingStore("a.tar", data)
+    archive = Archive("tar", "bucket/a.tar", "a.tar", len(data), 0, None, None)
+    return store, TarFile(store, archive, window_bytes, num_ahead)
+
+
 def walk_bytes(data, window_bytes=2**16, ignored=None, endings=()):
     ignored = Counter() if ignored is None else ignored
-    return list(walk(pa.BufferReader(data), "/d/a.tar", window_bytes, endings, ignored))
+    with open_tar(data, window_bytes)[1] as file:
+        return list(walk(file, endings, ignored))
 
 
 def contents(data, **options):
@@ -91,13 +98,14 @@ def test_the_text_of_side_files_comes_along(window_bytes):
     assert [text for *_, text in found] == [b"3\n", b"", b"7" * 700]
 
 
-def test_large_members_are_skipped_and_small_ones_read_through():
+@pytest.mark.parametrize("num_ahead", [0, 2])
+def test_large_members_are_skipped_and_small_ones_read_through(num_ahead):
     members = [(f"{number}", b"x") for number in range(1000)] + [(f"l{number}", bytes(2**20)) for number in range(9)]
-    sizes = []
-    file = pa.PythonFile(CountingFile(pack_tar(members), sizes), mode="r")
-    assert len(list(walk(file, "a.tar", 2**17, (), Counter()))) == 1009
-    assert sum(sizes) <= 2**20 + 11 * 2**17
-    assert len(sizes) <= 20
+    store, file = open_tar(pack_tar(members), 2**17, num_ahead)
+    with file:
+        assert len(list(walk(file, (), Counter()))) == 1009
+    assert sum(store.sizes) <= 2**20 + (11 + num_ahead) * 2**17
+    assert len(store.sizes) <= 20 + num_ahead
 
 
 def test_a_tar_ends_at_its_first_block_of_zeros():
@@ -107,13 +115,13 @@ def test_a_tar_ends_at_its_first_block_of_zeros():
 @pytest.mark.parametrize("cut", [0, 100, 512, 700, 1024, 1500, 2047])
 def test_a_tar_that_is_cut_off_is_an_error(cut):
     data = pack_tar([("a.png", b"x" * 400), ("b.png", b"y" * 400)])[:cut]
-    with pytest.raises(DataError, match=f"/d/a.tar: expected .* first {cut} bytes"):
+    with pytest.raises(DataError, match=f"bucket/a.tar: expected .* first {cut} bytes"):
         walk_bytes(data)
 
 
 @pytest.mark.parametrize("first", [b"\x1f\x8b" + b"gzip" * 200, b"PK" + b"zip " * 200])
 def test_another_file_is_an_error(first):
-    with pytest.raises(DataError, match=r"/d/a\.tar: expected an uncompressed tar"):
+    with pytest.raises(DataError, match=r"bucket/a\.tar: expected an uncompressed tar"):
         walk_bytes(first)
 
 
@@ -123,7 +131,7 @@ def test_a_sparse_member_is_an_error(tmp_path):
         (folder / "in").mkdir(parents=True)
         with (folder / "in" / "a.png").open("wb") as file:
             file.truncate(2**20)
-        with pytest.raises(DataError, match=r"/d/a\.tar: expected .* as a sparse file"):
+        with pytest.raises(DataError, match=r"bucket/a\.tar: expected .* as a sparse file"):
             walk_bytes(gnu_tar(folder, "--sparse", f"--format={tar_format}"))
 
 
@@ -143,7 +151,7 @@ def with_field(data, offset, field):
      (b"77777777777\0", "a whole tar file")],
 )  # fmt: skip
 def test_an_impossible_size_is_an_error(size, message):
-    with pytest.raises(DataError, match=f"/d/a.tar: expected {message}"):
+    with pytest.raises(DataError, match=f"bucket/a.tar: expected {message}"):
         walk_bytes(with_field(pack_tar([("a", b"1")]), 124, size))
 
 

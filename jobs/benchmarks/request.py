@@ -50,13 +50,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Images:
-    """A folder of `train/<class>/` and `valid/<class>/`, and what every image becomes; `mode` is L or RGB."""
+    """A folder of `train/<class>/` and `valid/<class>/`, and what every image becomes; `mode` is L or RGB.
+
+    Where there is an `endpoint`, the folder's files are also the objects of the bucket `bucket` there.
+    """
 
     data: str
     height: int
     width: int
     mode: str
     is_resized: bool
+    endpoint: str = ""
+    bucket: str = ""
 
 
 def serve(peers: Mapping[str, Callable[[Any], Answer]], request_type: Callable[..., Any]) -> None:

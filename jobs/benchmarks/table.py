@@ -37,6 +37,7 @@ class Run:
     phase_s: float | None = None
     num_units: int | None = None
     quarter_bytes: int | None = None
+    num_requests: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ _MEASURES: dict[str, Callable[[Run], float | None]] = {
     "peak_bytes": lambda run: run.peak_bytes,
     "main_peak_bytes": lambda run: run.main_peak_bytes,
     "quarter_bytes": lambda run: run.quarter_bytes,
+    "requests_per_image": lambda run: run.num_requests / run.num_images if run.num_requests else None,
     "images_per_s": lambda run: run.num_images / run.wall_s,
     "units_per_s": lambda run: 1 / unit_s if (unit_s := _unit_s(run)) else None,
 }
@@ -160,6 +162,8 @@ def _case_lines(case: str, own: Mapping[str, Mapping[str, Figure]], base: str) -
             f"{_spread(found, 'wall_ratio')}{_spread(found, 'phase_ratio')}"
         )
         lines.append(line.rstrip())
+        if "requests_per_image" in found:
+            lines.append(f"{command}: {found['requests_per_image'].median:.4f} requests an image")
         if "quarter_bytes" in found:
             lines.append(f"{command}: own memory {found['quarter_bytes'].median / _MIB:,.0f} MiB after a quarter")
     return lines

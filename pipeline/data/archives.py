@@ -1,6 +1,6 @@
 """Finding the archives of a dataset: tar, Parquet and whatever else `formats` knows.
 
-Input: a file system and a file, a folder or a glob on it. Output: `Archive` records in natural sort order. Invariant:
+Input: a store and a file, a folder or a glob on it. Output: `Archive` records in natural sort order. Invariant:
 all archives of a dataset are of one format, and each belongs to a split, or none does.
 """
 
@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
 from pipeline.config import Config
-from pipeline.data import storage
 from pipeline.data.files import ending, is_image_name
 from pipeline.data.formats import ENDINGS, Format, format_of
-from pipeline.data.formats.index import Archive, is_local, reading
+from pipeline.data.formats.index import Archive, reading
 from pipeline.data.splits import Split, natural_sort_key, split_in_path, valid_names
+from pipeline.data.storage import Entry, Store
 from pipeline.errors import DataError
 
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -29,13 +27,11 @@ _MAX_DEPTH = 32
 _MAX_RANGE = 100_000
 
 
-def find_archives(
-    filesystem: pafs.FileSystem, root: str, pattern: str, config: Config, ignored: Counter[str]
-) -> list[Archive]:
+def find_archives(store: Store, root: str, pattern: str, config: Config, ignored: Counter[str]) -> list[Archive]:
     """Find the archives of a dataset, in natural sort order, and choose those of the two splits.
 
     Args:
-        filesystem: Where they are.
+        store: Where they are.
         root: The path of a folder, or of one file.
         pattern: What `files.split_glob` cut off, or nothing for all files in the folder at any depth.
         config: The options.
@@ -48,18 +44,24 @@ def find_archives(
         DataError: If there is no such file or folder, or what is there is not one dataset of one kind.
     """
     root = root.rstrip("/") or "/"
-    with reading(root):
-        at_root = storage.with_retries(lambda: filesystem.get_file_info(root), root)
-    if at_root.type == pafs.FileType.NotFound:
-        raise DataError(f"--data: expected a file or folder at {root}, got nothing; check the name")
-    is_folder = at_root.type == pafs.FileType.Directory and not pattern
+    is_folder = not pattern
+    found: Iterator[tuple[str, Entry | None]] = _search(store, root, pattern)
+    if store.is_local or format_of(root):  # of a bucket's folder, its listing tells whether it is there
+        with reading(root):
+            at_root = store.find(root)
+        if at_root is None:
+            raise DataError(f"--data: expected a file or folder at {root}, got nothing; check the name")
+        is_folder = is_folder and at_root.is_folder
+        if not at_root.is_folder:
+            found = iter([(at_root.name, at_root)])
     archives: list[Archive] = []
     image = compressed = None
     num_others: Counter[str] = Counter()
-    is_file = at_root.type == pafs.FileType.File
-    for name, info in [(at_root.base_name, at_root)] if is_file else _search(filesystem, root, pattern):
-        if found := format_of(name):
-            archives.append(_archive(found, name, info or filesystem.get_file_info(f"{root}/{name}"), config))
+    for name, entry in found:
+        if its_format := format_of(name):
+            with reading(f"{root}/{name}"):
+                entry = entry or store.find(f"{root}/{name}")
+            archives.append(_archive(its_format, name, f"{root}/{name}", entry, config))
         elif is_image_name(os.fsencode(name)):
             if is_folder and not archives:
                 return []  # it is listed again, as class folders, which need not be walked to their end here
@@ -77,38 +79,39 @@ def find_archives(
     )
 
 
-def _search(filesystem: pafs.FileSystem, root: str, pattern: str) -> Iterator[tuple[str, pafs.FileInfo | None]]:
-    """Yield names below the root, with what is known of them: the files of a folder before the folders in it."""
+def _search(store: Store, root: str, pattern: str) -> Iterator[tuple[str, Entry | None]]:
+    """Yield names below the root, with what is known of them; on a disk, files of a folder before the folders in it."""
     expression = re.compile(_translate(pattern) if pattern else ".*", re.DOTALL)
+    if not store.is_local:
+        with reading(root):
+            for entry in store.entries(root, recursive=True):
+                name = entry.path[len(root) + 1 :]
+                if expression.fullmatch(name) and not any(part.startswith(".") for part in name.split("/")):
+                    yield name, entry
+        return
     depth = pattern.count("/") if pattern and "**" not in pattern else _MAX_DEPTH
     waiting = [""]
     while waiting:
         above = waiting.pop()
         folders = []
-        for name, is_folder, info in _list_folder(filesystem, f"{root}/{above}".rstrip("/") or "/"):
+        for name, is_folder in _list_folder(f"{root}/{above}".rstrip("/") or "/"):
             if name.startswith("."):
                 continue
             if not is_folder and expression.fullmatch(above + name):
-                yield above + name, info
+                yield above + name, None
             elif is_folder and above.count("/") < depth:
                 folders.append(f"{above}{name}/")
         waiting += sorted(folders, key=lambda folder: natural_sort_key(os.fsencode(folder)), reverse=True)
 
 
-def _list_folder(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, bool, pafs.FileInfo | None]]:
-    with reading(path):
-        if not is_local(filesystem):
-            for info in storage.with_retries(lambda: filesystem.get_file_info(pafs.FileSelector(path)), path):
-                yield info.base_name, info.type == pafs.FileType.Directory, info
-            return
-        # Arrow would look at every file of a class folder, before the first of them says what the folder is.
-        here = f"{Path(path).resolve()}/"
-        with os.scandir(path) as entries:
-            for entry in entries:
-                is_folder = entry.is_dir()
-                # A link to one of its own parents would be walked again and again.
-                if not (is_folder and entry.is_symlink() and here.startswith(f"{Path(entry.path).resolve()}/")):
-                    yield entry.name, is_folder, None
+def _list_folder(path: str) -> Iterator[tuple[str, bool]]:
+    here = f"{Path(path).resolve()}/"
+    with reading(path), os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            # A link to one of its own parents would be walked again and again.
+            if not (is_folder and entry.is_symlink() and here.startswith(f"{Path(entry.path).resolve()}/")):
+                yield entry.name, is_folder
 
 
 def _translate(pattern: str) -> str:
@@ -135,12 +138,12 @@ def _translate(pattern: str) -> str:
     return "".join(parts) + re.escape(pattern[end:])
 
 
-def _archive(found: Format, name: str, info: pafs.FileInfo, config: Config) -> Archive:
-    if info.type != pafs.FileType.File:
-        raise DataError(f"{info.path}: expected a {found.name} file, got something that is no regular file; remove it")
+def _archive(found: Format, name: str, path: str, entry: Entry | None, config: Config) -> Archive:
+    if entry is None or entry.is_folder:
+        raise DataError(f"{path}: expected a {found.name} file, got something that is no regular file; remove it")
     split_name = split_in_path(name, config)
     split: Split | None = None if split_name is None else "train" if split_name == config.train_split else "valid"
-    return Archive(found.name, info.path, name, info.size, info.mtime_ns, split, split_name)
+    return Archive(found.name, entry.path, name, entry.size, entry.mtime_ns, split, split_name)
 
 
 def _check_kinds(where: str, archives: list[Archive], image: str | None, compressed: str | None) -> None:

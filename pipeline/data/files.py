@@ -13,22 +13,22 @@ import functools
 import os
 import re
 import socket
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pipeline.data import storage
+from pipeline.data import uris
+from pipeline.data.ahead import DEFAULT_CONCURRENCY, Admit, read_many
 from pipeline.data.formats import format_of
+from pipeline.data.storage import LocalStore, NotAFileError, Store, TooLargeError, open_root, reason
 from pipeline.errors import DataError
 
 # Sizes in bytes and times of the last change in nanoseconds, [N] each; -1 for what is not known.
@@ -40,7 +40,8 @@ IMAGE_ENDINGS = tuple(
 )
 _GLOB = re.compile(r"[*{]")
 DIGITS = Path(__file__).with_name("digits.parquet")
-MAX_FILE_BYTES = 2**30
+# Of a file's beginning, in which its header is looked for.
+HEAD_BYTES = 2**16
 # Errors that belong to one file. Any other (no memory, too many open files, no network) would make good images look
 # bad, and fails the job instead.
 _FILE_ERRNOS = frozenset(
@@ -51,28 +52,28 @@ _FILE_ERRNOS = frozenset(
 
 @dataclass(frozen=True)
 class Location:
-    """A dataset's root: a local folder, a URI of `pyarrow.fs`, or `digits` in the package.
+    """A dataset's root: a local folder, a URI of object storage, or `digits` in the package.
 
     A folder or URI may also be that of one archive, or have archives below it, those that `pattern` names where there
     is one. `digits` has a kind of its own because no ordinary form of it serves every cluster: nodes have the package,
     but not a folder that the driver unpacks; as an archive its images would have other keys; and as a folder in the
-    package it would be 1,797 files of 120 bytes.
+    package it would be 1,797 files of 120 bytes. `concurrency` is how many of its files a process reads at a time
+    where reading has to wait.
     """
 
     kind: Literal["folder", "uri", "package"]
     root: str
     pattern: str = ""
+    concurrency: int = DEFAULT_CONCURRENCY
 
-    def __reduce__(self) -> tuple[type[Location], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[Location], tuple[str, str, str, int]]:
         # Without what it has opened, which belongs to one process.
-        return Location, (self.kind, self.root, self.pattern)
+        return Location, (self.kind, self.root, self.pattern, self.concurrency)
 
     @cached_property
-    def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The file system, and the root's path on it; connects at first use in each process."""
-        if self.kind == "folder":
-            return pafs.LocalFileSystem(), self.root
-        return storage.open_uri("--data", self.root, DataError)
+    def store(self) -> tuple[Store, str]:
+        """The store, and the root's path on it; connects at first use in each process."""
+        return (LocalStore(), self.root) if self.kind == "folder" else open_root("--data", self.root, DataError)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ class ReadFault:
     error: str
 
 
-def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> Location:
+def locate(
+    data: str, on_download: Callable[[int, int], None] | None = None, concurrency: int = DEFAULT_CONCURRENCY
+) -> Location:
     """Find where `--data` points to, fetching a dataset known by name if it is not there yet.
 
     Args:
         data: `digits`, `mnist_sample`, a local folder, or a URI such as `s3://bucket/folder`.
         on_download: Called with the bytes done and the bytes in all while fetching.
+        concurrency: Files that each process reads at a time, where reading has to wait.
 
     Raises:
         DownloadError: If a dataset known by name cannot be had.
@@ -100,17 +104,17 @@ def locate(data: str, on_download: Callable[[int, int], None] | None = None) -> 
         # Here, because its HTTP and tar libraries would load in every decoding process.
         from pipeline.data import download
 
-        return Location("folder", str(download.fetch(download.cache_folder(), on_download)))
-    data = storage.plain_path(data)
+        return Location("folder", str(download.fetch(download.cache_folder(), on_download)), "", concurrency)
+    data = uris.plain_path(data)
     # A path that is there is meant, even if it reads as a pattern.
     is_there = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111 - of what can be no path, too
     root, pattern = (data, "") if is_there else split_glob(data)
-    if storage.is_uri(root):
-        return Location("uri", storage.trimmed("--data", root, DataError), pattern)
+    if uris.is_uri(root):
+        return Location("uri", uris.trimmed("--data", root, DataError), pattern, concurrency)
     try:
         folder = Path(root).expanduser()
         if folder.is_dir() or (folder.is_file() and format_of(folder.name)):
-            return Location("folder", str(folder.resolve()), pattern)
+            return Location("folder", str(folder.resolve()), pattern, concurrency)
         found = "a file" if folder.exists() else "nothing"
     except RuntimeError:
         found = "no such user"
@@ -139,26 +143,35 @@ def split_glob(data: str) -> tuple[str, str]:
     return (base[:cut] or ".") + mark + query, base[cut:]
 
 
-def read_images(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | ReadFault]:
-    """Read the files of `keys`, in that order.
+def read_images(
+    location: Location, keys: pa.BinaryArray, sizes_N: npt.NDArray[np.int64] | None = None
+) -> Iterator[bytes | ReadFault]:
+    """Read the files of N keys, in that order, and others ahead of them where reading has to wait.
+
+    Args:
+        location: The dataset.
+        keys: Of the files.
+        sizes_N: Their sizes in bytes, where the listing has them.
 
     Raises:
         DataError: If the storage itself fails, so that no more file of it can be told good or bad.
     """
-    match location.kind:
-        case "folder":
-            if not os.path.isdir(location.root):  # noqa: PTH112 - on a node that came later; not every file's fault
-                raise DataError(
-                    f"{location.root}: expected the dataset's folder on every node, got none on "
-                    f"{socket.gethostname()}; give a URI, or a folder that all nodes share"
-                )
-            root = os.fsencode(location.root) + b"/"
-            return (_read_local(root + key) for key in keys.to_pylist())
-        case "package":
-            return (_read_digits()[key] for key in keys.to_pylist())
-        case "uri":
-            filesystem, root_path = location.filesystem
-            return (_read_remote(filesystem, f"{root_path}/{display(key)}") for key in keys.to_pylist())
+    if location.kind == "package":
+        return (_read_digits()[key] for key in keys.to_pylist())
+    store, paths = _paths(location, keys)
+    reads: Iterator[Callable[[Admit], bytes]] = (partial(store.read, path) for path in paths)
+    if sizes_N is not None:
+        reads = (partial(_read_sized, store, path, size) for path, size in zip(paths, sizes_N.tolist(), strict=True))
+    return map(_bytes_or_fault, paths, read_many(reads, location.concurrency, is_local=store.is_local))
+
+
+def read_heads(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | ReadFault]:
+    """Read the first `HEAD_BYTES` of files, all at once; of the package's images, all."""
+    if location.kind == "package":
+        return read_images(location, keys)
+    store, paths = _paths(location, keys)
+    reads = (partial(_read_head, store, path) for path in paths)
+    return map(_bytes_or_fault, paths, read_many(reads, location.concurrency, is_local=store.is_local))
 
 
 def file_sizes(location: Location, names: Sequence[bytes]) -> list[int]:
@@ -183,15 +196,17 @@ def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> lis
             below = (key.removeprefix(prefix) for key in _read_digits() if key.startswith(prefix))
             found = [(name, True) for name in {path.split(b"/")[0] for path in below}]
         case "uri":
-            found = [
-                (info.base_name.encode(), info.type == pafs.FileType.Directory)
-                for info in _list_remote(location, prefix, recursive=False)
-            ]
+            store, root = location.store
+            path = f"{root}/{display(prefix)}".rstrip("/")
+            with _one_line_faults(location):
+                found = [(entry.name.encode(), entry.is_folder) for entry in store.entries(path, recursive=False)]
+            if not found and not prefix:
+                raise DataError(f"--data: expected a folder at {location.root}, got nothing; check the name")
     ignored.update(ending(name) for name, is_folder in found if not is_folder)
     return sorted(name for name, is_folder in found if is_folder)
 
 
-def list_files(location: Location, prefix: bytes, *, with_stamps: bool) -> tuple[list[bytes], Stamps | None]:
+def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps | None]:
     """Return the keys of all files below `prefix`, at any depth, in no order; and, of an object store, their stamps.
 
     Other storage would have to be asked file by file.
@@ -208,16 +223,16 @@ def list_files(location: Location, prefix: bytes, *, with_stamps: bool) -> tuple
         case "package":
             return [key for key in _read_digits() if key.startswith(prefix)], None
         case "uri":
-            root_length = len(location.filesystem[1].rstrip("/")) + 1
-            infos = _list_remote(location, prefix, recursive=True)
-            files = [(info.path[root_length:].encode(), info) for info in infos if info.type == pafs.FileType.File]
-            files = [(key, info) for key, info in files if not _is_in_hidden(key, prefix)]
-            keys = [key for key, _ in files]
-            if not with_stamps:
-                return keys, None
-            sizes = np.array([info.size for _, info in files], np.int64)
-            times_ns = np.array([-1 if info.mtime_ns is None else info.mtime_ns for _, info in files], np.int64)
-            return keys, (sizes, times_ns)
+            store, root_path = location.store
+            keys, sizes, times_ns = [], [], []
+            with _one_line_faults(location):
+                for path, size, mtime_ns, _ in store.entries(f"{root_path}/{display(prefix)[:-1]}", recursive=True):
+                    key = path[len(root_path) + 1 :].encode()
+                    if not _is_in_hidden(key, prefix):
+                        keys.append(key)
+                        sizes.append(size)
+                        times_ns.append(-1 if mtime_ns is None else mtime_ns)
+            return keys, (np.array(sizes, np.int64), np.array(times_ns, np.int64))
 
 
 def display(name: bytes) -> str:
@@ -240,41 +255,46 @@ def ending(key: bytes) -> str:
     return display(name if name.startswith(b".") else name[name.rfind(b".") :].lower() if b"." in name else b"none")
 
 
-def _read_local(path: bytes) -> bytes | ReadFault:
-    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                return ReadFault("not_a_file", "not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                return ReadFault("too_large", f"{status.st_size} bytes, more than {MAX_FILE_BYTES}")
-            data = os.read(descriptor, status.st_size + 1)
-            if len(data) != status.st_size:  # a short read, or a file that is being written
-                while chunk := os.read(descriptor, 1 << 20):
-                    data += chunk
-            return data
-        finally:
-            os.close(descriptor)
-    except OSError as exc:
-        if exc.errno not in _FILE_ERRNOS:
-            raise DataError(f"{display(path)}: expected to read it, got {exc.strerror}; run again") from exc
-        return ReadFault("unreadable", exc.strerror or type(exc).__name__)
+def _paths(location: Location, keys: pa.BinaryArray) -> tuple[Store, list[bytes]]:
+    store, root = location.store
+    if store.is_local and not os.path.isdir(root):  # noqa: PTH112 - on a node that came later; not every file's fault
+        raise DataError(
+            f"{location.root}: expected the dataset's folder on every node, got none on {socket.gethostname()}; give a "
+            "URI, or a folder that all nodes share"
+        )
+    beginning = os.fsencode(root) + b"/"
+    return store, [beginning + key for key in keys.to_pylist()]
 
 
-def _read_remote(filesystem: pafs.FileSystem, path: str) -> bytes | ReadFault:
-    def read() -> bytes:
-        with filesystem.open_input_stream(path) as stream:
-            data: bytes = stream.read()
-            return data
+def _read_sized(store: Store, path: bytes, size: int, admit: Admit) -> bytes:
+    """Read a file of which the listing has told the size, so that there is room before it is asked for."""
+    admit(size)
+    return store.read(path, lambda _: None)
 
-    try:
-        return storage.with_retries(read, path)
-    except (FileNotFoundError, PermissionError) as exc:
-        return ReadFault("unreadable", os.strerror(exc.errno) if exc.errno else type(exc).__name__)
-    except OSError as exc:
-        raise DataError(f"{path}: expected to read it, got {exc}; check the connection and run again") from exc
+
+def _read_head(store: Store, path: bytes, admit: Admit) -> bytes:
+    admit(HEAD_BYTES)
+    return store.read_range(os.fsdecode(path), 0, HEAD_BYTES)
+
+
+def _bytes_or_fault(path: bytes, exc: bytes | OSError) -> bytes | ReadFault:
+    """Make a fault of what is wrong with one file.
+
+    Raises:
+        DataError: If it is the storage that fails.
+    """
+    if isinstance(exc, bytes):
+        return exc
+    match exc:
+        case NotAFileError():
+            return ReadFault("not_a_file", str(exc))
+        case TooLargeError():
+            return ReadFault("too_large", str(exc))
+    if exc.errno not in _FILE_ERRNOS:
+        raise DataError(
+            f"{display(path)}: expected to read it, got {reason(exc)}; check the storage and run again"
+        ) from exc
+    return ReadFault("unreadable", reason(exc))
 
 
 @contextmanager
@@ -282,6 +302,8 @@ def _one_line_faults(location: Location) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        if location.kind == "uri":
+            raise DataError(f"--data: expected to list {location.root}, got {exc}; check name and access") from exc
         where = display(exc.filename) if isinstance(exc.filename, bytes) else location.root
         raise DataError(f"{where}: expected to list it, got {exc.strerror}; check the folder's rights") from exc
 
@@ -317,19 +339,6 @@ def _is_in_hidden(key: bytes, prefix: bytes) -> bool:
 def _identity(path: bytes) -> tuple[int, int]:
     status = os.stat(path)  # noqa: PTH116 - names are bytes
     return status.st_dev, status.st_ino
-
-
-def _list_remote(location: Location, prefix: bytes, *, recursive: bool) -> list[pafs.FileInfo]:
-    filesystem, root_path = location.filesystem
-    path = f"{root_path}/{display(prefix)}".rstrip("/")
-    try:
-        selector = pafs.FileSelector(path, recursive=recursive)
-        found: list[pafs.FileInfo] = storage.with_retries(lambda: filesystem.get_file_info(selector), path)
-    except FileNotFoundError as exc:
-        raise DataError(f"--data: expected a folder at {location.root}, got nothing; check the name") from exc
-    except OSError as exc:
-        raise DataError(f"--data: expected to list {path}, got {exc}; check name and access") from exc
-    return found
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,24 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.columns import one_chunk
-from pipeline.data.files import IMAGE_ENDINGS, Location, display, ending, is_image_name, list_files, list_folder
+from pipeline.data.files import (
+    IMAGE_ENDINGS,
+    Location,
+    Stamps,
+    display,
+    ending,
+    is_image_name,
+    list_files,
+    list_folder,
+)
 from pipeline.data.formats import ENDINGS
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.splits import Split, is_held_out, natural_sort_key, valid_names
 from pipeline.errors import DataError
 
 _LABEL = pa.field("label", pa.int32())
+# Classes of object storage that are listed at a time, each page by page.
+_CONCURRENT_LISTINGS = 16
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,9 @@ class Listing:
     """What a dataset holds, before any image is opened.
 
     `train` and `valid` are tables of `key` (binary) and `label` (int32, an index into `classes`), sorted by class and
-    key, and where a cache is to know it, of `size` in bytes and `time_ns` of the last change (int64, -1 if not known);
-    or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by their ending.
+    key, and of object storage of `size` in bytes and, where a cache is to know it, `time_ns` of the last change (int64,
+    -1 if not known); or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by
+    their ending.
     """
 
     location: Location
@@ -240,20 +253,31 @@ def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Co
             f"{_enumerate([display(name) for name in missing])}, which is not there; "
             f"there are {_enumerate([display(name) for name in sorted(folders, key=natural_sort_key)])}"
         )
+    names = wanted or folders
     listed = {}
-    for name in wanted or folders:
-        files, stamps = list_files(location, prefix + name + b"/", with_stamps=config.cache is not None)
-        keys = sorted(filter(is_image_name, files))
-        if len(keys) < len(files):
-            ignored.update(ending(file) for file in files if not is_image_name(file))
-        # At once: as Python objects the keys of all classes would take several times as much.
-        columns = {"key": pa.array(keys, pa.binary())}
-        if stamps is not None:
-            row_of = {key: row for row, key in enumerate(files)}
-            order = [row_of[key] for key in keys]
-            columns |= {"size": pa.array(stamps[0][order]), "time_ns": pa.array(stamps[1][order])}
-        listed[name] = pa.table(columns)
+    # On a disk, threads would only wait for one another.
+    pool = ThreadPoolExecutor(_CONCURRENT_LISTINGS if location.kind == "uri" else 1)
+    with pool:
+        found = pool.map(lambda name: list_files(location, prefix + name + b"/"), names)
+        for name, (files, stamps) in zip(names, found, strict=True):
+            listed[name] = _list_class(files, stamps, ignored, is_cached=config.cache is not None)
     return listed
+
+
+def _list_class(files: list[bytes], stamps: Stamps | None, ignored: Counter[str], *, is_cached: bool) -> pa.Table:
+    """Make the table of one class's images, sorted by key."""
+    keys = sorted(filter(is_image_name, files))
+    if len(keys) < len(files):
+        ignored.update(ending(file) for file in files if not is_image_name(file))
+    # At once: as Python objects the keys of all classes would take several times as much.
+    columns = {"key": pa.array(keys, pa.binary())}
+    if stamps is not None:
+        row_of = {key: row for row, key in enumerate(files)}
+        order = [row_of[key] for key in keys]
+        columns["size"] = pa.array(stamps[0][order])
+        if is_cached:
+            columns["time_ns"] = pa.array(stamps[1][order])
+    return pa.table(columns)
 
 
 def _hold_out(listed: dict[bytes, pa.Table], fraction: float) -> tuple[dict[bytes, pa.Table], dict[bytes, pa.Table]]:

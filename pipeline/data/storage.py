@@ -1,186 +1,285 @@
-"""Folders and object stores by URI: opened, and asked again while they are throttled or out of reach.
+"""Where files are, as one kind of object: a local disk, or a bucket of S3, Google's or Azure's.
 
-Input: URIs as users give them. Output: file systems of `pyarrow.fs` and paths on them. Invariant: an operation that
-cannot get better, as one with wrong credentials, is tried once; one that may is tried for a minute.
-
-S3 is reached by the usual settings: the query of the URI (`region`, `endpoint_override`, `scheme`,
-`anonymous=true`), or AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_PROFILE and a node's instance profile.
+Input: a folder or a URI as a user gave it. Output: a `Store`, by which everything in this program reads, writes, lists
+and deletes, with paths as its own names. Invariant: what goes wrong is an OSError of one line.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
-import random
 import re
 import socket
-import time
+import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import SplitResult, parse_qsl, unquote_to_bytes, urlencode, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pipeline.errors import EvaluationError, without_secrets
+from pipeline.data.ahead import Admit
+from pipeline.data.clients import as_os_errors, connect
+from pipeline.data.uris import is_uri, parse
+from pipeline.errors import EvaluationError
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
-Answer = TypeVar("Answer")
-# Waits double from half a second: 0.5, 1, 2, ... 16 s, about 30 s with the spread, on top of the client's own retries.
-_NUM_TRIES = 7
-_FIRST_WAIT_SECONDS = 0.5
-# What AWS's and Google's clients say of requests that will be refused again.
-_FINAL = re.compile(
-    r"NO_SUCH_BUCKET|NO_SUCH_KEY|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|"
-    r"UNRECOGNIZED_CLIENT|EXPIRED_TOKEN|INVALID_SIGNATURE|MISSING_AUTHENTICATION|InvalidBucketName|HTTP status 40[134]|"
-    r"PERMISSION_DENIED|UNAUTHENTICATED|not.found|credentials",
-    re.IGNORECASE,
-)
+MAX_FILE_BYTES = 2**30
+_BEHIND_END = re.compile(r"status code: 416|InvalidRange|Invalid range")
+_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 
-def is_uri(text: str) -> bool:
-    """Say whether a location is a URI of `pyarrow.fs`, and no local path."""
-    return "://" in text
+class Entry(NamedTuple):
+    """What a listing tells of a file or a folder: its path, its size in bytes and the time of its last change."""
+
+    path: str
+    size: int
+    mtime_ns: int | None
+    is_folder: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path[self.path.rfind("/") + 1 :]
 
 
-def plain_path(text: str) -> str:
-    """Turn a `file://` URI into the path that it stands for; anything else is returned as it is."""
-    if not text.startswith("file://"):
-        return text
-    with suppress(ValueError):  # its parts cannot be told, as `trimmed` will say
-        return os.fsdecode(unquote_to_bytes(urlsplit(text).path))
-    return text
+class NotAFileError(OSError):
+    """What has the name of a file, and is a folder, a FIFO or a device."""
 
 
-def trimmed(option: str, uri: str, error_class: type[EvaluationError]) -> str:
-    """Take the last slashes off a URI, but not those of its scheme.
+class TooLargeError(OSError):
+    """A file of more than `MAX_FILE_BYTES`."""
 
-    Args:
-        option: That it came with, for the error.
-        uri: As the user gave it.
-        error_class: What to raise if its parts cannot be told.
+
+class Store(Protocol):
+    """A place for files. Every method raises OSError alone: FileNotFoundError for what is not there."""
+
+    is_local: bool
+
+    def find(self, path: str) -> Entry | None:
+        """Look at one file or folder; None if there is neither."""
+
+    def entries(self, path: str, *, recursive: bool) -> Iterator[Entry]:
+        """List the files below a folder at any depth, or the files and folders right in it; none if it is not there."""
+
+    def read(self, path: bytes, admit: Admit) -> bytes:
+        """Read a whole file of an image, `MAX_FILE_BYTES` at most."""
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Read the bytes from `start` up to `stop`, fewer where the file ends before."""
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder, and those above it; a bucket needs none."""
+
+    def write(self, path: str, write: Callable[[pa.NativeFile], object]) -> None:
+        """Have `write` fill a file that appears under its name when it is complete, and else not at all."""
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or see that it is not there."""
+
+
+class LocalStore:
+    """The disks of this machine, network file systems among them. Paths are full ones."""
+
+    is_local = True
+
+    def find(self, path: str) -> Entry | None:
+        """Look at one file or folder; None if there is neither."""
+        try:
+            status = os.stat(path)  # noqa: PTH116 - once a file
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return _local_entry(path, status) if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else None
+
+    def entries(self, path: str, *, recursive: bool) -> Iterator[Entry]:
+        """List the files below a folder at any depth, or the files and folders right in it; none if it is not there."""
+        with suppress(FileNotFoundError), os.scandir(path) as entries:
+            for entry in entries:
+                leads_somewhere = entry.is_file() or entry.is_dir()
+                found = _local_entry(entry.path, entry.stat(follow_symlinks=leads_somewhere))
+                if recursive and found.is_folder:
+                    yield from self.entries(entry.path, recursive=True)
+                else:
+                    yield found
+
+    def read(self, path: bytes, admit: Admit) -> bytes:
+        """Read a whole file of an image, `MAX_FILE_BYTES` at most."""
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise NotAFileError("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise _too_large(status.st_size)
+            admit(status.st_size)
+            data = os.read(descriptor, status.st_size + 1)
+            if len(data) != status.st_size:  # a short read, or a file that is being written
+                while chunk := os.read(descriptor, 1 << 20):
+                    data += chunk
+            return data
+        finally:
+            os.close(descriptor)
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Read the bytes from `start` up to `stop`, fewer where the file ends before."""
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - in a loop
+            return os.pread(file.fileno(), stop - start, start)
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder, and those above it."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: str, write: Callable[[pa.NativeFile], object]) -> None:
+        """Have `write` fill a file that appears under its name when it is complete, and else not at all."""
+        temporary = temporary_beside(path)
+        try:
+            with pa.OSFile(str(temporary), "wb") as stream:
+                write(stream)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or see that it is not there."""
+        Path(path).unlink(missing_ok=True)
+
+
+class BucketStore:
+    """A bucket. Paths begin with its name, as those of a URI do.
+
+    Attributes:
+        client: By which it is reached.
+        bucket: Its name.
     """
-    try:
-        urlsplit(uri)
-    except ValueError as exc:  # whose words hold parts of it, perhaps of a key
-        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; check its spelling") from exc
-    scheme, _, path = uri.partition("://")
-    return f"{scheme}://{path.rstrip('/')}"
+
+    is_local = False
+
+    def __init__(self, client: ObjectStore, bucket: str) -> None:
+        self.client = client
+        self.bucket = bucket
+
+    def find(self, path: str) -> Entry | None:
+        """Look at one object, or whether there are any below the path; None if nothing is there."""
+        with as_os_errors(path):
+            import obstore
+
+            with suppress(FileNotFoundError):
+                if key := self._key(path):
+                    return self._entry(obstore.head(self.client, key))
+            pages = obstore.list(self.client, self._key(path) or None, chunk_size=1)
+            return Entry(path, -1, None, is_folder=True) if next(iter(pages), None) else None
+
+    def entries(self, path: str, *, recursive: bool) -> Iterator[Entry]:
+        """List the objects below a prefix, or the objects and common prefixes right in it, page by page."""
+        with as_os_errors(path):
+            import obstore
+
+            if not recursive:
+                found = obstore.list_with_delimiter(self.client, self._key(path) or None)
+                folders = list(found["common_prefixes"])
+                yield from (Entry(f"{self.bucket}/{key}", -1, None, is_folder=True) for key in folders)
+                # An empty object of a folder's own name is how some programs mark it.
+                markers = {self._key(path), *folders}
+                yield from (
+                    self._entry(about) for about in found["objects"] if about["size"] or about["path"] not in markers
+                )
+                return
+            marker: Entry | None = None
+            for page in obstore.list(self.client, self._key(path) or None, chunk_size=1000):
+                for entry in map(self._entry, page):
+                    if marker and not entry.path.startswith(f"{marker.path}/"):
+                        yield marker
+                    marker = None
+                    if entry.size:
+                        yield entry
+                    elif entry.path != path:  # a folder's marker comes right before what is in it
+                        marker = entry
+            if marker:
+                yield marker
+
+    def read(self, path: bytes, admit: Admit) -> bytes:
+        """Read a whole object by one request, `MAX_FILE_BYTES` at most."""
+        with as_os_errors(path):
+            import obstore
+
+            found = obstore.get(self.client, self._key(path.decode()))
+            if found.meta["size"] > MAX_FILE_BYTES:
+                raise _too_large(found.meta["size"])
+            admit(found.meta["size"])
+            return found.bytes().to_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Read the bytes from `start` up to `stop`, fewer where the object ends before."""
+        with as_os_errors(path):
+            import obstore
+            from obstore.exceptions import GenericError
+
+            try:
+                return obstore.get_range(self.client, self._key(path), start=start, end=stop).to_bytes()
+            except GenericError as exc:
+                if _BEHIND_END.search(str(exc).partition("\n")[0]):
+                    return b""
+                raise
+
+    def make_folder(self, path: str) -> None:
+        """Do nothing: where there is an object, there is what its name begins with."""
+
+    def write(self, path: str, write: Callable[[pa.NativeFile], object]) -> None:
+        """Have `write` fill an object that appears when it is complete."""
+        content = pa.BufferOutputStream()
+        write(content)
+        with as_os_errors(path):
+            import obstore
+
+            obstore.put(self.client, self._key(path), memoryview(content.getvalue()).cast("B"))
+
+    def delete(self, path: str) -> None:
+        """Delete an object, or see that it is not there."""
+        with as_os_errors(path), suppress(FileNotFoundError):
+            import obstore
+
+            obstore.delete(self.client, self._key(path))
+
+    def _key(self, path: str) -> str:
+        return path[len(self.bucket) + 1 :]
+
+    def _entry(self, about: Any) -> Entry:
+        mtime_ns = (about["last_modified"] - _EPOCH) // timedelta(microseconds=1) * 1000
+        return Entry(f"{self.bucket}/{about['path']}", about["size"], mtime_ns)
 
 
-def absolute_root(option: str, given: str, error_class: type[EvaluationError]) -> str:
-    """Take an option's folder or URI as the user gave it: a full path, links kept, or a URI without its last slash.
+def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tuple[Store, str]:
+    """Return the store of a root, and the root's path on it; of a bucket, nothing is asked yet but its region.
 
     Args:
         option: As `--out`, for the error.
-        given: Its value.
+        root: A full path, or a URI as `s3://bucket/folder?region=eu-west-1`.
         error_class: What to raise.
 
     Raises:
-        EvaluationError: Of `error_class`, if it names the home folder of nobody.
-    """
-    given = plain_path(given)
-    if is_uri(given):
-        return trimmed(option, given, error_class)
-    try:
-        return os.path.abspath(Path(given).expanduser())  # noqa: PTH100 - keeps links
-    except RuntimeError as exc:
-        raise error_class(f"{option} {given}: expected a folder, got no such user; give a full path") from exc
-
-
-def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
-    """Return the file system of a root and the root's path on it.
-
-    Args:
-        option: As `--out`, for the error.
-        root: As `absolute_root` returns it.
-        error_class: What to raise.
-
-    Raises:
-        EvaluationError: Of `error_class`, if a URI cannot be opened or names nothing, or a folder's is not UTF-8.
+        EvaluationError: Of `error_class`, if a URI cannot be opened, or a folder's name is not UTF-8.
     """
     if is_uri(root):
-        return open_uri(option, root, error_class)
+        return _connect(option, root, error_class)
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
-    if shown != root:  # pyarrow's file systems take text alone
+    if shown != root:  # pyarrow's files take text alone
         raise error_class(f"{option}: expected a folder whose name is UTF-8, got {shown}; choose another")
-    return pafs.LocalFileSystem(), root
+    return LocalStore(), root
 
 
-def is_inside(given: str, root: str) -> bool:
-    """Say whether a folder or URI is `root`, or below it, whatever links lead there and their users and queries say."""
-    if not is_uri(given) and not is_uri(root):
-        return Path(given).resolve().is_relative_to(Path(root).resolve())
-    inner, outer = urlsplit(given), urlsplit(root)
-    path = f"{inner.path.rstrip('/')}/"
-    is_same = inner.scheme == outer.scheme and _bucket(inner) == _bucket(outer)
-    return is_same and path.startswith(f"{outer.path.rstrip('/')}/")
-
-
-def open_uri(option: str, uri: str, error_class: type[EvaluationError]) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a URI; nothing is asked of it yet, except an S3 bucket's region where none is given.
-
-    Args:
-        option: That it came with, for the error.
-        uri: As `s3://bucket/folder?region=eu-west-1`.
-        error_class: What to raise.
-
-    Returns:
-        The file system, and the path on it.
-    """
+def _connect(option: str, text: str, error_class: type[EvaluationError]) -> tuple[Store, str]:
+    uri = parse(option, text, error_class)
     try:
-        filesystem, path = _connect(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError) as exc:
-        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; {exc}") from exc
-    if not path:
-        raise error_class(f"{option}: expected a URI that can be opened, got {uri}; name a bucket or folder")
-    return filesystem, path
-
-
-# Once a process: a client that finds no credentials at hand looks for those of the machine, which can take seconds.
-@functools.cache
-def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
-    parts = urlsplit(uri)
-    query = dict(parse_qsl(parts.query))
-    is_anonymous = query.pop("anonymous", "false").lower() == "true"
-    if parts.scheme == "s3" and is_anonymous:  # which `from_uri` does not take
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
-            query.setdefault("endpoint_override", endpoint)
-        filesystem, path = pafs.S3FileSystem(anonymous=True, **query), f"{_bucket(parts)}{parts.path}"
-    else:
-        plain = parts._replace(query=urlencode(query)).geturl()
-        filesystem, path = with_retries(lambda: pafs.FileSystem.from_uri(plain), without_secrets(uri))
-    return filesystem, path.rstrip("/")
-
-
-def with_retries(operation: Callable[[], Answer], what: str) -> Answer:
-    """Do an operation on storage, again with growing waits while its failure may pass.
-
-    Throttling and lost connections pass; wrong credentials, a missing bucket and missing files do not. An operation
-    must be harmless to repeat.
-
-    Raises:
-        OSError: The last one, as it came.
-    """
-    for attempt in range(_NUM_TRIES):
-        try:
-            return operation()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
-        except OSError as exc:
-            # An errno is the local system's, whose answers stand.
-            if exc.errno is not None or _FINAL.search(str(exc)) or attempt == _NUM_TRIES - 1:
-                raise
-            # Spread, so that many workers that are throttled together do not come back together.
-            wait_s = _FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.0)
-            logger.info("%s: %s; trying again in %.1f s", what, exc, wait_s)
-            time.sleep(wait_s)
-    raise AssertionError("unreachable: the last try returns or raises")
+        client = connect(replace(uri, path=""))
+    except OSError as exc:
+        raise error_class(f"{option}: expected a URI that can be opened, got {text}; {exc}") from exc
+    bucket = uri.place.partition("@")[0]
+    return BucketStore(client, bucket), f"{bucket}/{uri.path}".rstrip("/")
 
 
 def temporary_beside(path: str) -> Path:
@@ -190,47 +289,15 @@ def temporary_beside(path: str) -> Path:
     return Path(path).with_name(f".{Path(path).name}.{os.getpid()}{host:08x}.tmp")
 
 
-def write_atomic(filesystem: pafs.FileSystem, path: str, write: Callable[[pa.NativeFile], object]) -> None:
-    """Have `write` fill a file that appears under its name when it is complete, and else not at all.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        # An object is shown when its stream is closed, which an exception does as well: so first all, then write.
-        content = pa.BufferOutputStream()
-        write(content)
-        with_retries(lambda: _put(filesystem, path, content.getvalue()), path)
-        return
-    temporary = temporary_beside(path)
-    try:
-        with filesystem.open_output_stream(str(temporary)) as stream:
-            write(stream)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def delete(filesystem: pafs.FileSystem, path: str) -> None:
-    """Delete a file, or see that it is not there, as after a try whose answer was lost."""
-
-    def try_it() -> None:
-        with suppress(FileNotFoundError):
-            filesystem.delete_file(path)
-
-    with_retries(try_it, path)
-
-
 def reason(exc: OSError) -> str:
     """Say what went wrong in the system's words."""
     return exc.strerror or str(exc)
 
 
-def _bucket(uri: SplitResult) -> str:
-    # What stands before the @ is the container in Azure's URIs, and who asks in others.
-    return uri.netloc if uri.scheme.startswith("abfs") else uri.netloc.rpartition("@")[2]
+def _local_entry(path: str, status: os.stat_result) -> Entry:
+    is_folder = stat.S_ISDIR(status.st_mode)
+    return Entry(path, -1 if is_folder else status.st_size, status.st_mtime_ns, is_folder)
 
 
-def _put(filesystem: pafs.FileSystem, path: str, content: pa.Buffer) -> None:
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content)
+def _too_large(num_bytes: int) -> TooLargeError:
+    return TooLargeError(f"{num_bytes} bytes, more than {MAX_FILE_BYTES}")

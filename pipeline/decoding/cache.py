@@ -23,10 +23,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pipeline.data import storage
 from pipeline.data.columns import one_chunk
+from pipeline.data.storage import Entry, Store, open_root, reason
+from pipeline.data.uris import absolute_root, is_inside
 from pipeline.decoding.images import Decoded, Fault
 from pipeline.errors import CacheError, without_secrets
 
@@ -54,7 +54,7 @@ class Cache:
     """Where decoded shards are kept.
 
     Attributes:
-        root: A local folder, as an absolute path, or a URI of `pyarrow.fs`.
+        root: A local folder, as an absolute path, or a URI of object storage.
         limit_bytes: What the entries may take together; None for no limit. The least recently used go first; on an
             object store, where reading leaves no trace, those written first.
     """
@@ -65,7 +65,7 @@ class Cache:
     @classmethod
     def at(cls, given: str, limit_bytes: int | None = None) -> Cache:
         """Take `--cache` as the user gave it."""
-        return cls(storage.absolute_root("--cache", given, CacheError), limit_bytes)
+        return cls(absolute_root("--cache", given, CacheError), limit_bytes)
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,16 @@ class Usage:
 class _Process:
     """What one process knows of a cache: where it is, and how full; `num_bytes` is infinite before the first look."""
 
-    filesystem: pafs.FileSystem
+    store: Store
     path: str
     is_prepared: bool = False
     num_bytes: float = math.inf
     num_unseen_bytes: int = 0
 
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
-
-    def entries(self) -> list[pafs.FileInfo]:
+    def entries(self) -> list[Entry]:
         """All files that a cache writes, half-written ones among them."""
-        infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        return [info for info in infos if info.type == pafs.FileType.File and _ENTRY_NAME.fullmatch(info.base_name)]
+        found = self.store.entries(self.path, recursive=False)
+        return [entry for entry in found if not entry.is_folder and _ENTRY_NAME.fullmatch(entry.name)]
 
 
 class _DamagedError(ValueError):
@@ -111,28 +107,27 @@ def prepare(cache: Cache, others: Iterable[str] = ()) -> None:
         CacheError: If it lies so, holds anything else, or cannot be had.
     """
     for other in others:
-        if storage.is_inside(cache.root, other) or storage.is_inside(other, cache.root):
+        if is_inside(cache.root, other) or is_inside(other, cache.root):
             raise CacheError(
                 f"--cache {cache.root}: expected a folder apart from {other}, got one in or around it; choose another"
             )
     process = _open(cache)
-    filesystem, path = process.filesystem, process.path
     try:
         if not _is_cache(process):
-            infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-            foreign = [info.base_name for info in infos if not _MARKER_TEMPORARY.fullmatch(info.base_name)]
+            entries = process.store.entries(process.path, recursive=False)
+            foreign = [entry.name for entry in entries if not _MARKER_TEMPORARY.fullmatch(entry.name)]
             # Looked at once more, since another process may have made it a cache meanwhile.
             if foreign and not _is_cache(process):
                 raise CacheError(
                     f"--cache {cache.root}: expected a cache of this program, or a new or empty folder, got one with "
                     f"{foreign[0]} in it; choose another"
                 )
-            filesystem.create_dir(path, recursive=True)
-            storage.write_atomic(filesystem, f"{path}/{MARKER_FILE}", lambda stream: stream.write(_TAG + _OWNER))
+            process.store.make_folder(process.path)
+            process.store.write(f"{process.path}/{MARKER_FILE}", lambda stream: stream.write(_TAG + _OWNER))
         process.is_prepared = True
     except OSError as exc:
         raise CacheError(
-            f"--cache {cache.root}: expected a folder to write to, got {storage.reason(exc)}; choose another"
+            f"--cache {cache.root}: expected a folder to write to, got {reason(exc)}; choose another"
         ) from exc
 
 
@@ -145,12 +140,11 @@ def load(cache: Cache, key: str) -> Decoded | None:
     try:
         process = _open(cache)
         path = _entry_path(process, key)
-        if process.is_local:
+        if process.store.is_local:
             with pa.memory_map(path) as file:
                 content = file.read_buffer()
         else:
-            with process.filesystem.open_input_file(path) as file:
-                content = file.read_buffer()
+            content = pa.py_buffer(process.store.read(path.encode(), lambda _: None))
     except FileNotFoundError:
         return None
     except (OSError, CacheError) as exc:
@@ -162,9 +156,9 @@ def load(cache: Cache, key: str) -> Decoded | None:
         logger.warning("%s: expected an entry of the cache as it was written, got %s; decoding again", path, exc)
         with contextlib.suppress(OSError):  # decoding again writes over it, if anything can
             if _is_cache(process):
-                process.filesystem.delete_file(path)
+                process.store.delete(path)
         return None
-    if process.is_local:
+    if process.store.is_local:
         with contextlib.suppress(OSError):  # a cache that is only read has no order of use
             os.utime(path)
     return decoded
@@ -189,7 +183,7 @@ def store(cache: Cache, key: str, decoded: Decoded) -> None:
                 return
             _make_room(process, cache.limit_bytes, num_bytes)
         path = _entry_path(process, key)
-        storage.write_atomic(process.filesystem, path, lambda stream: [stream.write(part) for part in parts])
+        process.store.write(path, lambda stream: [stream.write(part) for part in parts])
     except (OSError, CacheError) as exc:
         _warn_once(cache, exc)
 
@@ -212,10 +206,10 @@ def clear(cache: Cache) -> Usage:
     process, entries = _existing_entries(cache)
     try:
         for entry in entries:
-            _delete(process, entry)
+            process.store.delete(entry.path)
     except OSError as exc:
         raise CacheError(
-            f"--cache {cache.root}: expected to remove its entries, got {storage.reason(exc)}; check its rights"
+            f"--cache {cache.root}: expected to remove its entries, got {reason(exc)}; check its rights"
         ) from exc
     return _usage(entries)
 
@@ -223,27 +217,26 @@ def clear(cache: Cache) -> Usage:
 @functools.cache
 def _open(cache: Cache) -> _Process:
     """Connect once in each process."""
-    return _Process(*storage.open_root("--cache", cache.root, CacheError))
+    return _Process(*open_root("--cache", cache.root, CacheError))
 
 
 def _warn_once(cache: Cache, exc: OSError | CacheError) -> None:
     """Warn of a cache that does not work, unless this process has: every shard would say the same."""
     if cache not in _warned:
         _warned.add(cache)
-        words = storage.reason(exc) if isinstance(exc, OSError) else exc
+        words = reason(exc) if isinstance(exc, OSError) else exc
         root = without_secrets(cache.root)
         logger.warning("--cache %s: expected to use it, got %s; decoding goes on without", root, words)
 
 
 def _is_cache(process: _Process) -> bool:
     try:
-        with process.filesystem.open_input_stream(f"{process.path}/{MARKER_FILE}") as stream:
-            return _OWNER in stream.read(len(_TAG + _OWNER))
+        return _OWNER in process.store.read_range(f"{process.path}/{MARKER_FILE}", 0, len(_TAG + _OWNER))
     except FileNotFoundError:
         return False
 
 
-def _existing_entries(cache: Cache) -> tuple[_Process, list[pafs.FileInfo]]:
+def _existing_entries(cache: Cache) -> tuple[_Process, list[Entry]]:
     process = _open(cache)
     try:
         if not _is_cache(process):
@@ -251,11 +244,11 @@ def _existing_entries(cache: Cache) -> tuple[_Process, list[pafs.FileInfo]]:
         return process, process.entries()
     except OSError as exc:
         raise CacheError(
-            f"--cache {cache.root}: expected to look into it, got {storage.reason(exc)}; check the folder's rights"
+            f"--cache {cache.root}: expected to look into it, got {reason(exc)}; check the folder's rights"
         ) from exc
 
 
-def _usage(entries: Iterable[pafs.FileInfo]) -> Usage:
+def _usage(entries: Iterable[Entry]) -> Usage:
     sizes = [entry.size for entry in entries]
     return Usage(len(sizes), sum(sizes))
 
@@ -271,14 +264,9 @@ def _make_room(process: _Process, limit_bytes: int, num_new_bytes: int) -> None:
         for entry in sorted(entries, key=lambda entry: (entry.mtime_ns or 0, entry.path)):
             if num_bytes <= _KEPT_SHARE * limit_bytes:
                 break
-            _delete(process, entry)
+            process.store.delete(entry.path)
             num_bytes -= entry.size
     process.num_bytes, process.num_unseen_bytes = num_bytes, 0
-
-
-def _delete(process: _Process, entry: pafs.FileInfo) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process was first
-        process.filesystem.delete_file(entry.path)
 
 
 def _entry_path(process: _Process, key: str) -> str:

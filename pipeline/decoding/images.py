@@ -88,12 +88,6 @@ def sample_rows(num_images: int) -> list[int]:
     return [index * num_images // num_sampled for index in range(num_sampled)]
 
 
-def parse_headers(images: Iterable[bytes | ReadFault]) -> list[Header]:
-    """Read the headers of images, leaving out those that cannot be opened."""
-    headers = [_read_header(data) for data in images]
-    return [header for header in headers if header is not None]
-
-
 def choose_target(config: Config, headers: Sequence[Header]) -> Target:
     """Settle what `auto` leaves open from the headers of some images.
 
@@ -102,7 +96,7 @@ def choose_target(config: Config, headers: Sequence[Header]) -> Target:
 
     Args:
         config: The options.
-        headers: As `parse_headers` returns them, of `sample_rows`.
+        headers: As `read_header` returns them, of `sample_rows`.
 
     Raises:
         DataError: If something is `auto` and there is no header.
@@ -275,7 +269,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation
 
 
-def _read_header(data: bytes | ReadFault) -> Header | None:
+def read_header(data: bytes | ReadFault) -> Header | None:
     """Look at the header alone; None for what cannot be opened."""
     if isinstance(data, ReadFault):
         return None

@@ -19,7 +19,7 @@ from pipeline.data.formats import reader_of
 from pipeline.data.formats.index import Archive
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
-from pipeline.decoding.images import Decoded, Fault, Header, decode_images, parse_headers
+from pipeline.decoding.images import Decoded, Fault, Header, decode_images, read_header
 from pipeline.plan import LaneAssignment, Shard, Target
 
 
@@ -104,7 +104,22 @@ def sample_headers(location: Location, rows: pa.Table, file: ShardFile | None, s
     # Row by row, as to take them all at once loads pyarrow.compute, which is longer than a sample takes.
     chosen = pa.concat_tables([rows.slice(row, 1) for row in sampled])
     archive = file.archive if file else None
-    return parse_headers(_read(location, chosen, one_chunk(chosen["key"]), archive))
+    if archive is None:
+        begins = list(files.read_heads(location, one_chunk(chosen["key"])))
+    else:
+        begins = list(_read(location, chosen, one_chunk(chosen["key"]), archive))
+    headers = [read_header(begin) for begin in begins]
+    # Some formats say their size farther behind, or in a file that is whole only.
+    cut = [row for row, begin in enumerate(begins) if headers[row] is None and _is_cut(begin)]
+    if archive is None and cut:
+        rest = pa.concat_tables([chosen.slice(row, 1) for row in cut])
+        for row, data in zip(cut, _read(location, rest, one_chunk(rest["key"]), archive), strict=True):
+            headers[row] = read_header(data)
+    return [header for header in headers if header is not None]
+
+
+def _is_cut(begin: bytes | ReadFault) -> bool:
+    return isinstance(begin, bytes) and len(begin) == files.HEAD_BYTES
 
 
 def _load(
@@ -134,6 +149,6 @@ def _read(
     location: Location, rows: pa.Table, keys: pa.BinaryArray, archive: Archive | None
 ) -> Iterator[bytes | ReadFault]:
     if archive is None:
-        return files.read_images(location, keys)
-    filesystem, _ = location.filesystem
-    return reader_of(archive).read_rows(filesystem, archive, rows)
+        sizes = rows["size"].to_numpy() if "size" in rows.column_names else None
+        return files.read_images(location, keys, sizes)
+    return reader_of(archive).read_rows(location.store[0], archive, rows, location.concurrency)

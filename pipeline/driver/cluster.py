@@ -25,7 +25,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.data import files, storage
+from pipeline.data import files, uris
 from pipeline.data.files import Location
 from pipeline.driver.allocation import Allocation, NodeCapacity
 from pipeline.driver.waiting import STALL_SECONDS, get_result
@@ -165,7 +165,7 @@ def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes
     sizes = files.file_sizes(location, names)
     marker = None
     try:
-        if not storage.is_uri(output.root):
+        if not uris.is_uri(output.root):
             marker = Path(output.root, f".{RUN_FILE}.{secrets.token_hex(8)}.tmp")
             try:
                 marker.parent.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,8 @@ class _Feeding:
     def __post_init__(self) -> None:
         job = self.job
         self.max_in_flight = max_shards_in_flight(job.plan, job.shards, cluster.cluster_resources())
+        # The first bytes of a shard come after a request's whole time: meanwhile another one is decoded.
+        self._num_cpus = 0.5 if job.listing.location.kind == "uri" else 1.0
         self._placed: tuple[object, Ref] | None = None
         self._loader = ray.put(
             Loader(
@@ -136,13 +138,14 @@ class _Feeding:
             rows, file = found.index, self._file(shard, found)
             what = f"decoding images {shard.first} to {shard.first + shard.num_images - 1} of {found.archive.path}"
         else:
-            rows = listed.slice(shard.start, shard.num_images).select(["key", "label"])
+            columns = [name for name in ("key", "label", "size") if name in listed.column_names]
+            rows = listed.slice(shard.start, shard.num_images).select(columns)
             first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
             what = f"decoding {display(first)} to {display(last)}"
         owners = [shard.part % len(self.actors)]
         if shard.split == "train":
             owners = shard_owners(self.job.plan.assignment, len(self.actors), shard)
-        tables, skipped, outcome = tasks.submit_decoding(self._loader, len(owners), shard, rows, file)
+        tables, skipped, outcome = tasks.submit_decoding(self._loader, self._num_cpus, len(owners), shard, rows, file)
         self.num_in_flight += 1
         self.waiting[outcome] = (what, partial(self._hand_over, shard, dict(zip(owners, tables, strict=True)), skipped))
 

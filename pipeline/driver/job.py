@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
-from pipeline.data import files, storage
+from pipeline.data import files, uris
+from pipeline.data.ahead import DEFAULT_CONCURRENCY
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
 from pipeline.driver import cluster, connect, scan, train
@@ -62,11 +63,11 @@ def evaluate(
     """
     clock = Clock()
     # Actors have other working folders.
-    config = replace(config, scratch=storage.absolute_root("--scratch", config.scratch, OptionError))
-    location = files.locate(config.data, on_download)
+    config = replace(config, scratch=uris.absolute_root("--scratch", config.scratch, OptionError))
+    location = files.locate(config.data, on_download, config.read_concurrency or DEFAULT_CONCURRENCY)
     output = Output.at(config.out)
     data = [] if location.kind == "package" else [location.root]
-    if any(storage.is_inside(output.root, root) for root in data):
+    if any(uris.is_inside(output.root, root) for root in data):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
     cache = None
     if config.cache is not None:

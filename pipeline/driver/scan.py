@@ -93,8 +93,8 @@ def _list_first(location: Location, config: Config) -> FirstListing:
     """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
     if location.kind != "package":
         ignored: Counter[str] = Counter()
-        filesystem, root = location.filesystem
-        if found := archives.find_archives(filesystem, root, location.pattern, config, ignored):
+        store, root = location.store
+        if found := archives.find_archives(store, root, location.pattern, config, ignored):
             return FoundArchives(found, ignored)
     listing = listings.list_dataset(location, config)
     rows = sample_rows(len(listing.train))

@@ -30,12 +30,13 @@ from pipeline.results.tables import skipped_table
 
 
 def submit_decoding(
-    loader: Ref, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: Ref | None
+    loader: Ref, num_cpus: float, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: Ref | None
 ) -> tuple[list[Ref], Ref, Ref]:
     """Start decoding a shard.
 
     Args:
         loader: A reference to a `Loader`.
+        num_cpus: Of how many CPUs it takes the time.
         num_tables: How many tables come out: one for each owner of training images, one of validation images.
         shard: The shard.
         rows: As `load_shard` takes them; of an archive, a reference to them.
@@ -47,14 +48,14 @@ def submit_decoding(
     """
     # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
     sent = _to_bytes(rows) if isinstance(rows, pa.Table) else rows
-    refs: Any = _decode_task(num_tables + 2).remote(loader, list(vars(shard).values()), sent, file)
+    refs: Any = _decode_task(num_cpus, num_tables + 2).remote(loader, list(vars(shard).values()), sent, file)
     *tables, skipped, counts = refs
     return tables, skipped, counts
 
 
 @cache
-def _decode_task(num_returns: int) -> Any:
-    return ray.remote(num_returns=num_returns)(_decode_shard)
+def _decode_task(num_cpus: float, num_returns: int) -> Any:
+    return ray.remote(num_cpus=num_cpus, num_returns=num_returns)(_decode_shard)
 
 
 def _decode_shard(
@@ -105,8 +106,7 @@ def submit_scan(location: Location, archive: Archive, config: Config) -> tuple[R
 @ray.remote(num_returns=3)
 def _scan_archive(location: Location, archive: Archive, config: Config) -> tuple[Scan, pa.Table, pa.Table]:
     leave_pandas_out()
-    filesystem, _ = location.filesystem
-    found, index = reader_of(archive).scan(filesystem, archive, config)
+    found, index = reader_of(archive).scan(location.store[0], archive, config)
     return found, index["train"], index["valid"]
 
 

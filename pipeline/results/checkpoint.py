@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.data import storage
+from pipeline.data.storage import reason
 from pipeline.errors import OutputError, without_secrets
 from pipeline.results.figures import EpochMetric
 from pipeline.results.writing import CHECKPOINT_FILE, Output, write_table
@@ -56,13 +55,13 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
     Raises:
         OutputError: If it was begun on other data or with other options.
     """
-    filesystem, root = output.filesystem
-    path = f"{root}/{CHECKPOINT_FILE}"
+    store, root = output.store
     try:
-        if storage.with_retries(lambda: filesystem.get_file_info(path), path).type == pafs.FileType.NotFound:
-            return None
-        table = storage.with_retries(lambda: pq.read_table(path, filesystem=filesystem), path)
+        content = store.read(f"{root}/{CHECKPOINT_FILE}".encode(), lambda _: None)
+        table = pq.read_table(pa.BufferReader(content))
         was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
+    except FileNotFoundError:
+        return None
     except (pa.ArrowInvalid, TypeError, KeyError, OSError) as exc:
         raise OutputError(
             f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
@@ -82,9 +81,9 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
 
 def delete_checkpoint(output: Output) -> None:
     """Remove what only an unfinished run needs."""
-    filesystem, root = output.filesystem
+    store, root = output.store
     try:
-        storage.delete(filesystem, f"{root}/{CHECKPOINT_FILE}")
+        store.delete(f"{root}/{CHECKPOINT_FILE}")
     except OSError as exc:  # the results are whole all the same
         shown = without_secrets(output.root)
-        logger.warning("%s/%s: expected to remove it, got %s", shown, CHECKPOINT_FILE, storage.reason(exc))
+        logger.warning("%s/%s: expected to remove it, got %s", shown, CHECKPOINT_FILE, reason(exc))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.data import storage
+from pipeline.data.storage import Store, open_root, reason
+from pipeline.data.uris import absolute_root, is_uri
 from pipeline.errors import OutputError
 
 RUN_FILE = "run.json"
@@ -31,19 +31,23 @@ _TIMES = frozenset(("seconds",))
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: a local folder, as an absolute path, or a URI of `pyarrow.fs`."""
+    """Where results go: a local folder, as an absolute path, or a URI of object storage."""
 
     root: str
+
+    def __reduce__(self) -> tuple[type[Output], tuple[str]]:
+        # Without what it has opened, which belongs to one process.
+        return Output, (self.root,)
 
     @classmethod
     def at(cls, out: str) -> Output:
         """Take `--out` as the user gave it."""
-        return cls(storage.absolute_root("--out", out, OutputError))
+        return cls(absolute_root("--out", out, OutputError))
 
     @cached_property
-    def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The file system and the root's path on it; connects at first use in each process."""
-        return storage.open_root("--out", self.root, OutputError)
+    def store(self) -> tuple[Store, str]:
+        """The store and the root's path on it; connects at first use in each process."""
+        return open_root("--out", self.root, OutputError)
 
 
 def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
@@ -53,11 +57,9 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
         OutputError: If the folder holds anything and neither option was given, if it holds other things than
             results, if a finished run is to be resumed, or if it cannot be written.
     """
-    filesystem, root = output.filesystem
+    store, root = output.store
     try:
-        selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
-        infos = storage.with_retries(lambda: filesystem.get_file_info(selector), root)
-        files = [info.path[len(root.rstrip("/")) + 1 :] for info in infos if info.type == pafs.FileType.File]
+        files = [entry.path[len(root.rstrip("/")) + 1 :] for entry in store.entries(root, recursive=True)]
         foreign = [name for name in files if not _is_result(name)]
         if files and not (overwrite or resume):
             raise OutputError(
@@ -76,12 +78,14 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
         # run.json first: from here on the folder is unfinished. What is resumed from stays.
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):
-                storage.delete(filesystem, f"{root}/{name}")
-        storage.with_retries(lambda: filesystem.create_dir(f"{root}/{PREDICTIONS}", recursive=True), root)
+                store.delete(f"{root}/{name}")
+        store.make_folder(f"{root}/{PREDICTIONS}")
+        # What could not be written would be known hours later.
+        trial = f"{root}/.{RUN_FILE}.0.tmp"
+        store.write(trial, lambda stream: stream.write(b""))
+        store.delete(trial)
     except OSError as exc:
-        raise OutputError(
-            f"--out {output.root}: expected to write there, got {storage.reason(exc)}; choose another"
-        ) from exc
+        raise OutputError(f"--out {output.root}: expected to write there, got {reason(exc)}; choose another") from exc
 
 
 def write_table(output: Output, name: str, table: pa.Table) -> str:
@@ -127,7 +131,7 @@ def _write_parquet(
 
 def write_run(output: Output, run: Mapping[str, Any]) -> None:
     """Write `run.json`, the mark of a finished run, after removing what writers that were killed have left."""
-    if not storage.is_uri(output.root):
+    if not is_uri(output.root):
         for temporary in Path(output.root).glob("**/.*.tmp"):
             temporary.unlink(missing_ok=True)
     # A path whose bytes are not UTF-8 comes out as JSON escapes, and back from them unchanged.
@@ -150,13 +154,12 @@ def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:
 
 
 def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], object]) -> None:
-    filesystem, root = output.filesystem
+    store, root = output.store
     try:
-        storage.write_atomic(filesystem, f"{root}/{name}", write)
+        store.write(f"{root}/{name}", write)
     except OSError as exc:
         raise OutputError(
-            f"{output.root}/{name}: expected to write it, got {storage.reason(exc)}; free disk space or choose another "
-            "--out"
+            f"{output.root}/{name}: expected to write it, got {reason(exc)}; free disk space or choose another --out"
         ) from exc
 
 

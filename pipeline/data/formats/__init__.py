@@ -17,20 +17,22 @@ from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.fs as pafs
 
     from pipeline.config import Config
     from pipeline.data.files import ReadFault
     from pipeline.data.formats.index import Archive, Index, Scan
+    from pipeline.data.storage import Store
 
 
 class Reader(Protocol):
     """What the module of a format offers."""
 
-    def scan(self, filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple[Scan, Index]:
+    def scan(self, store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
         """List an archive's images with their classes and splits."""
 
-    def read_rows(self, filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> Iterator[bytes | ReadFault]:
+    def read_rows(
+        self, store: Store, archive: Archive, rows: pa.Table, concurrency: int
+    ) -> Iterator[bytes | ReadFault]:
         """Read the images of some rows of its index, in their order."""
 
 

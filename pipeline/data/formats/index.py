@@ -8,19 +8,20 @@ name below the root, a slash, and what finds the image inside.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from pipeline.config import Config
-from pipeline.data import storage
+from pipeline.data.ahead import Admit, read_many
 from pipeline.data.splits import Split, is_held_out, valid_names
+from pipeline.data.storage import Store
 from pipeline.errors import DataError
 
 # label: an index into the class names of the scan. offset: the first byte in a tar, the row in a Parquet file.
@@ -38,10 +39,10 @@ class Archive:
 
     Attributes:
         kind: The name of its format.
-        path: Its path on the file system.
+        path: Its path in the store.
         name: Its path below the dataset's root, with which the keys of its images begin.
         size_bytes: Its size as listed.
-        mtime_ns: When it was changed, in nanoseconds of Unix time, where the file system says it.
+        mtime_ns: When it was changed, in nanoseconds of Unix time, where the store says it.
         split: The split that all of its images belong to, where the name says it.
         split_name: How the name calls that split.
     """
@@ -154,11 +155,26 @@ def reading(path: str) -> Iterator[None]:
         raise DataError(f"{path}: expected to read it, got {exc}; check the file and the connection") from exc
 
 
-def open_file(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
-    """Open a file to be read at any offset."""
-    return storage.with_retries(lambda: filesystem.open_input_file(path), path)
+def read_spans(store: Store, archive: Archive, spans: Sequence[tuple[int, int]], concurrency: int) -> Iterator[bytes]:
+    """Read parts of an archive, each from a byte up to another, in their order, and others ahead where that helps.
+
+    Raises:
+        OSError: If it cannot be read.
+        DataError: If it ends before.
+    """
+    reads = (partial(_read_span, store, archive.path, span) for span in spans)
+    answers = read_many(reads, concurrency, is_local=store.is_local)
+    for (start, stop), answer in zip(spans, answers, strict=True):
+        if isinstance(answer, OSError):
+            raise answer
+        if len(answer) != stop - start:
+            raise DataError(
+                f"{archive.path}: expected the {archive.size_bytes} bytes that were listed, got fewer; "
+                "leave the file as it is while a job runs, and run again"
+            )
+        yield answer
 
 
-def is_local(filesystem: pafs.FileSystem) -> bool:
-    """Say whether a small read costs microseconds, and not a request."""
-    return bool(filesystem.type_name == "local")
+def _read_span(store: Store, path: str, span: tuple[int, int], admit: Admit) -> bytes:
+    admit(span[1] - span[0])
+    return store.read_range(path, *span)

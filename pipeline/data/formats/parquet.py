@@ -7,21 +7,21 @@ and a read decodes only the row groups it needs, a few images at a time.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.data.files import MAX_FILE_BYTES, ReadFault
+from pipeline.data.files import ReadFault
 from pipeline.data.formats.index import (
     NO_SPLIT,
     TRAIN,
@@ -30,12 +30,12 @@ from pipeline.data.formats.index import (
     Index,
     Scan,
     ScannedImages,
-    is_local,
     make_index,
-    open_file,
+    read_spans,
     reading,
 )
 from pipeline.data.splits import natural_sort_key
+from pipeline.data.storage import MAX_FILE_BYTES, Store
 from pipeline.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "png", "jpg")
@@ -43,11 +43,15 @@ LABEL_COLUMNS = ("label", "class", "cls", "labels")
 _SCAN_ROWS = 2**16
 # Decoded at a time: some images, so that a row group of any size passes through a bounded memory.
 _BATCH_BYTES, _MAX_BATCH_ROWS = 2**23, 4096
-# Of a column chunk read at a time; a remote store answers each request in some 30 ms.
-_LOCAL_BUFFER_BYTES, _REMOTE_BUFFER_BYTES = 2**20, 2**23
+# Of a local column chunk read at a time; and of a remote one, with what lies between two chunks that are wanted.
+_BUFFER_BYTES = 2**20
+_SPAN_BYTES, _MAX_BETWEEN = 2**22, 2**18
+# A file's end, in which its metadata are, nearly always whole.
+_FOOTER_BYTES = 2**16
+_SCAN_CONCURRENCY = 16
 
 
-def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple[Scan, Index]:
+def scan(store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
     """List the images of a Parquet file with their classes, without reading them.
 
     The columns are those that the schema's metadata declare as `Image` and `ClassLabel`, under the key `huggingface`
@@ -62,11 +66,12 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
         DataError: If the file is no such Parquet file, a row has no class or one that has no name, or it cannot be
             read.
     """
-    with reading(archive.path), open_file(filesystem, archive.path) as source:
-        file = pq.ParquetFile(source, pre_buffer=True)
+    with reading(archive.path), _open(store, archive) as source:
+        file = pq.ParquetFile(source)
         image, has_path = _find_image(archive, file.schema_arrow)
         label, names = _find_label(archive, file.schema_arrow)
         columns = [label, f"{image}.path"] if has_path else [label]
+        source.will_read(file.metadata, range(file.metadata.num_row_groups), columns, _SCAN_CONCURRENCY)
         batches = file.iter_batches(_SCAN_ROWS, columns=columns, use_threads=False)
         keys, values, num_rows = [], [], 0
         for batch in batches:
@@ -89,13 +94,14 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
     return make_index(archive, rows, config, (), Counter())
 
 
-def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> Iterator[bytes | ReadFault]:
+def read_rows(store: Store, archive: Archive, rows: pa.Table, concurrency: int) -> Iterator[bytes | ReadFault]:
     """Read the images of some rows, decoding of each row group no more than up to the last of them.
 
     Args:
-        filesystem: Where the file is.
+        store: Where the file is.
         archive: The file.
         rows: Some rows of its index, in order.
+        concurrency: Requests at a time.
 
     Yields:
         The bytes of each image, or why there are none.
@@ -104,26 +110,128 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
         DataError: If the file cannot be read, or is damaged.
     """
     wanted = rows["offset"].to_numpy()
-    buffer_bytes = _LOCAL_BUFFER_BYTES if is_local(filesystem) else _REMOTE_BUFFER_BYTES
-    with reading(archive.path), open_file(filesystem, archive.path) as source:
+    with reading(archive.path), _open(store, archive) as source:
         # Through a buffer, no more of a row group is in memory than a page and a batch; else it would be all of it.
-        file = pq.ParquetFile(source, buffer_size=buffer_bytes, pre_buffer=False)
+        file = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         image, _ = _find_image(archive, file.schema_arrow)
         is_struct = pa.types.is_struct(file.schema_arrow.field(image).type)
-        start = 0
-        for group in range(file.metadata.num_row_groups):
-            about = file.metadata.row_group(group)
-            low, high = np.searchsorted(wanted, (start, start + about.num_rows))
-            if low < high:
-                image_bytes = max(1, about.total_byte_size // about.num_rows)
-                batches = file.iter_batches(
-                    max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // image_bytes)),
-                    row_groups=[group],
-                    columns=[f"{image}.bytes" if is_struct else image],
-                    use_threads=False,
-                )
-                yield from _choose(batches, wanted[low:high] - start)
-            start += about.num_rows
+        columns = [f"{image}.bytes" if is_struct else image]
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        starts = np.cumsum([0, *(about.num_rows for about in groups)])
+        bounds = np.searchsorted(wanted, starts)
+        needed = [group for group in range(len(groups)) if bounds[group] < bounds[group + 1]]
+        source.will_read(file.metadata, needed, columns, concurrency)
+        for group in needed:
+            image_bytes = max(1, groups[group].total_byte_size // groups[group].num_rows)
+            batches = file.iter_batches(
+                max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // image_bytes)),
+                row_groups=[group],
+                columns=columns,
+                use_threads=False,
+            )
+            yield from _choose(batches, wanted[bounds[group] : bounds[group + 1]] - starts[group])
+
+
+class _LocalFile(pa.OSFile):  # type: ignore[misc]
+    """A file on a disk, which the system reads ahead."""
+
+    def will_read(self, *_: object) -> None:
+        """Do nothing."""
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file in a bucket, of which some column chunks will be read in their order, ahead of the reader.
+
+    Whatever else is read, as the metadata, is asked for when it is.
+    """
+
+    def __init__(self, store: Store, archive: Archive) -> None:
+        self._store, self._archive = store, archive
+        self._at = 0
+        self._spans: deque[tuple[int, int]] = deque()
+        self._blocks: Iterator[bytes] = iter(())
+        # What has been read and may be asked for again, by where it begins.
+        footer_start = max(0, archive.size_bytes - _FOOTER_BYTES)
+        self._held = [(footer_start, store.read_range(archive.path, footer_start, archive.size_bytes))]
+
+    def will_read(
+        self, metadata: pq.FileMetaData, groups: Iterable[int], columns: Sequence[str], concurrency: int
+    ) -> None:
+        """Begin to read columns of row groups."""
+        chunks = []
+        for group in groups:
+            about = metadata.row_group(group)
+            for number in range(about.num_columns):
+                column = about.column(number)
+                if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                    first = column.dictionary_page_offset or column.data_page_offset
+                    start = min(first, column.data_page_offset)
+                    chunks.append((start, start + column.total_compressed_size))
+        self._spans = deque(_join(sorted(chunks)))
+        self._blocks = read_spans(self._store, self._archive, list(self._spans), concurrency)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes next, up to the size of the buffer."""
+        view = memoryview(buffer).cast("B")
+        start, stop = self._at, min(self._at + len(view), self._archive.size_bytes)
+        done = start
+        while done < stop:
+            part = self._read_part(done, stop)
+            view[done - start : done - start + len(part)] = part
+            done += len(part)
+        self._at = done
+        return done - start
+
+    def _read_part(self, start: int, stop: int) -> memoryview | bytes:
+        """Read at least a byte from `start` on."""
+        while self._spans and self._spans[0][0] <= start:
+            begin, end = self._spans.popleft()
+            block = next(self._blocks)
+            if end > start:
+                # With the one before: what is read next may begin in it.
+                self._held = [*self._held[-1:], (begin, block)]
+        for begin, block in reversed(self._held):
+            if begin <= start < begin + len(block):
+                return memoryview(block)[start - begin : stop - begin]
+        end = min([stop, *(begin for begin, _ in list(self._spans)[:1])])
+        return self._store.read_range(self._archive.path, start, end)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a byte."""
+        self._at = offset + {0: 0, 1: self._at, 2: self._archive.size_bytes}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Say which byte comes next."""
+        return self._at
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def _open(store: Store, archive: Archive) -> _LocalFile | _RemoteFile:
+    return _LocalFile(archive.path) if store.is_local else _RemoteFile(store, archive)
+
+
+def _join(chunks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join neighbours into spans, and part what is longer than one."""
+    begin = end = 0
+    for start, stop in chunks:
+        if start - end > _MAX_BETWEEN or stop - begin > _SPAN_BYTES:
+            if end > begin:
+                yield begin, end
+            begin = start
+        while stop - begin > _SPAN_BYTES:
+            yield begin, begin + _SPAN_BYTES
+            begin += _SPAN_BYTES
+        end = stop
+    if end > begin:
+        yield begin, end
 
 
 def _choose(batches: Iterator[pa.RecordBatch], wanted: npt.NDArray[np.int64]) -> Iterator[bytes | ReadFault]:

@@ -7,23 +7,21 @@ Invariant: nothing is unpacked, a member's name is never a path, and what is lis
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 
 from pipeline.config import Config
-from pipeline.data import storage
-from pipeline.data.files import MAX_FILE_BYTES, ReadFault, display, ending, is_image_name
+from pipeline.data.files import ReadFault, display, ending, is_image_name
 from pipeline.data.formats.index import (
     LEFT_OUT,
     NO_SPLIT,
@@ -33,22 +31,23 @@ from pipeline.data.formats.index import (
     Index,
     Scan,
     ScannedImages,
-    is_local,
     make_index,
-    open_file,
+    read_spans,
     reading,
 )
-from pipeline.data.formats.tar_headers import walk
+from pipeline.data.formats.tar_headers import TarFile, walk
 from pipeline.data.splits import natural_sort_key, valid_names
+from pipeline.data.storage import MAX_FILE_BYTES, Store
 from pipeline.errors import DataError
 
 _JSON_LABELS = ("label", "class", "cls")
 _SIDE_ENDINGS = (b".cls", b".json", b".txt")
-# What is read at once. A remote store answers in some 30 ms what it then sends at some 100 MB/s: pixels between two
-# headers are read through, up to 8 MiB, instead of a request for each header. A local file is faster in parts that fit
-# a cache.
-_LOCAL_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 2**16, 2**23
-_LOCAL_RUN_BYTES, _REMOTE_RUN_BYTES = 2**20, 2**25
+# What is read at once. A remote store answers in some 30 ms what it then sends at some 100 MB/s on a connection: pixels
+# between two headers are read through, up to 4 MiB, instead of a request for each header, and so are what lies between
+# two images that are wanted. A local file is faster in parts that fit a cache.
+_LOCAL_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 2**16, 2**22
+_LOCAL_RUN_BYTES, _REMOTE_RUN_BYTES = 2**20, 2**22
+_WINDOWS_AHEAD = 4
 _CHUNK_ROWS = 2**16
 
 
@@ -91,7 +90,7 @@ class _Members:
         return self.label_ids.setdefault(name, len(self.label_ids))
 
 
-def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple[Scan, Index]:
+def scan(store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
     """List the images of a tar with their classes and splits.
 
     If one image has its class beside it, all must: `.cls` holds it as text, `.json` under `label`, `class` or `cls`
@@ -106,9 +105,9 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
             cannot be read.
     """
     ignored: Counter[str] = Counter()
-    window_bytes = _LOCAL_WINDOW_BYTES if is_local(filesystem) else _REMOTE_WINDOW_BYTES
-    with reading(archive.path), open_file(filesystem, archive.path) as file:
-        found = walk(file, archive.path, window_bytes, _SIDE_ENDINGS[:2], ignored)
+    window_bytes, num_ahead = (_LOCAL_WINDOW_BYTES, 0) if store.is_local else (_REMOTE_WINDOW_BYTES, _WINDOWS_AHEAD)
+    with reading(archive.path), TarFile(store, archive, window_bytes, num_ahead) as file:
+        found = walk(file, _SIDE_ENDINGS[:2], ignored)
         members = _collect(found, os.fsencode(archive.name) + b"/", ignored)
     keys = pa.chunked_array([*members.chunks, pa.array(members.keys, pa.binary())])
     _check_unique(archive, keys)
@@ -142,13 +141,14 @@ def scan(filesystem: pafs.FileSystem, archive: Archive, config: Config) -> tuple
     return make_index(archive, rows, config, split_names, ignored)
 
 
-def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> Iterator[bytes | ReadFault]:
+def read_rows(store: Store, archive: Archive, rows: pa.Table, concurrency: int) -> Iterator[bytes | ReadFault]:
     """Read images by their byte ranges, neighbours in one request.
 
     Args:
-        filesystem: Where the tar is.
+        store: Where the tar is.
         archive: The tar.
         rows: Some rows of its index, in order.
+        concurrency: Requests at a time.
 
     Yields:
         The bytes of each image, or why they are not read.
@@ -158,32 +158,35 @@ def read_rows(filesystem: pafs.FileSystem, archive: Archive, rows: pa.Table) -> 
     """
     offsets, sizes = rows["offset"].to_pylist(), rows["size"].to_pylist()
     max_bytes, max_between = (
-        (_LOCAL_RUN_BYTES, _LOCAL_WINDOW_BYTES) if is_local(filesystem) else (_REMOTE_RUN_BYTES, _REMOTE_WINDOW_BYTES)
+        (_LOCAL_RUN_BYTES, _LOCAL_WINDOW_BYTES) if store.is_local else (_REMOTE_RUN_BYTES, _REMOTE_WINDOW_BYTES)
     )
-    with reading(archive.path), open_file(filesystem, archive.path) as file:
-        last = 0
-        while last < len(offsets):
-            first, start = last, offsets[last]
-            if sizes[first] > MAX_FILE_BYTES:  # more than a run has, so always its first
-                last += 1
-                yield ReadFault("too_large", f"{sizes[first]} bytes, more than {MAX_FILE_BYTES}")
+    runs = _runs(offsets, sizes, max_bytes, max_between)
+    spans = [(offsets[first], offsets[last] + sizes[last]) for first, last in runs]
+    is_read = [stop - start <= MAX_FILE_BYTES for start, stop in spans]
+    with reading(archive.path):
+        blocks = read_spans(store, archive, list(itertools.compress(spans, is_read)), concurrency)
+        for (first, last), (start, stop), is_whole in zip(runs, spans, is_read, strict=True):
+            if not is_whole:
+                yield ReadFault("too_large", f"{stop - start} bytes, more than {MAX_FILE_BYTES}")
                 continue
-            end = start
-            while (
-                last < len(offsets)
-                and 0 <= offsets[last] - end <= max_between
-                and (last == first or offsets[last] + sizes[last] - start <= max_bytes)
-            ):
-                end = offsets[last] + sizes[last]
-                last += 1
-            block = storage.with_retries(partial(file.read_at, end - start, start), archive.path)
-            if len(block) != end - start:
-                raise DataError(
-                    f"{archive.path}: expected the {archive.size_bytes} bytes that were listed, got fewer; "
-                    "leave the file as it is while a job runs, and run again"
-                )
-            for offset, size in zip(offsets[first:last], sizes[first:last], strict=True):
+            block = next(blocks)
+            for offset, size in zip(offsets[first : last + 1], sizes[first : last + 1], strict=True):
                 yield block[offset - start : offset - start + size]
+
+
+def _runs(offsets: list[int], sizes: list[int], max_bytes: int, max_between: int) -> list[tuple[int, int]]:
+    """Part images into runs that are read at once: the first and the last of each. A larger image is one by itself."""
+    runs = []
+    first = 0
+    for last, offset in enumerate(offsets):
+        is_end = last + 1 == len(offsets)
+        if not is_end:
+            between = offsets[last + 1] - offset - sizes[last]
+            end = offsets[last + 1] + sizes[last + 1]
+        if is_end or not 0 <= between <= max_between or end - offsets[first] > max_bytes:
+            runs.append((first, last))
+            first = last + 1
+    return runs
 
 
 def _collect(found: Iterable[tuple[bytes, int, int, bytes]], prefix: bytes, ignored: Counter[str]) -> _Members:

@@ -1,6 +1,6 @@
 """The headers of a tar file: which members there are, and where their bytes lie.
 
-Input: an open file that can be read at any offset. Output: name, offset and size of each regular member. Invariant:
+Input: a file that can be read at any offset. Output: name, offset and size of each regular member. Invariant:
 every step goes forward and every member lies within the file, whatever the headers say.
 
 The formats are POSIX ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html) and GNU's
@@ -13,10 +13,11 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-
-import pyarrow as pa
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.data.files import display
+from pipeline.data.formats.index import Archive
+from pipeline.data.storage import Store
 from pipeline.errors import DataError
 
 _BLOCK = 512
@@ -32,70 +33,107 @@ _MAX_TEXT_BYTES = 2**20
 _ADLER_BASE = 65521
 
 
+class TarFile:
+    """A tar, read in windows, at whose bounds no header is cut; those that follow each other are read ahead."""
+
+    def __init__(self, store: Store, archive: Archive, window_bytes: int, num_ahead: int) -> None:
+        """Open nothing yet; `window_bytes` is a multiple of a header's 512."""
+        self.path, self.num_bytes = archive.path, archive.size_bytes
+        self._store, self._window_bytes, self._num_ahead = store, window_bytes, num_ahead
+        self._index, self._window = -1, b""
+        self._begun: dict[int, Future[bytes]] = {}
+        self._pool = ThreadPoolExecutor(max(1, num_ahead))
+
+    def __enter__(self) -> TarFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def window(self, at: int) -> tuple[bytes, int]:
+        """Return the window in which a byte is, and where it is in it."""
+        index = at // self._window_bytes
+        if index != self._index:
+            if index == self._index + 1:
+                self._read_ahead(index)
+            begun = self._begun.pop(index, None)
+            self._window = begun.result() if begun else self._read(index)
+            self._begun = {each: future for each, future in self._begun.items() if each > index}
+            self._index = index
+        return self._window, at - index * self._window_bytes
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Read some bytes, from the window if they are in it."""
+        window, inside = self.window(start)
+        if inside + stop - start <= len(window):
+            return window[inside : inside + stop - start]
+        return self._store.read_range(self.path, start, stop)
+
+    def _read_ahead(self, index: int) -> None:
+        for later in range(index, min(index + 1 + self._num_ahead, -(-self.num_bytes // self._window_bytes))):
+            if self._num_ahead and later not in self._begun:
+                self._begun[later] = self._pool.submit(self._read, later)
+
+    def _read(self, index: int) -> bytes:
+        return self._store.read_range(self.path, index * self._window_bytes, (index + 1) * self._window_bytes)
+
+
 def walk(
-    file: pa.NativeFile, path: str, window_bytes: int, text_endings: tuple[bytes, ...], ignored: Counter[str]
+    file: TarFile, text_endings: tuple[bytes, ...], ignored: Counter[str]
 ) -> Iterator[tuple[bytes, int, int, bytes]]:
     """Yield the regular members of a tar in its order.
 
-    The file is read in windows, each beginning at the first header that the last one does not hold: small members are
-    read through, large ones skipped. Members in hidden folders are passed over, links and devices counted.
+    Small members are read through, large ones skipped. Members in hidden folders are passed over, links and devices
+    counted.
 
     Args:
         file: The tar.
-        path: Its path, for errors.
-        window_bytes: Bytes of a read.
         text_endings: Endings of the members whose content is wanted, in lower case.
         ignored: Counts what is no regular file.
 
     Yields:
-        A member's name, cleaned; where its bytes begin; how many there are; its content, if
-        wanted.
+        A member's name, cleaned; where its bytes begin; how many there are; its content, if wanted.
 
     Raises:
         DataError: If this is no tar, is damaged, cut off, or has sparse members.
     """
-    for header, long_name, window, inside, start, size in _headers(file, path, window_bytes):
+    for header, long_name, start, size in _headers(file):
         kind = header[156]
         name = _clean(long_name or _short_name(header))
         if kind == _SPARSE:
-            raise _sparse(path, name)
+            raise _sparse(file.path, name)
         if kind in _FILE_TYPES:
             if name:
                 is_text = name[name.rfind(b".") :].lower() in text_endings
-                yield name, start, size, _read_text(file, path, window, inside, start, size) if is_text else b""
+                yield name, start, size, _read_text(file, start, size) if is_text else b""
         elif kind != _FOLDER:
             ignored["link" if kind in _LINK_TYPES else "no file"] += 1
 
 
-def _headers(
-    file: pa.NativeFile, path: str, window_bytes: int
-) -> Iterator[tuple[bytes, bytes | None, bytes, int, int, int]]:
-    """Yield every header with its long name, the window, where in it and in the file the data begin, and their size."""
-    num_bytes = file.size()
-    window, begin, at = b"", 0, 0
+def _headers(file: TarFile) -> Iterator[tuple[bytes, bytes | None, int, int]]:
+    """Yield every header with its long name, where in the file the data begin, and their size."""
+    at = 0
     long_name: bytes | None = None
     long_size: int | None = None
     while True:
-        if at - begin + _BLOCK > len(window):
-            window, begin = file.read_at(window_bytes, at), at
-            if len(window) < _BLOCK:
-                raise _cut_off(path, num_bytes)
-        header = window[at - begin : at - begin + _BLOCK]
+        if at + _BLOCK > file.num_bytes:  # at least the mark of the end is to come
+            raise _cut_off(file.path, file.num_bytes)
+        window, inside = file.window(at)
+        header = window[inside : inside + _BLOCK]
+        if len(header) < _BLOCK:
+            raise _cut_off(file.path, file.num_bytes)
         if header == _ZEROS:
             return
-        size = _read_size(header, path, at, long_size)
+        size = _read_size(header, file.path, at, long_size)
         start = at + _BLOCK
         at = start + -(-size // _BLOCK) * _BLOCK
-        if at + _BLOCK > num_bytes:  # at least the mark of the end is to come
-            raise _cut_off(path, num_bytes)
         if header[156] not in _ABOUT_NEXT:
-            yield header, long_name, window, start - begin, start, size
+            yield header, long_name, start, size
             long_name = long_size = None
         elif header[156] == _LONG_NAME:
-            long_name = _read_text(file, path, window, start - begin, start, size).partition(b"\0")[0]
+            long_name = _read_text(file, start, size).partition(b"\0")[0]
         elif header[156] == _PAX:
-            text = _read_text(file, path, window, start - begin, start, size)
-            pax_name, long_size = _parse_pax(text, path, start)
+            pax_name, long_size = _parse_pax(_read_text(file, start, size), file.path, start)
             long_name = pax_name or long_name
 
 
@@ -117,13 +155,10 @@ def _read_size(header: bytes, path: str, at: int, long_size: int | None) -> int:
     return size if long_size is None or header[156] in _ABOUT_NEXT else long_size
 
 
-def _read_text(file: pa.NativeFile, path: str, window: bytes, inside: int, start: int, size: int) -> bytes:
+def _read_text(file: TarFile, start: int, size: int) -> bytes:
     if size > _MAX_TEXT_BYTES:
-        raise _damaged(path, start)
-    if inside + size <= len(window):
-        return window[inside : inside + size]
-    text: bytes = file.read_at(size, start)
-    return text
+        raise _damaged(file.path, start)
+    return file.read(start, start + size)
 
 
 def _parse_pax(text: bytes, path: str, at: int) -> tuple[bytes | None, int | None]:

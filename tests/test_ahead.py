@@ -1,0 +1,108 @@
+"""Reading ahead: answers in order, bounded by number and bytes, whatever comes first."""
+
+import random
+import threading
+import time
+
+import pytest
+
+from pipeline.data import ahead
+from pipeline.data.ahead import read_ahead, read_many
+
+
+class Reads:
+    """Reads of given sizes that note how many, and how many bytes, were admitted and not yet used."""
+
+    def __init__(self, sizes, seconds=0.0):
+        self.sizes, self.seconds = sizes, seconds
+        self.lock = threading.Lock()
+        self.num_bytes = self.most_bytes = self.num_running = self.most_running = self.num_begun = 0
+
+    def __iter__(self):
+        return (lambda admit, row=row: self.read(admit, row) for row in range(len(self.sizes)))
+
+    def read(self, admit, row):
+        with self.lock:
+            self.num_begun += 1
+            self.num_running += 1
+            self.most_running = max(self.most_running, self.num_running)
+        admit(self.sizes[row])
+        with self.lock:
+            self.num_bytes += self.sizes[row]
+            self.most_bytes = max(self.most_bytes, self.num_bytes)
+        time.sleep(self.seconds * random.random())
+        with self.lock:
+            self.num_running -= 1
+        if row % 7 == 3:
+            raise FileNotFoundError(str(row))
+        return row
+
+    def use(self, row):
+        with self.lock:
+            self.num_bytes -= self.sizes[row]
+
+
+def rows_of(answers):
+    return [int(str(answer)) for answer in answers]
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 64])
+def test_answers_and_errors_come_in_the_order_of_the_reads(concurrency):
+    reads = Reads([1] * 200, seconds=0.003)
+    answers = list(read_ahead(reads, concurrency))
+    assert rows_of(answers) == list(range(200))
+    assert [row for row, each in enumerate(answers) if isinstance(each, OSError)] == list(range(3, 200, 7))
+    assert reads.most_running <= concurrency
+
+
+def test_no_more_bytes_are_on_their_way_than_there_is_room_for():
+    chance = random.Random(0)
+    reads = Reads([chance.randrange(1, 100) for _ in range(300)] + [500, 5, 5, 2000, 1], seconds=0.002)
+    for row, answer in enumerate(read_ahead(reads, 16, max_bytes=400)):
+        assert rows_of([answer]) == [row]
+        time.sleep(0.001 * chance.random())
+        reads.use(row)
+    # What is being used is counted until the next is asked for; one whose turn it is may be larger than all the room.
+    assert 300 < reads.most_bytes <= 400 + 2000
+
+
+def test_a_consumer_that_stops_leaves_no_thread_behind():
+    before = set(threading.enumerate())
+    reads = Reads([300] * 1000)
+    answers = read_ahead(reads, 8, max_bytes=1000)
+    assert next(answers) == 0
+    answers.close()
+    deadline = time.monotonic() + 30
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before
+    assert reads.num_begun <= 16
+
+
+def test_what_is_no_os_error_ends_the_reads():
+    def fail(admit):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead([fail] * 5, 2))
+
+
+@pytest.mark.parametrize("num_reads", [0, 1, 15, 16, 17, 255, 256, 257, 600])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_every_read_is_done_once(num_reads, is_local):
+    reads = Reads([1] * num_reads)
+    assert rows_of(read_many(reads, 4, is_local=is_local)) == list(range(num_reads))
+    assert reads.num_begun == num_reads
+
+
+def test_a_disk_that_answers_at_once_is_read_by_one_thread():
+    reads = Reads([1] * 600)
+    list(read_many(reads, 8, is_local=True))
+    assert reads.most_running == 1
+
+
+def test_a_disk_that_is_far_is_read_ahead():
+    reads = Reads([1] * 100, seconds=0.02)
+    assert rows_of(read_many(reads, 8, is_local=True)) == list(range(100))
+    assert reads.most_running == 8
+    assert ahead._TIMED_READS < 100
