@@ -138,7 +138,7 @@ class Config:
         )
         _expect(
             self.read_concurrency is None or 1 <= self.read_concurrency <= 1024,
-            f"--read-concurrency: expected auto, or 1 to 1024, got {self.read_concurrency}; auto is 64",
+            f"--read-concurrency: expected auto, or 1 to 1024, got {self.read_concurrency}; auto is 128",
         )
         _expect(
             self.actors is None or self.actors >= 1,

@@ -32,7 +32,7 @@ _BLOCK_IMAGES = 512
 _MAX_LOADER_IMAGES, _BATCHES_PER_WORKER = 4096, 16
 _RAY_BLOCKS_PER_CPU = 8
 # That of this job: `pipeline.data.ahead.DEFAULT_CONCURRENCY`.
-_CONCURRENCY = 64
+_CONCURRENCY = 128
 
 
 def plain_loop(images: Images) -> Answer:
