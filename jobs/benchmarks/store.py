@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
         is_cut = faults.cut and len(body) > 1 and faults.stream.random() < faults.cut
         body = b"" if method == b"HEAD" else body[: len(body) // 2] if is_cut else body
-        self._transport.write("\r\n".join(lines).encode() + body)
+        self._transport.writelines(["\r\n".join(lines).encode(), body])
         if is_cut:
             self._transport.close()
 

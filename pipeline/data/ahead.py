@@ -6,6 +6,7 @@ their turn is bounded by number and by bytes, and what answers first changes not
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import threading
 import time
@@ -110,41 +111,51 @@ def _admit(_: int) -> None:
 
 
 class _Room:
-    """Bytes that reads may have together, whoever's turn it is excepted."""
+    """Bytes that reads may have together, whoever's turn it is excepted; those that wait go on in their order."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._taken: dict[int, int] = {}
         self._num_bytes = 0
         self._turn = 0
-        self._num_waiting = 0
-        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int, threading.Event]] = []  # a heap, by turn
+        self._lock = threading.Lock()
 
     def take(self, turn: int, num_bytes: int) -> None:
         """Wait until there is room for the bytes of a read, or it is its turn."""
-        with self._changed:
-            self._num_waiting += 1
-            self._changed.wait_for(lambda: turn <= self._turn or self._num_bytes + num_bytes <= self._max_bytes)
-            self._num_waiting -= 1
-            self._taken[turn] = num_bytes
-            self._num_bytes += num_bytes
+        with self._lock:
+            if turn <= self._turn or (not self._waiting and self._num_bytes + num_bytes <= self._max_bytes):
+                self._admit(turn, num_bytes)
+                return
+            admitted = threading.Event()
+            heapq.heappush(self._waiting, (turn, num_bytes, admitted))
+        admitted.wait()
 
     def reach(self, turn: int) -> None:
         """Say whose turn it is."""
-        with self._changed:
+        with self._lock:
             self._turn = turn
-            self._tell()
+            self._admit_waiting()
 
     def free(self, turn: int) -> None:
         """Say that a read's bytes are used; it may have been one that took none."""
-        with self._changed:
+        with self._lock:
             self._num_bytes -= self._taken.pop(turn, 0)
-            self._tell()
+            self._admit_waiting()
 
     def close(self) -> None:
         """Let all go on that wait: nobody will ask for what they read."""
         self.reach(2**63)
 
-    def _tell(self) -> None:
-        if self._num_waiting:
-            self._changed.notify_all()
+    def _admit(self, turn: int, num_bytes: int) -> None:
+        self._taken[turn] = num_bytes
+        self._num_bytes += num_bytes
+
+    def _admit_waiting(self) -> None:
+        while self._waiting:
+            turn, num_bytes, admitted = self._waiting[0]
+            if turn > self._turn and self._num_bytes + num_bytes > self._max_bytes:
+                return
+            heapq.heappop(self._waiting)
+            self._admit(turn, num_bytes)
+            admitted.set()

