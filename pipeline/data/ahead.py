@@ -23,8 +23,9 @@ Admit = Callable[[int], None]
 # 1,200, of 5 ms 3,000 either way; each costs 0.2 ms of CPU, whatever their number.
 DEFAULT_CONCURRENCY = 128
 # Of what is being read or waits for its turn. An object of 10 MB, from a store that sends 100 MB/s on a connection, is
-# on its way for 0.1 s; six of them at once are faster than any decoder.
-MAX_BYTES_AHEAD = 64 * 2**20
+# on its way for 0.1 s; three of them at once are faster than a core decodes. In memory it is up to three times as much,
+# as the client joins what came in parts.
+MAX_BYTES_AHEAD = 32 * 2**20
 # A disk is read by the decoding thread itself, unless reads wait for so long, as on a network file system: of every
 # block of reads the first ones tell.
 _SLOW_READ_SECONDS = 0.0005
