@@ -9,11 +9,13 @@ Invariant: a user's mistake, an interrupt and an output that cannot be written a
 from __future__ import annotations
 
 import contextlib
+import csv
 import gc
 import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,7 +26,7 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from pipeline import __version__
-from pipeline.config import DEVICES, MODES, Config
+from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.results.terminal import (
     Progress,
@@ -174,7 +176,7 @@ def _parse(kind: Callable[[str], Number], value: str, expected: str) -> Number:
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",")) if value else ()
+    return tuple(name.strip() for name in next(csv.reader([value], skipinitialspace=True))) if value else ()
 
 
 class _Option(click.Option):
@@ -219,12 +221,23 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
     epilog="Exit status: 0 done, 1 failed, 2 bad usage, 130 and 143 interrupted.",
 )
 @_data_option("--data", default=_DEFAULTS.data, help="digits, mnist_sample, or a folder, file, glob or URI.")
-@_data_option("--classes", callback=_names, help="Use only these classes, as 3,7.  [default: all]")
+@_data_option(
+    "--classes", callback=_names, help='Use only these classes, as 3,7 or cat,"salt, pepper".  [default: all]'
+)
+@_data_option("--exclude-classes", callback=_names, help="Use all classes but these.")
+@_data_option("--label-column", default=None, help="Column of the classes in Parquet files.  [default: the usual ones]")
+@_data_option("--image-column", default=None, help="Column of the images in Parquet files.  [default: the usual ones]")
 @_data_option("--train-split", default=_DEFAULTS.train_split, help="Folder of the training images.")
 @_data_option(
     "--valid-split", default=_DEFAULTS.valid_split, help="Folder of the validation images; also val, validation, test."
 )
 @_data_option("--valid-fraction", type=float, help="Share to hold out of a dataset without splits, as 0.2.")
+@_data_option(
+    "--incomplete-classes",
+    type=click.Choice(INCOMPLETE_CLASSES),
+    default=_DEFAULTS.incomplete_classes,
+    help="Classes without images in one split: fail, or go on without them.",
+)
 @_data_option("--size", default=_DEFAULTS.size, help="Height and width in pixels, as 28x28, or auto.")
 @_data_option("--mode", type=click.Choice(MODES), default=_DEFAULTS.mode, help="Grey or colour.")
 @_data_option("--draft/--no-draft", default=_DEFAULTS.draft, help="Decode very large JPEG files at a reduced scale.")
@@ -330,8 +343,15 @@ def _left_undone(last: Progress | None, config: Config) -> str:
         return "nothing was evaluated"
     has_epochs = config.resume or last.phase == "score" or (last.epoch or 0) > 1
     out = without_secrets(config.out)
-    again = f"go on with --resume --out {out}" if has_epochs else "run again"
+    again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"
+
+
+def _command_to_resume(config: Config) -> str:
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    if not any(word.split("=")[0] == "--out" for word in words):
+        words += ["--out", config.out]
+    return without_secrets(shlex.join([sys.executable, *words, "--resume"]))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from os import PathLike
 
 from pipeline.errors import OptionError
 
+INCOMPLETE_CLASSES = ("error", "drop")
 DEVICES = ("auto", "cpu", "cuda")
+_MAY_BE_NONE = ("cache", "address", "label_column", "image_column")
 MODES = ("auto", "L", "RGB")
 # One image of more pixels than this would weigh as much as a whole shard of small ones.
 MAX_SIDE = 4096
@@ -31,9 +35,13 @@ class Config:
     data: str = "digits"
     out: str = field(default_factory=lambda: f"results/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%fZ}")
     classes: tuple[str, ...] = ()
+    exclude_classes: tuple[str, ...] = ()
+    label_column: str | None = None
+    image_column: str | None = None
     train_split: str = "train"
     valid_split: str = "valid"
     valid_fraction: float | None = None
+    incomplete_classes: str = "error"
     size: str = "auto"
     mode: str = "auto"
     draft: bool = True
@@ -60,9 +68,32 @@ class Config:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        self._take_types()
         self._check_data()
         self._check_training()
         self._check_shape_of_work()
+
+    def _take_types(self) -> None:
+        """Take what stands for a text, as a path or a number; anything else is an error."""
+        for name in ("data", "out", "cache", "scratch", "size", "address", "label_column", "image_column"):
+            value = getattr(self, name)
+            if isinstance(value, (PathLike, int)) and not isinstance(value, bool):
+                object.__setattr__(self, name, str(value))
+            elif not isinstance(value, str) and not (value is None and name in _MAY_BE_NONE):
+                raise OptionError(f"{_option(name)}: expected a text, got {value!r}; give it as on the command line")
+        for name in ("classes", "exclude_classes"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise OptionError(f"{_option(name)}: expected names of classes, got {value!r}; give them as a tuple")
+            object.__setattr__(self, name, tuple(map(str, value)))
+        if self.size.isascii() and self.size.isdigit():
+            object.__setattr__(self, "size", f"{self.size}x{self.size}")
+        for field_ in fields(self):
+            value, default = getattr(self, field_.name), field_.default
+            if isinstance(default, (int, float)) and (
+                not isinstance(value, (int, float)) or isinstance(value, bool) != isinstance(default, bool)
+            ):
+                raise OptionError(f"{_option(field_.name)}: expected a number, got {value!r}; as {default}")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
@@ -71,6 +102,10 @@ class Config:
             return None
         height, _, width = self.size.partition("x")
         return int(height), int(width)
+
+    def wants_class(self, name: str) -> bool:
+        """Say whether a class is asked for."""
+        return name not in self.exclude_classes and (not self.classes or name in self.classes)
 
     def _check_data(self) -> None:
         names = ",".join(self.classes)
@@ -81,9 +116,13 @@ class Config:
             f"--classes: expected each class once, got {names}; name each one time, as 3,7",
         )
         _expect(
-            len(self.classes) != 1,
-            f"--classes: expected at least two classes, got {names}; add another or leave the option out",
+            len(set(self.exclude_classes)) == len(self.exclude_classes) and all(self.exclude_classes),
+            f"--exclude-classes: expected each class once, got {','.join(self.exclude_classes)}; name each one time",
         )
+        if both := [name for name in self.exclude_classes if name in self.classes]:
+            raise OptionError(
+                f"--exclude-classes: expected no class of --classes, got {both[0]}; name it in one of them"
+            )
         for option, split in (("--train-split", self.train_split), ("--valid-split", self.valid_split)):
             _expect(
                 bool(split) and "/" not in split and split not in (".", ".."),
@@ -98,10 +137,14 @@ class Config:
             self.valid_fraction is None or 0 < self.valid_fraction < 1,
             f"--valid-fraction: expected a number between 0 and 1, got {self.valid_fraction}; 0.2 holds out a fifth",
         )
+        _expect(
+            self.incomplete_classes in INCOMPLETE_CLASSES,
+            f"--incomplete-classes: expected error or drop, got {self.incomplete_classes}; choose one",
+        )
         _expect(self.mode in MODES, f"--mode: expected one of {', '.join(MODES)}, got {self.mode}; choose one")
         _expect(
             _is_size(self.size),
-            f"--size: expected auto, or HxW with sides of 1 to {MAX_SIDE}, got {self.size}; as 28x28",
+            f"--size: expected auto, or HxW with sides of 1 to {MAX_SIDE}, got {self.size}; as 28x28, or 28 for both",
         )
 
     def _check_training(self) -> None:
@@ -161,6 +204,12 @@ class Config:
             self.cache_gib is None or (self.cache is not None and 0 < self.cache_gib < math.inf),
             f"--cache-gib: expected a positive number beside --cache, got {self.cache_gib}; leave it out for no limit",
         )
+        address = self.address or ""
+        _expect(
+            "://" not in address.removeprefix("ray://") and not address.endswith((":8265", ":10001")),
+            f"--address: expected the cluster's own address, got {address}, which is that of its dashboard or of Ray's "
+            "client; give the one that `ray start` printed, as 10.0.0.1:6379",
+        )
         _expect(
             self.min_nodes >= 1,
             f"--min-nodes: expected 1 or more, got {self.min_nodes}; leave it out to take the cluster as it is",
@@ -173,6 +222,10 @@ class Config:
             not (self.overwrite and self.resume),
             "--resume: expected no --overwrite beside it, got both; --resume keeps what --overwrite removes",
         )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _is_size(text: str) -> bool:

@@ -14,11 +14,18 @@ RATE, BATCH = "auto, or a positive number", "a multiple of --lanes 8"
 BY_OPTION = [
     ("data", "a name, folder or URI", {"": "nothing"}),
     ("out", "a folder or URI", {"": "nothing"}),
-    ("classes", "at least two classes", {("3",): "3"}),
     ("classes", "each class once", {("3", "7", "3"): "3,7,3", ("3", "", "7"): "3,,7", ("",): ""}),
     ("train_split", FOLDER, {"": "''", "a/b": "'a/b'", ".": "'.'"}),
     ("valid_split", FOLDER, {"..": "'..'", "/": "'/'"}),
     ("valid_split", "another folder than --train-split", {"train": "train for both"}),
+    ("exclude_classes", "each class once", {("3", "3"): "3,3"}),
+    ("incomplete_classes", "error or drop", ("keep",)),
+    ("address", "the cluster's own address", ("http://127.0.0.1:8265", "10.0.0.1:8265", "ray://h:10001", "h:10001")),
+    ("data", "a text", {None: "None", 1.5: "1.5"}),
+    ("size", "a text", {(28, 28): "(28, 28)"}),
+    ("classes", "names of classes", {"3": "'3'", 3: "3"}),
+    ("epochs", "a number", {"3": "'3'", None: "None"}),
+    ("overwrite", "a number", {1: "1"}),
     ("valid_fraction", SHARE, (0.0, 1.0, 20.0, -0.1, math.nan)),
     ("mode", "one of auto, L, RGB", ("CMYK", "rgb")),
     ("epochs", "0 or more", (-1,)),
@@ -36,8 +43,8 @@ BY_OPTION = [
     ("device", "one of auto, cpu, cuda", ("tpu",)),
     ("gpus_per_actor", "a number above 0, up to 1", (0.0, 2.0, math.nan)),
 ]
-BAD_SIZES = ["", "28", "x", "28x", "x28", "28x28x3", "0x28", "28x0", "-1x28", "28X28", "28 x 28", "28,28", "²x2", "٣x٣",
-             "4097x1", "1x4097", "1e3x5", "Auto"]  # fmt: skip
+BAD_SIZES = ["", "0", "4097", "x", "28x", "x28", "28x28x3", "0x28", "28x0", "-1x28", "28X28", "28 x 28", "28,28",
+             "²x2", "٣x٣", "4097x1", "1x4097", "1e3x5", "Auto"]  # fmt: skip
 REFUSED = [
     ({name: value}, f"--{name.replace('_', '-')}: expected {expected}, got {shown}")
     for name, expected, values in BY_OPTION
@@ -48,7 +55,8 @@ REFUSED = [
     *(({"size": size}, f"--size: expected auto, or HxW with sides of 1 to 4096, got {size}") for size in BAD_SIZES),
 ]
 ACCEPTED = [
-    {"classes": ("3", "7")}, {"train_split": "training", "valid_split": "holdout"},
+    {"classes": ("3", "7")}, {"classes": ("3",)}, {"address": "10.0.0.1:6379"}, {"address": "auto"},
+    {"train_split": "training", "valid_split": "holdout"},
     {"train_split": "valid", "valid_split": "train"}, {"valid_fraction": 1e-9}, {"valid_fraction": 0.999},
     {"mode": "L"}, {"mode": "RGB"}, {"epochs": 0}, {"learning_rate": 1e-300}, {"seed": 2**63 - 1},
     {"target_accuracy": 1.0}, {"patience": 1}, {"max_seconds": 0.001}, {"lanes": 1, "batch_size": 1},
@@ -105,3 +113,10 @@ def test_a_config_cannot_be_changed_past_its_checks():
 def test_a_changed_copy_is_checked_again():
     with pytest.raises(OptionError, match="--lanes: expected 1 to 1024, got 0"):
         dataclasses.replace(Config(), lanes=0)
+
+
+def test_what_stands_for_a_text_is_taken(tmp_path):
+    config = Config(data=tmp_path, out=tmp_path / "out", classes=[3, 7], size=28)
+    assert (config.data, config.out, config.classes) == (str(tmp_path), str(tmp_path / "out"), ("3", "7"))
+    assert config.height_width == (28, 28)
+    assert Config(size="28").height_width == (28, 28)

@@ -53,7 +53,7 @@ def last_line(text):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--size", "28"], "--size: expected auto, or HxW"),
+        (["--size", "28x"], "--size: expected auto, or HxW"),
         (["--actors", "9"], "--actors: expected at most one for each of 8 lanes"),
         (["--actors", "many"], "expected auto or a whole number"),
         (["--epochs", "x"], "is not a valid integer"),
@@ -272,7 +272,10 @@ def actors_of(mark):
     [
         ("start", "nothing was evaluated"),
         ("decode", r"decoded \d+ of 156 images, .* is unfinished, run again"),
-        ("train", r"epoch 2 of 3, step .* is unfinished, go on with --resume --out .*"),
+        (
+            "train",
+            r"epoch 2 of 3, step .* is unfinished, go on with \S+ \S*evaluate\S*\.py .*--data .* --resume",
+        ),
     ],
 )
 def test_an_interrupt_says_what_was_left_and_leaves_no_process(

@@ -183,6 +183,48 @@ def test_archives_give_the_figures_of_the_folder(reference, small_dataset, tmp_p
     assert run["num_shards"] > 4
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_long_tail_is_held_out_from_and_its_end_left_out(tmp_path, kind, caplog):
+    random = np.random.default_rng(3)
+    sizes = {"big": 60, "small": 3, "pair": 2, "single": 1}
+    images = {
+        (name, number): random.integers(0, 256, (6, 6), np.uint8) for name in sizes for number in range(sizes[name])
+    }
+    members = []
+    for (name, number), pixels in images.items():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        members.append((f"{name}/{number}.png", buffer.getvalue()))
+    if kind == "folder":
+        for name, data in members:
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(data)
+    else:
+        (tmp_path / "in").mkdir()
+        for part in range(3):
+            (tmp_path / "in" / f"{part}.tar").write_bytes(pack_tar(members[part::3]))
+    with pytest.raises(DataError, match=r"got none of single in .*; add images, or go on without these classes"):
+        evaluate(tmp_path / "in", tmp_path / "no", valid_fraction=0.1, epochs=0)
+    caplog.clear()
+    run = evaluate(tmp_path / "in", tmp_path / "out", valid_fraction=0.1, epochs=0, incomplete_classes="drop")
+    assert (run["dataset"]["classes"], run["dataset"]["dropped_classes"]) == (["big", "pair", "small"], ["single"])
+    assert run["num_listed"] == 65
+    assert "1 classes are left out for want of images in one split: single" in caplog.text
+    by_class = {name: accuracy(run, "nearest_mean_l1", "class", name)["num_images"] for name in ("pair", "small")}
+    assert by_class["pair"] == 1
+    assert 1 <= by_class["small"] <= 2
+
+
+def test_more_files_ignored_than_read_are_named_and_warned_of(small_dataset, tmp_path, caplog):
+    data = shutil.copytree(small_dataset, tmp_path / "in")
+    for number in range(300):
+        (data / "train" / f"{number}.tga").write_bytes(b"")
+    run = evaluate(data, tmp_path / "out", epochs=0)
+    assert run["dataset"]["num_ignored_files"][".tga"] == 300
+    assert "300 .tga" in caplog.text
+    assert "the README lists the endings" in caplog.text
+
+
 def test_archives_without_splits_are_held_out_from_by_a_glob(small_dataset, tmp_path):
     pack_archives(small_dataset, tmp_path, "webdataset")
     run = evaluate(f"{tmp_path}/train-{{0..1}}.tar", tmp_path.parent / "glob out", epochs=0, valid_fraction=0.3)

@@ -1,6 +1,7 @@
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from builders import ALL_TRAIN, LOCAL, CountingStore, pack_tar, read_archive, ro
 
 from pipeline.config import Config
 from pipeline.data.archives import find_archives
-from pipeline.data.files import Location, ReadFault, display, read_images
+from pipeline.data.files import Location, ReadFault, display, locate, read_images
 from pipeline.data.formats import parquet
 from pipeline.data.listing import list_dataset
 from pipeline.errors import DataError
@@ -144,8 +145,8 @@ def test_a_path_does_not_make_a_key_alone(tmp_path):
         (plain([b"x"], [1.5]), "classes as integers or strings, got double"),
         (pa.table({"image": [b"x"], "name": ["a"]}), "one column of label, got image, name"),
         (pa.table({"photo": [b"x"], "label": ["a"]}), "one column of image, got photo, label"),
-        (pa.table({"image": ["x"], "label": ["a"]}), "one column of image, got image, label"),
-        (pa.table({}), "one column of image, got no column"),
+        (pa.table({"image": ["x"], "label": ["a"]}), r"a column of image files, .*, got image \(string\), label"),
+        (pa.table({}), "a column of image files, .*, got no column"),
     ],
 )
 def test_what_is_no_labelled_image_is_an_error(tmp_path, table, message):
@@ -159,6 +160,41 @@ def test_two_columns_of_classes_are_an_error(tmp_path):
     table = example(3, features=features, columns=("image", "fine")).append_column("coarse", pa.array([0, 1, 2]))
     with pytest.raises(DataError, match=r"a\.parquet: expected one column of label, got fine, coarse"):
         scan_parquet(tmp_path, table)
+
+
+def test_the_columns_can_be_named(tmp_path):
+    label = {"names": NAMES, "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "fine": label, "coarse": label}
+    table = example(3, features=features, columns=("image", "fine")).append_column("coarse", pa.array([0, 0, 1]))
+    table = table.append_column("thumb", pa.array([b"x", b"y", b"z"]))
+    config = replace(ALL_TRAIN, label_column="coarse", image_column="thumb")
+    scanned = scan_parquet(tmp_path, table, config)
+    assert (scanned.index["train"]["label"].to_pylist(), read_archive(scanned)) == ([0, 0, 1], [b"x", b"y", b"z"])
+    for name in ("label_column", "image_column"):
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(DataError, match=rf"{option}: expected one of the columns .* of .*a\.parquet, got none; "):
+            scan_parquet(tmp_path, table, replace(ALL_TRAIN, **{name: "none"}))
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [(pa.array([[1, 2]], pa.list_(pa.uint8())), r"image \(list<\w+: uint8>\)"),
+     (pa.array(["a.png"], pa.string_view()), r"image \(string_view\)"),
+     (pa.array([b"ab"], pa.binary(2)), r"image \(fixed_size_binary\[2\]\)"),
+     (pa.array([{"path": "a.png"}]), r"image \(struct<path: string>\)")],
+)  # fmt: skip
+def test_a_column_of_another_type_is_named_with_its_type(tmp_path, images, found):
+    with pytest.raises(DataError, match=rf"a\.parquet: expected a column of image files, .*, got {found}, label \("):
+        scan_parquet(tmp_path, pa.table({"image": images, "label": ["a"]}))
+
+
+def test_a_link_to_a_file_of_another_name_is_read_by_its_own(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    pq.write_table(plain([b"1", b"2"], ["a", "b"]), tmp_path / "blobs" / "0f3a")
+    (tmp_path / "a.parquet").symlink_to("blobs/0f3a")
+    location = locate(str(tmp_path / "a.parquet"))
+    (archive,) = find_archives(*location.store, "", ALL_TRAIN, Counter())
+    assert (archive.name, archive.size_bytes) == ("a.parquet", (tmp_path / "blobs" / "0f3a").stat().st_size)
 
 
 def test_an_empty_file_has_no_images(tmp_path):

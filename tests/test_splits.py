@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.splits import is_held_out, natural_sort_key, split_in_path, valid_names
+from pipeline.data.splits import are_held_out, hashes_of, natural_sort_key, split_in_path, valid_names
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,11 @@ def test_only_the_default_name_has_synonyms():
 
 
 def test_a_hash_holds_out_about_the_fraction():
-    held_out = [is_held_out(b"%d" % number, 0.25) for number in range(4000)]
-    assert sum(held_out) == pytest.approx(1000, abs=100)
-    assert all(is_held_out(b"%d" % number, 0.5) for number in range(4000) if held_out[number])
+    hashes = hashes_of((b"%d" % number for number in range(4000)), 4000)
+    held_out = are_held_out(hashes, 0.25)
+    assert held_out.sum() == pytest.approx(1000, abs=100)
+    assert are_held_out(hashes, 0.5)[held_out].all()
+    assert are_held_out(hashes, 1 - 2**-53).all()
 
 
 @pytest.mark.parametrize(

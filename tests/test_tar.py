@@ -1,5 +1,6 @@
 import tarfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from pipeline.config import Config
 from pipeline.data.archives import find_archives
 from pipeline.data.files import ReadFault
 from pipeline.data.formats import tar
+from pipeline.data.splits import hashes_of
 from pipeline.errors import DataError
 
 FOLDERS = [
@@ -150,6 +152,30 @@ def test_an_image_without_a_class_is_an_error(tmp_path, bad):
     members = [("a.png", b""), ("a.cls", b"3"), *bad, ("b.png", b"")]
     with pytest.raises(DataError, match=r"a\.tar: expected the class of a\.tar/b\.png"):
         scan_tar(tmp_path, members)
+
+
+def test_an_image_that_is_to_move_changes_sides(tmp_path):
+    scanned = scan_tar(tmp_path, [(f"{name}/{number}.png", b"x") for name in ("cat", "dog") for number in range(9)])
+    lowest, highest = scanned.scan.extremes["cat"]
+    assert 0 < lowest < highest < 2**64
+    archive = replace(scanned.archive, moved=(("cat", lowest), ("dog", lowest)))
+    scan, index = tar.scan(LOCAL, archive, ALL_TRAIN)
+    assert scan.num_images == {"train": {"cat": 8, "dog": 9}, "valid": {"cat": 1}}
+    (moved,) = index["valid"]["key"].to_pylist()
+    assert hashes_of([moved], 1).tolist() == [lowest]
+
+
+def test_an_image_that_is_a_part_of_a_sample_has_no_class_of_its_own(tmp_path):
+    members = [
+        ("a/1.jpg", b"photo"),
+        ("a/1.seg.png", b"mask"),
+        ("a/1.cls", b"cat"),
+        ("a/2.jpg", b"2"),
+        ("a/2.cls", b"dog"),
+    ]
+    scanned = scan_tar(tmp_path, members)
+    assert rows_of(scanned) == [("a/1.jpg", "cat", b"photo"), ("a/2.jpg", "dog", b"2")]
+    assert scanned.scan.num_ignored == {".png": 1}
 
 
 def test_two_images_of_one_name_are_an_error(tmp_path):

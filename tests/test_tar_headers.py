@@ -1,5 +1,6 @@
 """The walk over headers against Python's tarfile and GNU tar, which nobody here wrote."""
 
+import io
 import os
 import random
 import subprocess
@@ -73,22 +74,53 @@ def test_members_are_those_that_gnu_tar_wrote(tmp_path, tar_format):
     assert dict(contents(data)) == {name.encode(): content for name, content in members.items()}
 
 
-def test_links_and_devices_are_counted_and_no_files(tmp_path):
+def test_hard_links_have_bytes_and_symbolic_links_and_devices_are_counted(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"1")
     (tmp_path / "in" / "b.png").symlink_to("a.png")
     os.link(tmp_path / "in" / "a.png", tmp_path / "in" / "c.png")
     os.mkfifo(tmp_path / "in" / "d.png")
     ignored = Counter()
-    assert len(walk_bytes(gnu_tar(tmp_path), ignored=ignored)) == 1
-    assert ignored == {"link": 2, "no file": 1}
+    found = contents(gnu_tar(tmp_path, "--sort=name"), ignored=ignored)
+    assert found == [(b"a.png", b"1"), (b"c.png", b"1")]
+    assert ignored == {"link": 1, "no file": 1}
 
 
 def test_names_are_no_paths():
     names = ["./a.png", "/b.png", "x//c.png", "x/./d.png", "../e.png", "x/../f.png", ".git/g.png", "x/.h.png"]
-    assert [name for name, _ in contents(pack_tar([(name, b"") for name in names]))] == [
-        b"a.png", b"b.png", b"x/c.png", b"x/d.png", b"x/.h.png"
+    ignored = Counter()
+    assert [name for name, _ in contents(pack_tar([(name, b"") for name in names]), ignored=ignored)] == [
+        b"a.png", b"b.png", b"x/c.png", b"x/d.png", b"e.png", b"f.png", b"x/.h.png"
     ]  # fmt: skip
+    assert ignored == {".git/": 1}
+
+
+def add_links(tar, links):
+    for name, target in links:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.LNKTYPE, target
+        tar.addfile(member)
+
+
+@every_format
+def test_a_hard_link_is_found_wherever_its_target_is(tar_format):
+    long = "objects/e" if tar_format == tarfile.USTAR_FORMAT else f"objects/{'d' * 90}/{'e' * 60}"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        add_links(tar, [("train/cat/first.png", "./train/cat/0.png"), ("none.png", "gone")])
+        for name, data in (("train/cat/0.png", b"zero"), (long, b"long")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        add_links(tar, [("train/dog/1.png", long), ("train/dog/1.cls", "train/cat/0.png")])
+    ignored = Counter()
+    found = walk_bytes(buffer.getvalue(), ignored=ignored, endings=(b".cls",))
+    assert [(name, text) for name, _, _, text in found] == [
+        (b"train/cat/0.png", b""), (long.encode(), b""), (b"train/cat/first.png", b""), (b"train/dog/1.png", b""),
+        (b"train/dog/1.cls", b"zero"),
+    ]  # fmt: skip
+    assert dict(contents(buffer.getvalue()))[b"train/dog/1.png"] == b"long"
+    assert ignored == {"link": 1}
 
 
 @pytest.mark.parametrize("window_bytes", [512, 2**16])
@@ -108,11 +140,20 @@ def test_large_members_are_skipped_and_small_ones_read_through(num_ahead):
     assert len(store.sizes) <= 20 + num_ahead
 
 
-def test_a_tar_ends_at_its_first_block_of_zeros():
-    assert contents(pack_tar([("a", b"1")]) + pack_tar([("b", b"2")])) == [(b"a", b"1")]
+def test_tars_that_are_joined_are_read_to_the_end():
+    assert contents(pack_tar([("a", b"1")]) + pack_tar([("b", b"2")])) == [(b"a", b"1"), (b"b", b"2")]
 
 
-@pytest.mark.parametrize("cut", [0, 100, 512, 700, 1024, 1500, 2047])
+def test_what_is_behind_the_end_and_no_header_is_padding():
+    assert contents(pack_tar([("a", b"1")]) + b"padding" * 500) == [(b"a", b"1")]
+
+
+def test_a_tar_without_the_mark_of_its_end_is_read():
+    data = pack_tar([("a.png", b"x" * 400), ("b.png", b"y" * 400)])[:2048]
+    assert contents(data) == [(b"a.png", b"x" * 400), (b"b.png", b"y" * 400)]
+
+
+@pytest.mark.parametrize("cut", [0, 100, 512, 700, 1500, 1536, 2047])
 def test_a_tar_that_is_cut_off_is_an_error(cut):
     data = pack_tar([("a.png", b"x" * 400), ("b.png", b"y" * 400)])[:cut]
     with pytest.raises(DataError, match=f"bucket/a.tar: expected .* first {cut} bytes"):

@@ -17,7 +17,7 @@ class  images  nearest_mean_l1
 3       1,010           0.9168
 7       1,028           0.9854
 
-images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 2
+images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 1 .csv, 1 .txt
 decoded    to 28x28 L, 12,345 a second
 seconds    4.7 (start 3.2, decode 1.2, train 0.2)
 computed   on 2 x cpu

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.data.files import ending, is_image_name
+from pipeline.data.files import ending, is_image_name, is_system_folder, system_folder_in
 from pipeline.data.formats import ENDINGS, Format, format_of
 from pipeline.data.formats.index import Archive, reading
 from pipeline.data.splits import Split, natural_sort_key, split_in_path, valid_names
@@ -86,7 +86,8 @@ def _search(store: Store, root: str, pattern: str) -> Iterator[tuple[str, Entry 
         with reading(root):
             for entry in store.entries(root, recursive=True):
                 name = entry.path[len(root) + 1 :]
-                if expression.fullmatch(name) and not any(part.startswith(".") for part in name.split("/")):
+                is_hidden = entry.name.startswith(".") or system_folder_in(name.encode())
+                if expression.fullmatch(name) and not is_hidden:
                     yield name, entry
         return
     depth = pattern.count("/") if pattern and "**" not in pattern else _MAX_DEPTH
@@ -95,7 +96,7 @@ def _search(store: Store, root: str, pattern: str) -> Iterator[tuple[str, Entry 
         above = waiting.pop()
         folders = []
         for name, is_folder in _list_folder(f"{root}/{above}".rstrip("/") or "/"):
-            if name.startswith("."):
+            if is_system_folder(os.fsencode(name)) if is_folder else name.startswith("."):
                 continue
             if not is_folder and expression.fullmatch(above + name):
                 yield above + name, None
@@ -143,7 +144,7 @@ def _archive(found: Format, name: str, path: str, entry: Entry | None, config: C
         raise DataError(f"{path}: expected a {found.name} file, got something that is no regular file; remove it")
     split_name = split_in_path(name, config)
     split: Split | None = None if split_name is None else "train" if split_name == config.train_split else "valid"
-    return Archive(found.name, entry.path, name, entry.size, entry.mtime_ns, split, split_name)
+    return Archive(found.name, entry.path, name, entry.size, entry.mtime_ns, split, split_name, config.image_column)
 
 
 def _check_kinds(where: str, archives: list[Archive], image: str | None, compressed: str | None) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,6 +38,13 @@ IMAGE_ENDINGS = tuple(
     b".png .apng .jpg .jpeg .jpe .jfif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif .tiff .webp .jp2 .j2k .jpx "
     b".avif".split()
 )
+# Folders that systems keep for themselves, beside those with a leading dot: of macOS and its archives, Windows,
+# Synology, QNAP, Linux and Python. In lower case.
+_SYSTEM_FOLDERS = frozenset(
+    (b"__macosx", b"network trash folder", b"temporary items", b"$recycle.bin", b"recycler", b"found.000",
+     b"system volume information", b"@eadir", b"@tmp", b"@sharebin", b"@sharesnap", b"#recycle", b"#snapshot",
+     b"@recycle", b"@recently-snapshot", b"lost+found", b"__pycache__")
+)  # fmt: skip
 _GLOB = re.compile(r"[*{]")
 DIGITS = Path(__file__).with_name("digits.parquet")
 # Of a file's beginning, in which its header is looked for.
@@ -113,8 +120,11 @@ def locate(
         return Location("uri", uris.trimmed("--data", root, DataError), pattern, concurrency)
     try:
         folder = Path(root).expanduser()
-        if folder.is_dir() or (folder.is_file() and format_of(folder.name)):
+        if folder.is_dir():
             return Location("folder", str(folder.resolve()), pattern, concurrency)
+        if folder.is_file() and format_of(folder.name):
+            # Not resolved: what a link leads to may have a name of another kind, as in the caches of hubs.
+            return Location("folder", os.path.abspath(folder), pattern, concurrency)  # noqa: PTH100 - keeps links
         found = "a file" if folder.exists() else "nothing"
     except RuntimeError:
         found = "no such user"
@@ -206,10 +216,10 @@ def list_folder(location: Location, prefix: bytes, ignored: Counter[str]) -> lis
     return sorted(name for name, is_folder in found if is_folder)
 
 
-def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps | None]:
+def list_files(location: Location, prefix: bytes, ignored: Counter[str]) -> tuple[list[bytes], Stamps | None]:
     """Return the keys of all files below `prefix`, at any depth, in no order; and, of an object store, their stamps.
 
-    Other storage would have to be asked file by file.
+    Other storage would have to be asked file by file. Folders of systems are left out and counted.
     """
     match location.kind:
         case "folder":
@@ -218,7 +228,7 @@ def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps |
                 folders = prefix.split(b"/")[:-1]
                 above = frozenset(_identity(root + b"/".join(folders[:depth])) for depth in range(len(folders)))
                 keys: list[bytes] = []
-                _walk(root, prefix, above, keys)
+                _walk(root, prefix, above, keys, ignored)
                 return keys, None
         case "package":
             return [key for key in _read_digits() if key.startswith(prefix)], None
@@ -228,7 +238,9 @@ def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps |
             with _one_line_faults(location):
                 for path, size, mtime_ns, _ in store.entries(f"{root_path}/{display(prefix)[:-1]}", recursive=True):
                     key = path[len(root_path) + 1 :].encode()
-                    if not _is_in_hidden(key, prefix):
+                    if folder := system_folder_in(key[len(prefix) :]):
+                        ignored[f"{display(folder)}/"] += 1
+                    else:
                         keys.append(key)
                         sizes.append(size)
                         times_ns.append(-1 if mtime_ns is None else mtime_ns)
@@ -238,6 +250,27 @@ def list_files(location: Location, prefix: bytes) -> tuple[list[bytes], Stamps |
 def display(name: bytes) -> str:
     r"""Spell a name as text; bytes that are no UTF-8 become `\xNN`, so that every name can be stored and shown."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """Name up to ten, and count the others."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def name_ignored(num_ignored: Mapping[str, int]) -> str:
+    """Say how many files were ignored of which endings, the most frequent first."""
+    counts = sorted(num_ignored.items(), key=lambda item: (-item[1], item[0]))
+    return enumerate_names([f"{number:,} {name}" for name, number in counts]) or "none"
+
+
+def is_system_folder(name: bytes) -> bool:
+    """Say whether a folder belongs to a system and not to a person, with what is in it."""
+    return name.startswith(b".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def system_folder_in(path: bytes) -> bytes | None:
+    """Find the first folder of a path that belongs to a system; its last part is no folder."""
+    return next((part for part in path.split(b"/")[:-1] if is_system_folder(part)), None)
 
 
 def is_image_name(key: bytes) -> bool:
@@ -308,7 +341,9 @@ def _one_line_faults(location: Location) -> Iterator[None]:
         raise DataError(f"{where}: expected to list it, got {exc.strerror}; check the folder's rights") from exc
 
 
-def _walk(root: bytes, prefix: bytes, parents: frozenset[tuple[int, int]], keys: list[bytes]) -> None:
+def _walk(
+    root: bytes, prefix: bytes, parents: frozenset[tuple[int, int]], keys: list[bytes], ignored: Counter[str]
+) -> None:
     # Links to folders are followed, as others' image folders do; a link to one of its own parents is not.
     identity = _identity(root + prefix)
     if identity in parents:
@@ -328,12 +363,10 @@ def _walk(root: bytes, prefix: bytes, parents: frozenset[tuple[int, int]], keys:
             else:
                 keys.append(prefix + entry.name)
     for name in folders:
-        if not name.startswith(b"."):
-            _walk(root, prefix + name + b"/", parents | {identity}, keys)
-
-
-def _is_in_hidden(key: bytes, prefix: bytes) -> bool:
-    return any(part.startswith(b".") for part in key[len(prefix) :].split(b"/")[:-1])
+        if is_system_folder(name):
+            ignored[f"{display(name)}/"] += 1
+        else:
+            _walk(root, prefix + name + b"/", parents | {identity}, keys, ignored)
 
 
 def _identity(path: bytes) -> tuple[int, int]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,15 @@ from pipeline.data.files import (
     Stamps,
     display,
     ending,
+    enumerate_names,
     is_image_name,
+    is_system_folder,
     list_files,
     list_folder,
 )
 from pipeline.data.formats import ENDINGS
 from pipeline.data.formats.index import Archive, Scan
-from pipeline.data.splits import Split, is_held_out, natural_sort_key, valid_names
+from pipeline.data.splits import Split, are_held_out, hashes_of, natural_sort_key, valid_names
 from pipeline.errors import DataError
 
 _LABEL = pa.field("label", pa.int32())
@@ -74,7 +77,7 @@ class Listing:
     `train` and `valid` are tables of `key` (binary) and `label` (int32, an index into `classes`), sorted by class and
     key, and of object storage of `size` in bytes and, where a cache is to know it, `time_ns` of the last change (int64,
     -1 if not known); or, of a dataset in archives, the archives. `num_ignored` counts the files that are no images by
-    their ending.
+    their ending. `dropped` names the classes that were left out for want of images in one split.
     """
 
     location: Location
@@ -83,6 +86,7 @@ class Listing:
     valid: pa.Table | ArchiveListing
     valid_split: str
     num_ignored: dict[str, int]
+    dropped: tuple[str, ...] = ()
 
     def split(self, name: Split) -> pa.Table | ArchiveListing:
         """The images of one split."""
@@ -120,6 +124,7 @@ def list_dataset(location: Location, config: Config) -> Listing:
         DataError: If splits, classes or images are missing, the splits' classes differ, or archives lie between them.
     """
     ignored: Counter[str] = Counter()
+    found_names: set[str] = set()
     folders = list_folder(location, b"", ignored)
     train_name = os.fsencode(config.train_split)
     if train_name in folders:
@@ -129,21 +134,22 @@ def list_dataset(location: Location, config: Config) -> Listing:
                 f"{location.root}; leave the option out, or point --data at {config.train_split}/ itself"
             )
         valid_split = _find_valid_split(location, folders, config)
-        train = _list_classes(location, train_name + b"/", config, ignored)
-        valid = _list_classes(location, os.fsencode(valid_split) + b"/", config, ignored)
+        train = _list_classes(location, train_name + b"/", config, ignored, found_names)
+        valid = _list_classes(location, os.fsencode(valid_split) + b"/", config, ignored, found_names)
         where = {"train": f"{config.train_split}/", "valid": f"{valid_split}/"}
     else:
         if config.valid_fraction is None:
             raise DataError(
                 f"{location.root}: expected a folder {config.train_split}/, got "
-                f"{_enumerate([display(name) for name in folders]) or 'no folder at all'}; name it with "
+                f"{enumerate_names([display(name) for name in folders]) or 'no folder at all'}; name it with "
                 "--train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
             )
         valid_split = config.valid_split
         ignored.clear()  # the root is listed again, as the folder of the classes
-        train, valid = _hold_out(_list_classes(location, b"", config, ignored), config.valid_fraction)
+        train, valid = _hold_out(_list_classes(location, b"", config, ignored, found_names), config.valid_fraction)
         where = {"train": "the training share", "valid": "the held-out share"}
-    classes = _check_classes(location, train, valid, where)
+    _check_asked("--exclude-classes", config.exclude_classes, found_names, location.root)
+    classes, dropped = _check_classes(location, train, valid, where, config, ignored)
     if archived := sorted(ignored.keys() & set(ENDINGS)):
         raise DataError(
             f"{location.root}: expected either class folders of images or archives, got images and "
@@ -157,6 +163,7 @@ def list_dataset(location: Location, config: Config) -> Listing:
         _to_table(classes, valid),
         valid_split,
         dict(sorted(ignored.items())),
+        tuple(display(name) for name in dropped),
     )
 
 
@@ -184,14 +191,13 @@ def list_archives(
         ignored.update(scan.num_ignored)
         for split, num_images in scan.num_images.items():
             counts[split].update({name.encode(): number for name, number in num_images.items()})
-    names = {display(name) for split in counts.values() for name in split}
-    if missing := [name for name in config.classes if name not in names]:
-        raise DataError(
-            f"--classes: expected classes of {location.root}, got {_enumerate(missing)}, which is not there; look at "
-            "the names in its files"
-        )
+    # Of classes that are left out nothing is counted, so all that are there are asked.
+    known = {display(os.fsencode(name)) for _, scan, _ in found for name in scan.class_names}
+    _check_asked("--classes", config.classes, known, location.root)
+    _check_asked("--exclude-classes", config.exclude_classes, known, location.root)
     where = {split: f"the {split} split" for split in ("train", "valid")}
-    classes = tuple(display(name) for name in _check_classes(location, counts["train"], counts["valid"], where))
+    complete, dropped = _check_classes(location, counts["train"], counts["valid"], where, config, ignored)
+    classes = tuple(display(name) for name in complete)
     numbers = {name: number for number, name in enumerate(classes)}
 
     def rows(split: Split) -> ArchiveListing:
@@ -208,7 +214,15 @@ def list_archives(
             )
         )
 
-    return Listing(location, classes, rows("train"), rows("valid"), valid_split, dict(sorted(ignored.items())))
+    return Listing(
+        location,
+        classes,
+        rows("train"),
+        rows("valid"),
+        valid_split,
+        dict(sorted(ignored.items())),
+        tuple(display(name) for name in dropped),
+    )
 
 
 def _check_split_names(found: Sequence[tuple[Archive, Scan, Any]], config: Config) -> str:
@@ -239,29 +253,55 @@ def _find_valid_split(location: Location, folders: list[bytes], config: Config) 
             return name
     raise DataError(
         f"{location.root}: expected a folder {' or '.join(f'{name}/' for name in names)} beside "
-        f"{config.train_split}/, got {_enumerate([display(name) for name in folders])}; name it with --valid-split"
+        f"{config.train_split}/, got {enumerate_names([display(name) for name in folders])}; name it with --valid-split"
     )
 
 
-def _list_classes(location: Location, prefix: bytes, config: Config, ignored: Counter[str]) -> dict[bytes, pa.Table]:
-    """List the images of every class folder below `prefix`, sorted by key, leaving out classes not asked for."""
-    folders = [name for name in list_folder(location, prefix, ignored) if not name.startswith(b".")]
-    wanted = [os.fsencode(name) for name in config.classes]
-    if missing := [name for name in wanted if name not in folders]:
-        raise DataError(
-            f"--classes: expected folders of {location.root}/{display(prefix)}, got "
-            f"{_enumerate([display(name) for name in missing])}, which is not there; "
-            f"there are {_enumerate([display(name) for name in sorted(folders, key=natural_sort_key)])}"
-        )
-    names = wanted or folders
+def _list_classes(
+    location: Location, prefix: bytes, config: Config, ignored: Counter[str], found_names: set[str]
+) -> dict[bytes, pa.Table]:
+    """List the images of every class folder below `prefix`, sorted by key, leaving out classes not asked for.
+
+    The names of all are added to `found_names`.
+    """
+    found_folders = list_folder(location, prefix, ignored)
+    folders = [name for name in found_folders if not is_system_folder(name)]
+    ignored.update(f"{display(name)}/" for name in found_folders if is_system_folder(name))
+    known = {display(name) for name in folders}
+    _check_asked("--classes", config.classes, known, f"{location.root}/{display(prefix)}")
+    found_names |= known
+    wanted = [os.fsencode(name) for name in config.classes] or folders
+    names = [name for name in wanted if os.fsdecode(name) not in config.exclude_classes]
     listed = {}
     # On a disk, threads would only wait for one another.
     pool = ThreadPoolExecutor(_CONCURRENT_LISTINGS if location.kind == "uri" else 1)
     with pool:
-        found = pool.map(lambda name: list_files(location, prefix + name + b"/"), names)
-        for name, (files, stamps) in zip(names, found, strict=True):
+        counters = [Counter[str]() for _ in names]
+        found = pool.map(lambda name, counter: list_files(location, prefix + name + b"/", counter), names, counters)
+        for name, counter, (files, stamps) in zip(names, counters, found, strict=True):
+            ignored.update(counter)
             listed[name] = _list_class(files, stamps, ignored, is_cached=config.cache is not None)
     return listed
+
+
+def _check_asked(option: str, names: Collection[str], known: Collection[str], where: str) -> None:
+    """See that the classes that an option names are there."""
+    if missing := [display(os.fsencode(name)) for name in names if display(os.fsencode(name)) not in known]:
+        shown = enumerate_names(sorted(known, key=lambda name: natural_sort_key(name.encode())))
+        raise DataError(
+            f"{option}: expected classes of {where}, got {enumerate_names(missing)}, which is not there; "
+            f"there are {shown}{_invisible_difference([*missing, *known])}"
+        )
+
+
+def _invisible_difference(names: Collection[str]) -> str:
+    """Name two names that look the same: by Unicode's form, by blanks at an end, or by a byte order mark."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", name).strip(" \t\ufeff\u200b"), name)
+        if other != name:
+            return f"; {other!a} and {name!a} look alike and differ in Unicode form, blanks or a mark"
+    return ""
 
 
 def _list_class(files: list[bytes], stamps: Stamps | None, ignored: Counter[str], *, is_cached: bool) -> pa.Table:
@@ -281,12 +321,46 @@ def _list_class(files: list[bytes], stamps: Stamps | None, ignored: Counter[str]
 
 
 def _hold_out(listed: dict[bytes, pa.Table], fraction: float) -> tuple[dict[bytes, pa.Table], dict[bytes, pa.Table]]:
-    """Cut each class in two."""
+    """Cut each class in two; of two images or more, at least one comes to each side."""
     train, valid = {}, {}
     for name, rows in listed.items():
-        is_valid = np.array([is_held_out(key.as_py(), fraction) for key in rows["key"]], np.bool_)
+        hashes = hashes_of((key.as_py() for key in rows["key"]), len(rows))
+        is_valid = are_held_out(hashes, fraction)
+        if len(rows) > 1 and not is_valid.any():
+            is_valid[hashes.argmin()] = True
+        elif len(rows) > 1 and is_valid.all():
+            is_valid[hashes.argmax()] = False
         train[name], valid[name] = _filter(rows, ~is_valid), _filter(rows, is_valid)
     return train, valid
+
+
+def spread_over_splits(archives: Sequence[Archive], scans: Sequence[Scan]) -> dict[int, Archive]:
+    """Find classes that a share held out left wholly on one side, and the image of each that is to change sides.
+
+    It is the one with the lowest hash, or of those held out with the highest, as in class folders.
+
+    Returns:
+        By number, the archives that are to be scanned again, with what is to be moved.
+    """
+    totals: dict[Split, Counter[str]] = {"train": Counter(), "valid": Counter()}
+    extremes: dict[str, tuple[int, int]] = {}
+    for scan in scans:
+        for split, counts in scan.num_images.items():
+            totals[split].update(counts)
+        for name, (lowest, highest) in scan.extremes.items():
+            known = extremes.get(name, (lowest, highest))
+            extremes[name] = min(lowest, known[0]), max(highest, known[1])
+    moved = {}
+    for name, (lowest, highest) in extremes.items():
+        num_train, num_valid = totals["train"][name], totals["valid"][name]
+        if num_train + num_valid > 1 and not (num_train and num_valid):
+            moved[name] = lowest if num_train else highest
+    again = {}
+    for number, (archive, scan) in enumerate(zip(archives, scans, strict=True)):
+        own = tuple((name, found) for name, found in moved.items() if found in scan.extremes.get(name, ()))
+        if own:
+            again[number] = replace(archive, moved=own)
+    return again
 
 
 def _filter(rows: pa.Table, is_kept: npt.NDArray[np.bool_]) -> pa.Table:
@@ -299,30 +373,48 @@ def _check_classes(
     train: Mapping[bytes, Any],
     valid: Mapping[bytes, Any],
     where: Mapping[str, str],
-) -> list[bytes]:
-    """Check classes by what there is of each, keys or a number, and sort them."""
+    config: Config,
+    ignored: Mapping[str, int],
+) -> tuple[list[bytes], list[bytes]]:
+    """Check classes by what there is of each, keys or a number, and sort them.
+
+    Returns:
+        Those with images in both splits, and those without, if the options say that these are to be left out.
+    """
     root = display(os.fsencode(location.root))
     is_there = [_count(each) > 0 for listed in (train, valid) for each in listed.values()]
     if not any(is_there):
+        beside = sum(number for name, number in ignored.items() if is_image_name(b"x" + name.encode()))
+        found = f"{beside} images beside them" if beside else "none"
         raise DataError(
-            f"{root}: expected image files in class folders, got none; "
+            f"{root}: expected image files in class folders, got {found}; give every class a folder of its own; "
             f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
         )
     classes = sorted(train.keys() | valid.keys(), key=natural_sort_key)
-    for name in classes:
-        for split, listed in (("train", train), ("valid", valid)):
-            if not _count(listed.get(name, 0)):
-                found = "no image there" if name in listed else "no such folder"
-                raise DataError(
-                    f"{root}: expected images of class {display(name)} in {where[split]}, got {found}; "
-                    "add images or leave the class out with --classes"
-                )
-    if len(classes) < 2:
+    lacking = {
+        where[split]: [name for name in classes if not _count(listed.get(name, 0))]
+        for split, listed in (("train", train), ("valid", valid))
+    }
+    incomplete = [name for name in classes if any(name in names for names in lacking.values())]
+    if incomplete and config.incomplete_classes != "drop":
+        faults = [
+            f"of {enumerate_names([display(name) for name in names])} in {split}"
+            for split, names in lacking.items()
+            if names
+        ]
         raise DataError(
-            f"{root}: expected at least two classes, got only {display(classes[0])}; "
+            f"{root}: expected images of every class in both splits, got none {' and none '.join(faults)}; add images, "
+            "or go on without these classes with --incomplete-classes drop"
+            + _invisible_difference([display(name) for name in incomplete])
+        )
+    complete = [name for name in classes if name not in incomplete]
+    if len(complete) < 2:
+        found = f"only {display(complete[0])}" if complete else "none"
+        raise DataError(
+            f"{root}: expected at least two classes with images in both splits, got {found}; "
             "a classifier needs something to tell apart"
         )
-    return classes
+    return complete, incomplete
 
 
 def _count(images: Any) -> int:
@@ -333,8 +425,3 @@ def _to_table(classes: list[bytes], listed: dict[bytes, pa.Table]) -> pa.Table:
     # A chunk a class, so that nothing is copied.
     labels = [pa.repeat(pa.scalar(label, pa.int32()), len(listed[name])) for label, name in enumerate(classes)]
     return pa.concat_tables([listed[name] for name in classes]).add_column(1, _LABEL, pa.chunked_array(labels))
-
-
-def _enumerate(names: list[str]) -> str:
-    shown = ", ".join(names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

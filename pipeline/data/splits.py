@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.config import Config
 
@@ -41,9 +45,15 @@ def split_in_path(path: str, config: Config) -> str | None:
     return None
 
 
-def is_held_out(key: bytes, fraction: float) -> bool:
-    """Choose by a hash of the key, so that an image stays on its side when others come or go."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < int(fraction * 2**64)
+def hashes_of(keys: Iterable[bytes], num_keys: int) -> npt.NDArray[np.uint64]:
+    """Return the hashes of N keys by which images are held out, uint64 [N]."""
+    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in keys)
+    return np.fromiter(hashes, np.uint64, num_keys)
+
+
+def are_held_out(hashes_N: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Choose images by their hashes, so that each stays on its side when others come or go; bool [N]."""
+    return hashes_N < np.uint64(int(fraction * 2**64))
 
 
 def natural_sort_key(name: bytes) -> tuple[list[bytes | int], bytes]:

@@ -44,9 +44,11 @@ _TURNS = {
 _TURNS_OF_SIDES = frozenset((5, 6, 7, 8))
 # JPEG alone, and several in one file, can be decoded at 1/2, 1/4 or 1/8 of their sides.
 _DRAFT_FORMATS = frozenset(("JPEG", "MPO"))
+# Of grey PNG files, by Pillow's name for their samples.
+_GREY_BITS = {"1": 1, "L;2": 2, "L;4": 4, "L": 8}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 # What the pixels depend on beside the file, the target and Pillow: raise it when the same bytes decode to others.
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 _NUM_SAMPLED = 64
 # `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
 _MAX_AUTO_SIDE = 512
@@ -167,10 +169,7 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         return Fault("empty", "the file has no bytes")
     stream = io.BytesIO(data)
     try:
-        image = Image.open(stream, formats=FORMATS)
-        if target.draft and image.format in _DRAFT_FORMATS:
-            _reduce_scale(image, target)
-        image.load()
+        image = _load(stream, target)
         is_resized = image.size != (target.width, target.height)
         if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
             plain = _to_mode(_upright(image), target.mode)
@@ -191,20 +190,54 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         return Fault("damaged", f"{type(exc).__name__}: {words}" if words else type(exc).__name__)
 
 
+def _load(stream: io.BytesIO, target: Target) -> Image.Image:
+    """Open and decode an image, at a reduced scale where that is enough."""
+    image = Image.open(stream, formats=FORMATS)
+    if "transparency" in image.info:
+        _rescale_transparency(image)
+    if target.draft and image.format in _DRAFT_FORMATS and _reduce_scale(image, target):
+        try:
+            image.load()
+        except Exception:  # noqa: BLE001 - as of a lossless JPEG: what fails at a smaller scale may not in full
+            stream.seek(0)
+            image = Image.open(stream, formats=FORMATS)
+    image.load()
+    return image
+
+
 class _UnsupportedPixelsError(ValueError):
     """Pixels whose scale no rule tells."""
 
 
-def _reduce_scale(image: Image.Image, target: Target) -> None:
-    """Have an image decoded at the smallest scale that leaves at least twice the target in both sides.
+def _reduce_scale(image: Image.Image, target: Target) -> bool:
+    """Have an image decoded at the smallest scale that leaves at least twice the target in both sides; say if it is.
 
     libjpeg does so in whole numbers from fewer coefficients of each block; the rest is averaged by the resizing, which
     twice the target leaves something to do.
     """
     width, height = 2 * target.width, 2 * target.height
     if image.width * image.height < 4 * width * height:
-        return  # however it is turned; most images need not be asked
+        return False  # however it is turned; most images need not be asked
     image.draft(None, (height, width) if _orientation(image) in _TURNS_OF_SIDES else (width, height))
+    return True
+
+
+def _rescale_transparency(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour to the depth to which Pillow brings its pixels: it leaves it as it was written.
+
+    Of a sample of less than 16 bits only these count (PNG, third edition, 11.3.2.1 tRNS).
+    """
+    colour = image.info["transparency"]
+    if image.format != "PNG" or not image.tile or isinstance(colour, bytes) or image.mode == "P":
+        return
+    rawmode = image.tile[0].args
+    if rawmode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif rawmode == "RGB":
+        image.info["transparency"] = tuple(value & 255 for value in colour)
+    elif rawmode in _GREY_BITS:
+        white = 2 ** _GREY_BITS[rawmode] - 1
+        image.info["transparency"] = (colour & white) * 255 // white
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

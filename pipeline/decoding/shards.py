@@ -34,6 +34,7 @@ class Loader:
         assignment: How training images come to lanes.
         num_actors: How many actors the lanes are assigned to.
         cache: Where outcomes are kept; None for nowhere.
+        split_names: What the dataset calls the splits, train and valid.
     """
 
     location: Location
@@ -42,6 +43,7 @@ class Loader:
     assignment: LaneAssignment
     num_actors: int
     cache: Cache | None
+    split_names: tuple[str, str] = ("train", "valid")
 
 
 @dataclass(frozen=True)

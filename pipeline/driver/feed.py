@@ -107,7 +107,13 @@ class _Feeding:
         self._placed: tuple[object, Ref] | None = None
         self._loader = ray.put(
             Loader(
-                job.listing.location, job.target, job.listing.classes, job.plan.assignment, len(self.actors), job.cache
+                location=job.listing.location,
+                target=job.target,
+                classes=job.listing.classes,
+                assignment=job.plan.assignment,
+                num_actors=len(self.actors),
+                cache=job.cache,
+                split_names=(job.config.train_split, job.listing.valid_split),
             )
         )
         self._num_to_decode = len(job.shards)

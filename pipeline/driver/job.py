@@ -17,6 +17,7 @@ from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
+from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
 from pipeline.driver import cluster, connect, scan, train
@@ -27,7 +28,7 @@ from pipeline.driver.feed import feed, score
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
 from pipeline.driver.waiting import get_result
-from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError
+from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError, without_secrets
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.run import RunRecord, run_json
@@ -86,6 +87,7 @@ def evaluate(
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
+            _say_what_is_left_out(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
             kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
@@ -97,6 +99,22 @@ def evaluate(
             return _run(job, actors)
         finally:
             end_actors(actors)
+
+
+def _say_what_is_left_out(listing: Listing) -> None:
+    if listing.dropped:
+        logger.warning(
+            "%d classes are left out for want of images in one split: %s", len(listing.dropped),
+            files.enumerate_names(listing.dropped),
+        )  # fmt: skip
+    num_ignored = sum(listing.num_ignored.values())
+    if num_ignored > listing.num_images:
+        logger.warning(
+            "%s: expected images, got %d files of other endings (%s) beside %d images; the README lists the "
+            "endings that are read",
+            without_secrets(listing.location.root), num_ignored, files.name_ignored(listing.num_ignored),
+            listing.num_images,
+        )  # fmt: skip
 
 
 def _meet_nodes(config: Config, on_progress: Callable[[Progress], None], *, is_joined: bool) -> list[Node]:

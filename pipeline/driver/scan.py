@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,26 +120,41 @@ def list_archives(
     Raises:
         DataError: If an archive, or what is in them together, is no dataset.
     """
-    num_all = len(found.archives)
     begun = time.monotonic()
+    all_archives = list(found.archives)
     scans: dict[int, Scan] = {}
     indexes: dict[int, dict[Split, Ref]] = {}
-    waiting: dict[Ref, int] = {}
-    upcoming = iter(range(num_all))
 
     def show() -> bool:
-        on_progress(Progress("scan", len(scans), num_all, time.monotonic() - begun))
+        on_progress(Progress("scan", len(scans), len(all_archives), time.monotonic() - begun))
         return False
 
-    while len(scans) < num_all:
-        while len(waiting) < _MAX_SCANS and (index := next(upcoming, None)) is not None:
-            ref, indexes[index] = tasks.submit_scan(location, found.archives[index], config)
-            waiting[ref] = index
-        for done in wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
-            index = waiting.pop(done)
-            scans[index] = get_result(done, f"indexing {found.archives[index].path}")
-    parts = [(archive, scans[index], indexes[index]) for index, archive in enumerate(found.archives)]
-    listing = listings.list_archives(location, parts, found.num_ignored, config)
+    def scan(numbers: Iterable[int], config: Config) -> None:
+        upcoming, waiting = iter(numbers), dict[Ref, int]()
+        while True:
+            while len(waiting) < _MAX_SCANS and (number := next(upcoming, None)) is not None:
+                ref, indexes[number] = tasks.submit_scan(location, all_archives[number], config)
+                waiting[ref] = number
+            if not waiting:
+                return
+            for done in wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+                number = waiting.pop(done)
+                scans[number] = get_result(done, f"indexing {all_archives[number].path}")
+
+    def put_together(config: Config) -> Listing:
+        parts = [(archive, scans[number], indexes[number]) for number, archive in enumerate(all_archives)]
+        return listings.list_archives(location, parts, found.num_ignored, config)
+
+    scan(range(len(all_archives)), config)
+    again = listings.spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
+    for number, archive in again.items():
+        all_archives[number] = archive
+    scan(again, config)
+    listing = put_together(config)
+    if listing.dropped:  # which the indexes have still
+        kept = replace(config, classes=listing.classes)
+        scan(range(len(all_archives)), kept)
+        listing = replace(put_together(kept), dropped=listing.dropped)
     return listing, choose_target(config, _sample_headers(listing, show))
 
 

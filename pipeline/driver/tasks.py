@@ -75,7 +75,8 @@ def _decode_shard(
     tables, skipped, decoded = load_shard(loader, shard, rows, file)
     num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
     counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
-    table = skipped_table(skipped, shard.split, loader.classes) if skipped else None
+    split_name = loader.split_names[shard.split == "valid"]
+    table = skipped_table(skipped, split_name, loader.classes) if skipped else None
     return (*tables, table, counts)
 
 

@@ -125,8 +125,9 @@ def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: li
 
 
 def _say_if_it_only_guesses(job: Job, training: Training) -> None:
-    loss, guessing = training.history[-1].train_loss, math.log(job.plan.num_classes)
-    if loss > guessing:
+    last, guessing = training.history[-1], math.log(job.plan.num_classes)
+    loss = last.train_loss
+    if loss > guessing and last.epoch * last.num_steps > 1:  # before the first step, it can do nothing else
         logger.warning(
             "training: expected a loss below %.4g, that of guessing, got %.4g; give a smaller "
             "--learning-rate than %g",

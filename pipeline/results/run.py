@@ -83,6 +83,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "dataset": {
             "root": without_secrets(listing.location.root),
             "classes": list(listing.classes),
+            "dropped_classes": list(listing.dropped),
             "valid_split": listing.valid_split,
             "num_ignored_files": listing.num_ignored,
         },

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.data.files import name_ignored
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -252,7 +254,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     target, seconds = run["target"], run["seconds"]
     kept = f", {run['num_shards_from_cache']:,} of {run['num_shards']:,} shards from the cache"
     phases = ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if phase != "total")
-    ignored = sum(run["dataset"]["num_ignored_files"].values())
+    ignored = name_ignored(run["dataset"]["num_ignored_files"])
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in run["num_skipped_by_reason"].items())
     skipped = f"{run['num_skipped']:,} skipped" + (f" ({reasons}; see skipped.parquet)" if reasons else "")
     devices = run["actors"]["devices"]
@@ -260,7 +262,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "images",
             f"{run['num_listed']:,} listed: {run['num_train']:,} to train on, {run['num_valid']:,} to validate on, "
-            f"{skipped}; {run['num_resized']:,} resized; other files ignored: {ignored:,}",
+            f"{skipped}; {run['num_resized']:,} resized; other files ignored: {ignored}",
         ),
         (
             "decoded",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,9 @@ import pyarrow.parquet as pq
 
 from pipeline.data.storage import Store, open_root, reason
 from pipeline.data.uris import absolute_root, is_uri
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, without_secrets
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.parquet"
@@ -61,6 +64,11 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
     try:
         files = [entry.path[len(root.rstrip("/")) + 1 :] for entry in store.entries(root, recursive=True)]
         foreign = [name for name in files if not _is_result(name)]
+        if CHECKPOINT_FILE in files and RUN_FILE not in files and not (overwrite or resume):
+            raise OutputError(
+                f"--out {output.root}: expected a new or empty folder, got an unfinished run; go on with it by "
+                "--resume, or start over by --overwrite"
+            )
         if files and not (overwrite or resume):
             raise OutputError(
                 f"--out {output.root}: expected a new or empty folder, got one with {len(files)} files; "
@@ -75,6 +83,8 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
                 f"--out {output.root}: expected an unfinished run to resume, got a finished one; "
                 "give --overwrite to run it anew"
             )
+        if resume and not files:
+            logger.info("--resume: nothing to go on with in %s; beginning anew", without_secrets(output.root))
         # run.json first: from here on the folder is unfinished. What is resumed from stays.
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.ahead import Admit, read_many
-from pipeline.data.splits import Split, is_held_out, valid_names
+from pipeline.data.splits import Split, are_held_out, hashes_of, valid_names
 from pipeline.data.storage import Store
 from pipeline.errors import DataError
 
@@ -45,6 +45,8 @@ class Archive:
         mtime_ns: When it was changed, in nanoseconds of Unix time, where the store says it.
         split: The split that all of its images belong to, where the name says it.
         split_name: How the name calls that split.
+        image_column: The column of a Parquet file's images, where the options name it.
+        moved: Images that change sides after a share was held out, each by its class and its hash.
     """
 
     kind: str
@@ -54,6 +56,8 @@ class Archive:
     mtime_ns: int | None
     split: Split | None
     split_name: str | None
+    image_column: str | None = None
+    moved: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Scan:
             there lets no two of them decode the same row group. A tar is one group.
         split_names: The splits that the folders inside name, where the archive's own name does not.
         num_ignored: Members that are no images, by ending.
+        extremes: Where a share is held out, the lowest and the highest hash of each class's images.
     """
 
     class_names: tuple[str, ...]
@@ -74,6 +79,7 @@ class Scan:
     row_groups: dict[Split, tuple[int, ...]]
     split_names: tuple[str, ...]
     num_ignored: dict[str, int]
+    extremes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ def make_index(
         DataError: If the images belong to no split and none is to be held out.
     """
     sides = rows.sides
+    extremes: dict[str, tuple[int, int]] = {}
     if (sides == NO_SPLIT).any():
         if config.valid_fraction is None:
             raise DataError(
@@ -122,11 +129,15 @@ def make_index(
                 "files' paths, or as folders inside the archive, got no two splits; name them with --train-split and "
                 "--valid-split, or hold images out with --valid-fraction 0.2"
             )
-        keys = (key for chunk in rows.keys.chunks for key in chunk.to_pylist())
-        is_valid = np.fromiter((is_held_out(key, config.valid_fraction) for key in keys), np.bool_, len(rows.keys))
+        hashes = hashes_of((key for chunk in rows.keys.chunks for key in chunk.to_pylist()), len(rows.keys))
+        is_valid = are_held_out(hashes, config.valid_fraction)
+        for name, moved in archive.moved:
+            is_it = (hashes == np.uint64(moved)) & (rows.labels == rows.class_names.index(name))
+            is_valid[is_it] = ~is_valid[is_it]
+        extremes = _extremes(rows, hashes, sides == NO_SPLIT)
         sides = np.where(sides == NO_SPLIT, np.where(is_valid, VALID, TRAIN), sides)
-    if config.classes:
-        wanted = [label for label, name in enumerate(rows.class_names) if name in config.classes]
+    if config.classes or config.exclude_classes:
+        wanted = [label for label, name in enumerate(rows.class_names) if config.wants_class(name)]
         sides = np.where(np.isin(rows.labels, wanted), sides, LEFT_OUT)
     table = pa.table([rows.keys, rows.labels, rows.offsets, rows.sizes], schema=INDEX)
     index: Index = {}
@@ -140,7 +151,18 @@ def make_index(
         num_images[split] = {rows.class_names[label]: int(counts[label]) for label in np.flatnonzero(counts)}
         starts = np.searchsorted(np.flatnonzero(chosen), rows.group_starts)
         row_groups[split] = tuple(sorted({0, *starts.tolist(), int(chosen.sum())}))
-    return Scan(rows.class_names, num_images, row_groups, split_names, dict(sorted(ignored.items()))), index
+    return Scan(rows.class_names, num_images, row_groups, split_names, dict(sorted(ignored.items())), extremes), index
+
+
+def _extremes(
+    rows: ScannedImages, hashes: npt.NDArray[np.uint64], is_used: npt.NDArray[np.bool_]
+) -> dict[str, tuple[int, int]]:
+    lowest = np.full(len(rows.class_names), np.iinfo(np.uint64).max, np.uint64)
+    highest = np.zeros(len(rows.class_names), np.uint64)
+    np.minimum.at(lowest, rows.labels[is_used], hashes[is_used])
+    np.maximum.at(highest, rows.labels[is_used], hashes[is_used])
+    there = np.unique(rows.labels[is_used]).tolist()
+    return {rows.class_names[label]: (int(lowest[label]), int(highest[label])) for label in there}
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def scan(store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
     with reading(archive.path), _open(store, archive) as source:
         file = pq.ParquetFile(source)
         image, has_path = _find_image(archive, file.schema_arrow)
-        label, names = _find_label(archive, file.schema_arrow)
+        label, names = _find_label(archive, file.schema_arrow, config.label_column)
         columns = [label, f"{image}.path"] if has_path else [label]
         source.will_read(file.metadata, range(file.metadata.num_row_groups), columns, _SCAN_CONCURRENCY)
         batches = file.iter_batches(_SCAN_ROWS, columns=columns, use_threads=False)
@@ -293,17 +293,38 @@ def _find_image(archive: Archive, schema: pa.Schema) -> tuple[str, bool]:
         return _is_bytes(kind)
 
     fitting = [name for name in schema.names if holds_images(name)]
+    if not fitting:
+        columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names) or "no column"
+        raise DataError(
+            f"{archive.path}: expected a column of image files, called {' or '.join(IMAGE_COLUMNS)}, of binary or of a "
+            f"struct of bytes (binary) and path, got {columns}; write the file with their bytes"
+        )
     declared = [name for name, feature in _features(schema).items() if _type_of(feature) == "Image" and name in fitting]
+    if archive.image_column is not None:
+        _check_named(archive, "--image-column", archive.image_column, fitting)
+        declared, fitting = [archive.image_column], []
     name = _find_column(archive, "image", declared, [name for name in IMAGE_COLUMNS if name in fitting], schema)
     kind = schema.field(name).type
     return name, pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
 
-def _find_label(archive: Archive, schema: pa.Schema) -> tuple[str, tuple[str, ...] | None]:
+def _check_named(archive: Archive, option: str, name: str, columns: Sequence[str]) -> None:
+    if name not in columns:
+        raise DataError(
+            f"{option}: expected one of the columns {', '.join(columns)} of {archive.path}, got {name}; name another"
+        )
+
+
+def _find_label(archive: Archive, schema: pa.Schema, label_column: str | None) -> tuple[str, tuple[str, ...] | None]:
     """Find the column of classes, and the names that its numbers stand for, where these are listed."""
     features = _features(schema)
     declared = [name for name in schema.names if _type_of(features.get(name)) == "ClassLabel"]
-    name = _find_column(archive, "label", declared, [name for name in LABEL_COLUMNS if name in schema.names], schema)
+    if label_column is not None:
+        _check_named(archive, "--label-column", label_column, schema.names)
+        name = label_column
+    else:
+        usual = [name for name in LABEL_COLUMNS if name in schema.names]
+        name = _find_column(archive, "label", declared, usual, schema)
     names = features[name].get("names") if name in declared else None
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         return name, None

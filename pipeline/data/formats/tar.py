@@ -116,6 +116,7 @@ def scan(store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
     labels = _match_orphans(members, keys, ignored)
     if (labels >= 0).any():
         sides = sides[folders]
+        sides[_belong_to_others(keys, labels)] = LEFT_OUT
         names = list(members.label_ids)
         _check_labelled(archive, keys, (labels < 0) & (sides < LEFT_OUT))
     else:
@@ -236,6 +237,25 @@ def _match_orphans(members: _Members, keys: pa.ChunkedArray, ignored: Counter[st
         for stem, (_, suffixes) in members.orphans.items():
             ignored.update(ending(stem + suffix) for suffix in suffixes)
     return labels
+
+
+def _belong_to_others(keys: pa.ChunkedArray, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Find images without a class that are a part of a sample that has one, as `1.seg.png` beside `1.jpg` and `1.cls`.
+
+    In WebDataset a sample's name ends before its first dot.
+    """
+
+    def sample(key: bytes) -> bytes:
+        slash = key.rfind(b"/") + 1
+        return key[:slash] + key[slash:].partition(b".")[0]
+
+    bare = np.flatnonzero(labels < 0)
+    if not len(bare):
+        return bare
+    samples = {sample(key) for key in keys.filter(pa.array(labels >= 0)).to_pylist()}
+    names = keys.take(pa.array(bare)).to_pylist()
+    # Of two images that differ in their last ending alone, which one is meant nothing says.
+    return bare[[sample(key) in samples and sample(key) != key[: key.rfind(b".")] for key in names]]
 
 
 def _read_folders(

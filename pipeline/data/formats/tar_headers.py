@@ -11,11 +11,13 @@ the time a member and with a read for each header.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
-from pipeline.data.files import display
+from pipeline.data.files import display, system_folder_in
 from pipeline.data.formats.index import Archive
 from pipeline.data.storage import Store
 from pipeline.errors import DataError
@@ -24,9 +26,9 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _FILE_TYPES = b"0\x007"
 # Link, symbolic link, two kinds of devices, folder and FIFO: nothing follows their header, whatever size it gives.
-_BARE_TYPES, _LINK_TYPES = b"123456", b"12"
+_BARE_TYPES = b"123456"
 _ABOUT_NEXT = b"LKxg"
-_LONG_NAME, _PAX, _SPARSE, _FOLDER = b"LxS5"
+_LONG_NAME, _LONG_TARGET, _PAX_OF_ALL, _SPARSE, _FOLDER, _HARD_LINK, _SYMBOLIC_LINK = b"LKgS512"
 _PAX_SPARSE = b"GNU.sparse."
 # Long names and classes are short; a header that says otherwise is not to fill the memory.
 _MAX_TEXT_BYTES = 2**20
@@ -81,15 +83,15 @@ class TarFile:
 def walk(
     file: TarFile, text_endings: tuple[bytes, ...], ignored: Counter[str]
 ) -> Iterator[tuple[bytes, int, int, bytes]]:
-    """Yield the regular members of a tar in its order.
+    """Yield the members of a tar that have bytes: regular ones in its order, then those that are hard links to them.
 
-    Small members are read through, large ones skipped. Members in hidden folders are passed over, links and devices
-    counted.
+    Small members are read through, large ones skipped. Members in folders of systems, symbolic links, hard links to
+    nothing and devices are counted.
 
     Args:
         file: The tar.
         text_endings: Endings of the members whose content is wanted, in lower case.
-        ignored: Counts what is no regular file.
+        ignored: Counts what is not yielded.
 
     Yields:
         A member's name, cleaned; where its bytes begin; how many there are; its content, if wanted.
@@ -97,58 +99,106 @@ def walk(
     Raises:
         DataError: If this is no tar, is damaged, cut off, or has sparse members.
     """
-    for header, long_name, start, size in _headers(file):
+    for name, start, size in _members(file, ignored):
+        is_text = name[name.rfind(b".") :].lower() in text_endings
+        yield name, start, size, _read_text(file, start, size) if is_text else b""
+
+
+def _members(file: TarFile, ignored: Counter[str]) -> Iterator[tuple[bytes, int, int]]:
+    # Where every member is, by a hash of its name: names of their own would take several times as much.
+    hashes, starts, sizes = array("q"), array("q"), array("q")
+    links: list[tuple[bytes, bytes]] = []
+    for header, about, start, size in _headers(file):
         kind = header[156]
-        name = _clean(long_name or _short_name(header))
+        name = _clean(about.name or _short_name(header))
         if kind == _SPARSE:
             raise _sparse(file.path, name)
-        if kind in _FILE_TYPES:
-            if name:
-                is_text = name[name.rfind(b".") :].lower() in text_endings
-                yield name, start, size, _read_text(file, start, size) if is_text else b""
-        elif kind != _FOLDER:
-            ignored["link" if kind in _LINK_TYPES else "no file"] += 1
+        if kind == _FOLDER or not name:
+            continue
+        if folder := system_folder_in(name):
+            ignored[f"{display(folder)}/"] += 1
+        elif kind in _FILE_TYPES:
+            for column, value in ((hashes, hash(name)), (starts, start), (sizes, size)):
+                column.append(value)
+            yield name, start, size
+        elif kind == _HARD_LINK:
+            links.append((name, _clean(about.target or header[157:257].partition(b"\0")[0])))
+        else:
+            ignored["link" if kind == _SYMBOLIC_LINK else "no file"] += 1
+    rows = {found: row for row, found in enumerate(hashes)} if links else {}
+    for name, target in links:
+        if hash(target) in rows:
+            row = rows[hash(target)]
+            yield name, starts[row], sizes[row]
+        else:
+            ignored["link"] += 1
 
 
-def _headers(file: TarFile) -> Iterator[tuple[bytes, bytes | None, int, int]]:
-    """Yield every header with its long name, where in the file the data begin, and their size."""
-    at = 0
-    long_name: bytes | None = None
-    long_size: int | None = None
-    while True:
-        if at + _BLOCK > file.num_bytes:  # at least the mark of the end is to come
+@dataclass
+class _About:
+    """What headers say of the member behind them: a name, a target and a size that do not fit in its own."""
+
+    name: bytes | None = None
+    target: bytes | None = None
+    size: int | None = None
+
+
+def _headers(file: TarFile) -> Iterator[tuple[bytes, _About, int, int]]:
+    """Yield every header of a member with what others say of it, where in the file its data begin, and their size."""
+    about = _About()
+    found = _next_header(file, 0)
+    while found is not None:
+        header, at = found
+        size = _read_size(header, file.path, at, about.size)
+        start = at + _BLOCK
+        end = start + -(-size // _BLOCK) * _BLOCK
+        if end > file.num_bytes:
             raise _cut_off(file.path, file.num_bytes)
+        if header[156] not in _ABOUT_NEXT:
+            yield header, about, start, size
+            about = _About()
+        elif header[156] != _PAX_OF_ALL:
+            _read_about(header[156], _read_text(file, start, size), about, file.path, start)
+        found = _next_header(file, end)
+
+
+def _next_header(file: TarFile, at: int) -> tuple[bytes, int] | None:
+    """Find the header at a byte, or, as `cat` joins tars, behind marks of the end; None if there is no more.
+
+    The mark of the end may be missing, and what is behind it and no header is padding.
+    """
+    is_behind_end = False
+    while at != file.num_bytes or at == 0:
         window, inside = file.window(at)
         header = window[inside : inside + _BLOCK]
-        if len(header) < _BLOCK:
+        if len(header) < _BLOCK and not is_behind_end:
             raise _cut_off(file.path, file.num_bytes)
-        if header == _ZEROS:
-            return
-        size = _read_size(header, file.path, at, long_size)
-        start = at + _BLOCK
-        at = start + -(-size // _BLOCK) * _BLOCK
-        if header[156] not in _ABOUT_NEXT:
-            yield header, long_name, start, size
-            long_name = long_size = None
-        elif header[156] == _LONG_NAME:
-            long_name = _read_text(file, start, size).partition(b"\0")[0]
-        elif header[156] == _PAX:
-            pax_name, long_size = _parse_pax(_read_text(file, start, size), file.path, start)
-            long_name = pax_name or long_name
+        if header != _ZEROS:
+            return (header, at) if not is_behind_end or _has_checksum(header) else None
+        is_behind_end = True
+        at += _BLOCK
+    return None
+
+
+def _read_about(kind: int, text: bytes, about: _About, path: str, at: int) -> None:
+    if kind == _LONG_NAME:
+        about.name = text.partition(b"\0")[0]
+    elif kind == _LONG_TARGET:
+        about.target = text.partition(b"\0")[0]
+    else:
+        name, target, about.size = _parse_pax(text, path, at)
+        about.name, about.target = name or about.name, target or about.target
 
 
 def _read_size(header: bytes, path: str, at: int, long_size: int | None) -> int:
-    """Say how many bytes follow, and verify the checksum: the sum of all bytes, with blanks in its own place."""
+    """Say how many bytes follow, and verify the checksum."""
     field = header[124:136]
     try:
-        stored = int(header[148:156].partition(b"\0")[0], 8)
         # A size of 8 GiB or more does not fit in octal digits; a first byte of 128 marks a binary number.
         size = int.from_bytes(field[1:]) if field[0] == 128 else int(field.partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         raise _damaged(path, at) from None
-    # Adler-32 begins with the sum of the bytes, counted in C: a tenth of the time of sum().
-    expected = stored + sum(header[148:156]) - 8 * ord(" ")
-    if size < 0 or zlib.adler32(header) & 0xFFFF != (expected + 1) % _ADLER_BASE:
+    if size < 0 or not _has_checksum(header):
         raise _damaged(path, at)
     if header[156] in _BARE_TYPES:
         return 0
@@ -161,11 +211,11 @@ def _read_text(file: TarFile, start: int, size: int) -> bytes:
     return file.read(start, start + size)
 
 
-def _parse_pax(text: bytes, path: str, at: int) -> tuple[bytes | None, int | None]:
-    """Read name and size in the records of a pax header: a length, a blank, key, equals sign, value and newline."""
-    name = size = None
+def _parse_pax(text: bytes, path: str, at: int) -> tuple[bytes | None, bytes | None, int | None]:
+    """Read name, target and size in a pax header, whose records are length, blank, key, equals sign, value, newline."""
+    name = target = size = None
     if not any(key in text for key in (b"path=", b"size=", _PAX_SPARSE)):
-        return None, None  # most have nothing but times
+        return None, None, None  # most have nothing but times
     while text:
         digits, _, _ = text.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
@@ -176,12 +226,14 @@ def _parse_pax(text: bytes, path: str, at: int) -> tuple[bytes | None, int | Non
             raise _sparse(path, name)
         if key == b"path":
             name = value[:-1]
+        elif key == b"linkpath":
+            target = value[:-1]
         elif key == b"size":
             if not value[:-1].isdigit() or len(value) > 20:
                 raise _damaged(path, at)
             size = int(value)
         text = text[length:]
-    return name, size
+    return name, target, size
 
 
 def _short_name(header: bytes) -> bytes:
@@ -192,13 +244,29 @@ def _short_name(header: bytes) -> bytes:
 
 
 def _clean(name: bytes) -> bytes:
-    """Leave out slashes in front and parts of one dot; nothing is left of folders and of what is in a hidden one."""
+    """Bring a name to where it leads from the root: no slashes in front, no parts of a dot or two; all of a folder."""
     if name.endswith(b"/"):
         return b""
     if not name.startswith((b"/", b".")) and b"//" not in name and b"/." not in name:
         return name
-    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-    return b"" if any(part.startswith(b".") for part in parts[:-1]) else b"/".join(parts)
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            del parts[-1:]
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def _has_checksum(header: bytes) -> bool:
+    """Say whether a block is a header: it holds the sum of all its bytes, with blanks in its own place."""
+    try:
+        stored = int(header[148:156].partition(b"\0")[0], 8)
+    except ValueError:
+        return False
+    # Adler-32 begins with the sum of the bytes, counted in C: a tenth of the time of sum().
+    expected = stored + sum(header[148:156]) - 8 * ord(" ")
+    return zlib.adler32(header) & 0xFFFF == (expected + 1) % _ADLER_BASE
 
 
 def _damaged(path: str, at: int) -> DataError:
