@@ -228,9 +228,10 @@ def _rescale_transparency(image: Image.Image) -> None:
     Of a sample of less than 16 bits only these count (PNG, third edition, 11.3.2.1 tRNS).
     """
     colour = image.info["transparency"]
-    if image.format != "PNG" or not image.tile or isinstance(colour, bytes) or image.mode == "P":
+    tiles: Any = getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles or isinstance(colour, bytes) or image.mode == "P":
         return
-    rawmode = image.tile[0].args
+    rawmode = tiles[0].args
     if rawmode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     elif rawmode == "RGB":
