@@ -195,6 +195,13 @@ def blank_out(folder):
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_headers_are_sampled_beside_what_is_no_file(tmp_path):
+    location = write_as(tmp_path / "data", "folder")
+    os.mkfifo(tmp_path / "data" / "train" / "3" / "0000.png")
+    listing = list_all(location)
+    assert sample_headers(location, listing.train, None, range(len(listing.train)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_gives_the_same_tables_to_any_number_of_actors(tmp_path, kind):
     kept = Cache(str(tmp_path / "cache"))

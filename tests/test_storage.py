@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -21,7 +22,7 @@ from jobs import evaluate
 from pipeline.config import Config
 from pipeline.data import clients, files, storage
 from pipeline.data.listing import list_dataset
-from pipeline.data.storage import LocalStore, TooLargeError, open_root, temporary_beside
+from pipeline.data.storage import LocalStore, NotAFileError, TooLargeError, open_root, temporary_beside
 from pipeline.decoding import cache
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import sample_rows
@@ -120,6 +121,15 @@ def test_a_file_larger_than_an_image_may_be_is_not_read(place, monkeypatch):
     monkeypatch.setattr(storage, "MAX_FILE_BYTES", 9)
     with pytest.raises(TooLargeError, match="10 bytes, more than 9"):
         store.read(f"{root}/a".encode(), lambda num_bytes: pytest.fail("room was made for it"))
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+def test_what_is_no_regular_file_is_never_waited_for(kind, tmp_path):
+    path = "/dev/null" if kind == "device" else str(tmp_path / "a.png")
+    {"FIFO": os.mkfifo, "folder": os.mkdir, "device": str}[kind](path)
+    for read_it in (lambda: read(LocalStore(), path), lambda: LocalStore().read_range(path, 0, 10)):
+        with pytest.raises(NotAFileError):
+            read_it()
 
 
 def test_a_local_file_is_written_beside_its_name(tmp_path):

@@ -108,17 +108,13 @@ class LocalStore:
 
     def read(self, path: bytes, admit: Admit) -> bytes:
         """Read a whole file of an image, `MAX_FILE_BYTES` at most."""
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        descriptor, num_bytes = _open_regular(path)
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise NotAFileError("not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise _too_large(status.st_size)
-            admit(status.st_size)
-            data = os.read(descriptor, status.st_size + 1)
-            if len(data) != status.st_size:  # a short read, or a file that is being written
+            if num_bytes > MAX_FILE_BYTES:
+                raise _too_large(num_bytes)
+            admit(num_bytes)
+            data = os.read(descriptor, num_bytes + 1)
+            if len(data) != num_bytes:  # a short read, or a file that is being written
                 while chunk := os.read(descriptor, 1 << 20):
                     data += chunk
             return data
@@ -127,8 +123,11 @@ class LocalStore:
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Read the bytes from `start` up to `stop`, fewer where the file ends before."""
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - in a loop
-            return os.pread(file.fileno(), stop - start, start)
+        descriptor, _ = _open_regular(path)
+        try:
+            return os.pread(descriptor, stop - start, start)
+        finally:
+            os.close(descriptor)
 
     def make_folder(self, path: str) -> None:
         """Make a folder, and those above it."""
@@ -292,6 +291,17 @@ def temporary_beside(path: str) -> Path:
 def reason(exc: OSError) -> str:
     """Say what went wrong in the system's words."""
     return exc.strerror or str(exc)
+
+
+def _open_regular(path: str | bytes) -> tuple[int, int]:
+    """Open a file to read it; return its descriptor and its size."""
+    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise NotAFileError("not a regular file")
+    return descriptor, status.st_size
 
 
 def _local_entry(path: str, status: os.stat_result) -> Entry:

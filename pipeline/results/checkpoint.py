@@ -56,12 +56,13 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
         OutputError: If it was begun on other data or with other options.
     """
     store, root = output.store
+    path = f"{root}/{CHECKPOINT_FILE}"
     try:
-        content = store.read(f"{root}/{CHECKPOINT_FILE}".encode(), lambda _: None)
-        table = pq.read_table(pa.BufferReader(content))
+        entry = store.find(path)
+        if entry is None:
+            return None
+        table = pq.read_table(pa.BufferReader(store.read_range(path, 0, entry.size)))
         was: dict[str, Any] = json.loads(table.schema.metadata[b"fingerprint"])
-    except FileNotFoundError:
-        return None
     except (pa.ArrowInvalid, TypeError, KeyError, OSError) as exc:
         raise OutputError(
             f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
