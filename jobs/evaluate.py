@@ -293,7 +293,7 @@ def main(is_json: bool, **options: Any) -> None:
         try:
             # Ray prints the messages of its node manager on standard output, which is for the summary alone.
             printed: Any = _Printed(screen, sys.stderr)
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            with _output_kept(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 run = job.evaluate(config, screen.show, screen.show_download)
         finally:
             screen.clear()
@@ -318,6 +318,23 @@ def main(is_json: bool, **options: Any) -> None:
         # At exit, Python would try once more to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _output_kept() -> Iterator[None]:
+    """Keep standard output for the summary: what processes that are started here write there goes to standard error."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # standard error is closed
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _prepare_streams() -> None:

@@ -300,6 +300,16 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(
 
 
 @pytest.mark.ray
+def test_what_ray_s_processes_write_is_not_in_the_summary(small_dataset, tmp_path):
+    options = ("--data", small_dataset, "--epochs", 0, "--out", tmp_path / "out", "--json")
+    process = command(*options, RAY_LOG_TO_STDERR="1")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["num_train"] == 120
+    assert "gcs_server" in stderr
+
+
+@pytest.mark.ray
 def test_a_job_that_fails_leaves_no_process(black_and_white, tmp_path):
     mark = str(uuid.uuid4())
     options = ("--data", black_and_white, "--learning-rate", 3e38, "--out", tmp_path / "out")
