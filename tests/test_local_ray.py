@@ -1,8 +1,10 @@
 """Ray started here: fast where its insides are as expected, plain where not, and always with the same result."""
 
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -12,7 +14,8 @@ import ray
 from builders import ROOT, end_processes, processes_with
 from gate import Gate
 
-from pipeline.driver import local_ray
+from pipeline.driver import connect, local_ray
+from pipeline.errors import ClusterError
 
 pytestmark = pytest.mark.ray
 MARK = "IMAGE_BASELINE_TEST_MARK"
@@ -155,6 +158,39 @@ def test_nothing_is_replaced_where_a_cluster_is_joined(tmp_path, told_by):
     environment = {"RAY_ADDRESS": address if told_by == "RAY_ADDRESS" else "", where: str(tmp_path)}
     shown = show_replaced(address if told_by == "--address" else "", **environment)
     assert shown == "init []\nTrue\nshutdown []\n[]\n"
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """Where Ray leaves the address of the newest cluster of this machine."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    return tmp_path / "ray" / "ray_current_cluster"
+
+
+def test_a_cluster_that_is_gone_and_that_nobody_asked_for_is_not_waited_for(named, caplog):
+    named.write_text("127.0.0.1:9")
+    assert connect._find_cluster(None) is None
+    assert caplog.messages == [
+        f"{named} names a cluster at 127.0.0.1:9 that does not answer ([Errno 111] Connection refused)"
+    ]
+    with pytest.raises(ClusterError, match=r"--address 127.0.0.1:9: expected a cluster that answers, got .*refused"):
+        connect._find_cluster("127.0.0.1:9")
+
+
+@pytest.mark.parametrize("asked_by", ["--address", "RAY_ADDRESS", "ray_current_cluster"])
+def test_it_is_said_which_cluster_is_joined_and_why(named, monkeypatch, caplog, asked_by):
+    with socket.create_server(("127.0.0.1", 0)) as server, caplog.at_level(logging.INFO):
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if asked_by == "RAY_ADDRESS":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        elif asked_by == "ray_current_cluster":
+            named.write_text(address)
+        assert connect._find_cluster(address if asked_by == "--address" else None) == address
+    assert caplog.messages[0].startswith(f"joining the cluster at {address}, by ")
+    assert asked_by in caplog.messages[0]
+    assert connect._find_cluster("local") is None
 
 
 _HOLD = """

@@ -72,53 +72,69 @@ def connected(address: str | None) -> Iterator[bool]:
         yield True
         return
     others = set(psutil.Process().children())
-    _check_address(address)
-    is_joined, is_fast = _is_joined(address), False
+    joined, is_fast = _find_cluster(address), False
     try:
         with _terminated_later():
             try:
-                if is_joined:
-                    _initialize(address)
+                if joined:
+                    _initialize(joined)
                 else:
                     is_fast = _start(others)
             except Exception as exc:  # Ray raises plain ones too
-                where = f"--address {address}" if address else "Ray"
-                if not is_joined:
+                if not joined:
                     raise ClusterError(
-                        f"{where}: expected Ray to start, got {exc}; see the newest session's logs, by default "
+                        f"Ray: expected Ray to start, got {exc}; see the newest session's logs, by default "
                         "/tmp/ray/session_latest/logs"
                     ) from exc
-                raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
+                raise ClusterError(
+                    f"--address {joined}: expected a cluster that answers, got {exc}; check that it runs"
+                ) from exc
         # By what was started, whatever Ray made of the address.
-        yield is_joined and all(child in others for child in psutil.Process().children())
+        yield joined is not None and all(child in others for child in psutil.Process().children())
     finally:
         # A second Ctrl-C at this point would leave Ray's processes behind.
         with _blocked({signal.SIGINT, signal.SIGTERM}):
             _leave_ray(others, is_fast=is_fast)
 
 
-def _check_address(address: str | None) -> None:
-    """Try the cluster's port first: Ray itself would try for minutes, and could not be interrupted."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except OSError as exc:
-        raise ClusterError(
-            f"--address {address}: expected a cluster that answers, got {exc}; check that it runs"
-        ) from exc
+def _find_cluster(address: str | None) -> str | None:
+    """Find the cluster to join, by the rules that `ray.init` documents, and say which and why; None for none.
 
-
-def _is_joined(address: str | None) -> bool:
-    """Say whether `ray.init` would join a cluster, by the rules that its documentation gives."""
+    Raises:
+        ClusterError: If the one that was asked for does not answer.
+    """
+    why = "--address"
     if address in (None, "auto"):
-        address = os.environ.get("RAY_ADDRESS") or address
-    if address is not None:
-        return address != "local"
-    latest = Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "ray_current_cluster")
-    return latest.exists() and bool(latest.read_text().strip())
+        named = os.environ.get("RAY_ADDRESS")
+        why = "RAY_ADDRESS" if named else why
+        address = named or address
+    if address == "local":
+        return None
+    if address is None:
+        latest = Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "ray_current_cluster")
+        address, why = latest.read_text().strip() if latest.exists() else "", str(latest)
+        # A cluster that is gone leaves its name: where nobody asked for it, it is not missed.
+        if address and (fault := _try_port(address)):
+            logger.warning("%s names a cluster at %s that does not answer (%s)", latest, address, fault)
+            return None
+    elif fault := _try_port(address):
+        raise ClusterError(f"--address {address}: expected a cluster that answers, got {fault}; check that it runs")
+    if address:
+        logger.info(
+            "joining the cluster at %s, by %s; --address local would start Ray for this job alone", address, why
+        )
+    return address or None
+
+
+def _try_port(address: str) -> OSError | None:
+    """Try a cluster's port: Ray itself would try for minutes, and could not be interrupted. Say what went wrong."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except OSError as exc:
+            return exc
+    return None
 
 
 def _start(others: set[psutil.Process]) -> bool:
