@@ -11,7 +11,7 @@ import uuid
 
 import pytest
 import ray
-from builders import ROOT, end_processes, processes_with
+from builders import ROOT, command, end_processes, processes_with
 from gate import Gate
 
 from pipeline.driver import connect, local_ray
@@ -191,6 +191,28 @@ def test_it_is_said_which_cluster_is_joined_and_why(named, monkeypatch, caplog, 
     assert caplog.messages[0].startswith(f"joining the cluster at {address}, by ")
     assert asked_by in caplog.messages[0]
     assert connect._find_cluster("local") is None
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM])
+def test_a_port_that_never_answers_is_one_line_and_a_signal_ends_the_wait(tmp_path, signum):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = command("--address", address, "--out", tmp_path / "out")
+        server.accept()[0].close()  # the port was tried; now an answer is waited for
+        with server.accept()[0]:
+            if signum is not None:
+                process.send_signal(signum)
+            stdout, stderr = process.communicate(timeout=60)
+    last = stderr.splitlines()[-1]
+    if signum is None:
+        assert process.returncode == 1
+        assert (
+            last
+            == f"error: --address {address}: expected an answer of a Ray cluster, got none in 20 s; check that it runs"
+        )
+    else:
+        assert (process.returncode, last) == (128 + signum, "interrupted: nothing was evaluated")
+    assert stdout == ""
 
 
 _HOLD = """

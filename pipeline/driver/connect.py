@@ -12,9 +12,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,16 @@ _CONNECT_SECONDS = 5.0
 _GRACE_SECONDS = 1.0
 _END_SECONDS = 10.0
 _POLL_SECONDS = 0.01
+_PROBE_SECONDS = 20.0
+_PROBE = """
+import sys
+try:
+    from ray._raylet import GcsClient
+    ask = GcsClient(address=sys.argv[1]).internal_kv_get
+except (ImportError, TypeError):  # of a version of Ray that has no such thing
+    sys.exit(0)
+ask(b"image-baseline", namespace=b"none", timeout=10)
+"""
 # The least that Ray takes for its object store, and the least share of /dev/shm that it is content with before it
 # refuses a store that does not fit.
 _LEAST_STORE_BYTES = 80 * 2**20
@@ -57,10 +69,14 @@ _SETTINGS = {
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[bool]:
+def connected(address: str | None, on_wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
     """Connect to Ray, starting it here if there is none, and leave nothing of it behind.
 
     Where the caller is connected already, that connection is used and kept.
+
+    Args:
+        address: Of the cluster, or None.
+        on_wait: Called several times a second while a cluster's answer is waited for; what it raises ends the wait.
 
     Yields:
         Whether this is a cluster that was there before, which may grow, and no Ray started for this job.
@@ -73,6 +89,8 @@ def connected(address: str | None) -> Iterator[bool]:
         return
     others = set(psutil.Process().children())
     joined, is_fast = _find_cluster(address), False
+    if joined:
+        _probe(joined, on_wait)
     try:
         with _terminated_later():
             try:
@@ -135,6 +153,31 @@ def _try_port(address: str) -> OSError | None:
         except OSError as exc:
             return exc
     return None
+
+
+def _probe(address: str, on_wait: Callable[[], None]) -> None:
+    """Ask a cluster anything, in a process that can be ended: Ray itself would wait for minutes, and hear no signal.
+
+    Raises:
+        ClusterError: If there is no answer.
+    """
+    if ":" not in address or address.startswith("ray://"):
+        return
+    command = [sys.executable, "-c", _PROBE, address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + _PROBE_SECONDS
+            while process.poll() is None and time.monotonic() < deadline:
+                on_wait()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+        found = "none"
+        if process.returncode and process.stderr:
+            found = ([line for line in process.stderr.read().splitlines() if line.strip()] or [found])[-1]
+    if process.returncode:
+        found = f"none in {_PROBE_SECONDS:.0f} s" if process.returncode < 0 else found
+        raise ClusterError(f"--address {address}: expected an answer of a Ray cluster, got {found}; check that it runs")
 
 
 def _start(others: set[psutil.Process]) -> bool:

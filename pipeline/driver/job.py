@@ -80,7 +80,7 @@ def evaluate(
     wait([pending], timeout=0.03)  # a small folder's faults need not wait for Ray
     if pending.done():
         pending.result()
-    with connect.connected(config.address) as is_joined:
+    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as is_joined:
         on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
         nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
         allocation = _allocate(config, nodes)
