@@ -300,6 +300,36 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(
 
 
 @pytest.mark.ray
+def test_files_of_our_names_in_the_working_folder_are_not_taken_for_ours(small_dataset, tmp_path):
+    for name in ("pipeline", "numpy", "pyarrow", "PIL", "tasks"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported from the working folder')")
+    options = ["--data", small_dataset, "--epochs", "0", "--out", "out"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "evaluate.py", *options],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_working_folder_that_was_removed_is_no_traceback(tmp_path, is_absolute):
+    (tmp_path / "gone").mkdir()
+    out = str(tmp_path / "out") if is_absolute else "out"
+    words = f'rmdir "$PWD"; exec {sys.executable} {ROOT}/jobs/evaluate.py --epochs 0 --out {out}'
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path / "gone", capture_output=True, text=True, timeout=120, check=False
+    )
+    if is_absolute:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1
+        assert "error: --out out: expected a working folder, got one that was removed; go to another" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
 def test_what_ray_s_processes_write_is_not_in_the_summary(small_dataset, tmp_path):
     options = ("--data", small_dataset, "--epochs", 0, "--out", tmp_path / "out", "--json")
     process = command(*options, RAY_LOG_TO_STDERR="1")

@@ -125,6 +125,10 @@ def absolute_root(option: str, given: str, error_class: type[EvaluationError]) -
         return os.path.abspath(Path(given).expanduser())  # noqa: PTH100 - keeps links
     except RuntimeError as exc:
         raise error_class(f"{option} {given}: expected a folder, got no such user; give a full path") from exc
+    except FileNotFoundError as exc:  # of the folder that a path begins in
+        raise error_class(
+            f"{option} {given}: expected a working folder, got one that was removed; go to another"
+        ) from exc
 
 
 def is_inside(given: str, root: str) -> bool:

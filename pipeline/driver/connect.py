@@ -212,7 +212,23 @@ def _start(others: set[psutil.Process]) -> bool:
 
 
 def _initialize(address: str | None, **options: Any) -> None:
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
+    with _in_our_own_folder():
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+@contextmanager
+def _in_our_own_folder() -> Iterator[None]:
+    """Leave the working folder for that of this package: workers import from it before they import from elsewhere.
+
+    A `numpy.py` there, or a `pipeline.py`, would be taken for ours; and the folder may have been removed.
+    """
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY)
+    try:
+        os.chdir(Path(__file__).parents[2])
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 @contextmanager
