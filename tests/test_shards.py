@@ -16,6 +16,7 @@ from builders import encode, pack_tar, put_in_bucket
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.data import files
 from pipeline.data.archives import find_archives
 from pipeline.data.files import Location
 from pipeline.data.formats import reader_of
@@ -193,6 +194,30 @@ def blank_out(folder):
         status = path.stat()
         path.write_bytes(bytes(status.st_size))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket", "tar"])
+def test_a_header_is_found_where_it_is_not_in_the_first_bytes(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(files, "HEAD_BYTES", 300)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (21, 34), np.uint8))
+    contents = {
+        "PNG": encode(image, "PNG"),
+        "TIFF": encode(image, "TIFF"),
+        "WEBP": encode(image, "WEBP", lossless=True),
+    }
+    members = [(f"train/{name}/1.{name.lower()}", data) for name, data in contents.items()]
+    folder = tmp_path / "data"
+    for name, data in members if kind != "tar" else [("train.tar", pack_tar(members))]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    location = put_in_bucket(folder) if kind == "bucket" else Location("folder", str(folder))
+    if kind == "tar":
+        (archive,) = find_archives(*location.store, "", Config(valid_fraction=1e-9), Counter())
+        _, index = reader_of(archive).scan(location.store[0], archive, Config(valid_fraction=1e-9))
+        rows, file = index["train"], ShardFile(archive, (0, 1, 2))
+    else:
+        rows, file = pa.table({"key": [name.encode() for name, _ in members]}), None
+    assert sample_headers(location, rows, file, range(3)) == [(21, 34, True), (21, 34, True), (21, 34, False)]
 
 
 def test_headers_are_sampled_beside_what_is_no_file(tmp_path):

@@ -109,11 +109,13 @@ def sample_headers(location: Location, rows: pa.Table, file: ShardFile | None, s
     if archive is None:
         begins = list(files.read_heads(location, one_chunk(chosen["key"])))
     else:
-        begins = list(_read(location, chosen, one_chunk(chosen["key"]), archive))
+        sizes = np.minimum(chosen["size"].to_numpy(), files.HEAD_BYTES)
+        heads = chosen.set_column(chosen.column_names.index("size"), "size", pa.array(sizes))
+        begins = list(_read(location, heads, one_chunk(chosen["key"]), archive))
     headers = [read_header(begin) for begin in begins]
     # Some formats say their size farther behind, or in a file that is whole only.
     cut = [row for row, begin in enumerate(begins) if headers[row] is None and _is_cut(begin)]
-    if archive is None and cut:
+    if cut:
         rest = pa.concat_tables([chosen.slice(row, 1) for row in cut])
         for row, data in zip(cut, _read(location, rest, one_chunk(rest["key"]), archive), strict=True):
             headers[row] = read_header(data)
