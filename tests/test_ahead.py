@@ -18,10 +18,10 @@ class Reads:
         self.lock = threading.Lock()
         self.num_bytes = self.most_bytes = self.num_running = self.most_running = self.num_begun = 0
 
-    def __iter__(self):
-        return (lambda admit, row=row: self.read(admit, row) for row in range(len(self.sizes)))
+    def rows(self):
+        return range(len(self.sizes))
 
-    def read(self, admit, row):
+    def read(self, row, admit):
         with self.lock:
             self.num_begun += 1
             self.num_running += 1
@@ -49,7 +49,7 @@ def rows_of(answers):
 @pytest.mark.parametrize("concurrency", [1, 3, 64])
 def test_answers_and_errors_come_in_the_order_of_the_reads(concurrency):
     reads = Reads([1] * 200, seconds=0.003)
-    answers = list(read_ahead(reads, concurrency))
+    answers = list(read_ahead(reads.read, reads.rows(), concurrency))
     assert rows_of(answers) == list(range(200))
     assert [row for row, each in enumerate(answers) if isinstance(each, OSError)] == list(range(3, 200, 7))
     assert reads.most_running <= concurrency
@@ -58,7 +58,7 @@ def test_answers_and_errors_come_in_the_order_of_the_reads(concurrency):
 def test_no_more_bytes_are_on_their_way_than_there_is_room_for():
     chance = random.Random(0)
     reads = Reads([chance.randrange(1, 100) for _ in range(300)] + [500, 5, 5, 2000, 1], seconds=0.002)
-    for row, answer in enumerate(read_ahead(reads, 16, max_bytes=400)):
+    for row, answer in enumerate(read_ahead(reads.read, reads.rows(), 16, max_bytes=400)):
         assert rows_of([answer]) == [row]
         time.sleep(0.001 * chance.random())
         reads.use(row)
@@ -69,7 +69,7 @@ def test_no_more_bytes_are_on_their_way_than_there_is_room_for():
 def test_a_consumer_that_stops_leaves_no_thread_behind():
     before = set(threading.enumerate())
     reads = Reads([300] * 1000)
-    answers = read_ahead(reads, 8, max_bytes=1000)
+    answers = read_ahead(reads.read, reads.rows(), 8, max_bytes=1000)
     assert next(answers) == 0
     answers.close()
     deadline = time.monotonic() + 30
@@ -80,29 +80,29 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
 
 
 def test_what_is_no_os_error_ends_the_reads():
-    def fail(admit):
+    def fail(item, admit):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(read_ahead([fail] * 5, 2))
+        list(read_ahead(fail, range(5), 2))
 
 
 @pytest.mark.parametrize("num_reads", [0, 1, 15, 16, 17, 255, 256, 257, 600])
 @pytest.mark.parametrize("is_local", [True, False])
 def test_every_read_is_done_once(num_reads, is_local):
     reads = Reads([1] * num_reads)
-    assert rows_of(read_many(reads, 4, is_local=is_local)) == list(range(num_reads))
+    assert rows_of(read_many(reads.read, reads.rows(), 4, is_local=is_local)) == list(range(num_reads))
     assert reads.num_begun == num_reads
 
 
 def test_a_disk_that_answers_at_once_is_read_by_one_thread():
     reads = Reads([1] * 600)
-    list(read_many(reads, 8, is_local=True))
+    list(read_many(reads.read, reads.rows(), 8, is_local=True))
     assert reads.most_running == 1
 
 
 def test_a_disk_that_is_far_is_read_ahead():
     reads = Reads([1] * 100, seconds=0.02)
-    assert rows_of(read_many(reads, 8, is_local=True)) == list(range(100))
+    assert rows_of(read_many(reads.read, reads.rows(), 8, is_local=True)) == list(range(100))
     assert reads.most_running == 8
     assert ahead._TIMED_READS < 100

@@ -169,10 +169,12 @@ def read_images(
     if location.kind == "package":
         return (_read_digits()[key] for key in keys.to_pylist())
     store, paths = _paths(location, keys)
-    reads: Iterator[Callable[[Admit], bytes]] = (partial(store.read, path) for path in paths)
-    if sizes_N is not None:
-        reads = (partial(_read_sized, store, path, size) for path, size in zip(paths, sizes_N.tolist(), strict=True))
-    return map(_bytes_or_fault, paths, read_many(reads, location.concurrency, is_local=store.is_local))
+    if sizes_N is None:
+        answers = read_many(store.read, paths, location.concurrency, is_local=store.is_local)
+    else:
+        items = zip(paths, sizes_N.tolist(), strict=True)
+        answers = read_many(partial(_read_sized, store), items, location.concurrency, is_local=store.is_local)
+    return map(_bytes_or_fault, paths, answers)
 
 
 def read_heads(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | ReadFault]:
@@ -180,8 +182,8 @@ def read_heads(location: Location, keys: pa.BinaryArray) -> Iterator[bytes | Rea
     if location.kind == "package":
         return read_images(location, keys)
     store, paths = _paths(location, keys)
-    reads = (partial(_read_head, store, path) for path in paths)
-    return map(_bytes_or_fault, paths, read_many(reads, location.concurrency, is_local=store.is_local))
+    answers = read_many(partial(_read_head, store), paths, location.concurrency, is_local=store.is_local)
+    return map(_bytes_or_fault, paths, answers)
 
 
 def file_sizes(location: Location, names: Sequence[bytes]) -> list[int]:
@@ -299,8 +301,9 @@ def _paths(location: Location, keys: pa.BinaryArray) -> tuple[Store, list[bytes]
     return store, [beginning + key for key in keys.to_pylist()]
 
 
-def _read_sized(store: Store, path: bytes, size: int, admit: Admit) -> bytes:
+def _read_sized(store: Store, item: tuple[bytes, int], admit: Admit) -> bytes:
     """Read a file of which the listing has told the size, so that there is room before it is asked for."""
+    path, size = item
     admit(size)
     return store.read(path, lambda _: None)
 

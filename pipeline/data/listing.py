@@ -273,11 +273,11 @@ def _list_classes(
     wanted = [os.fsencode(name) for name in config.classes] or folders
     names = [name for name in wanted if os.fsdecode(name) not in config.exclude_classes]
     listed = {}
-    # On a disk, threads would only wait for one another.
-    pool = ThreadPoolExecutor(_CONCURRENT_LISTINGS if location.kind == "uri" else 1)
-    with pool:
-        counters = [Counter[str]() for _ in names]
-        found = pool.map(lambda name, counter: list_files(location, prefix + name + b"/", counter), names, counters)
+    counters = [Counter[str]() for _ in names]
+    with ThreadPoolExecutor(_CONCURRENT_LISTINGS) as pool:
+        # On a disk, threads would only wait for one another.
+        spread = pool.map if location.kind == "uri" else map
+        found = spread(lambda name, counter: list_files(location, prefix + name + b"/", counter), names, counters)
         for name, counter, (files, stamps) in zip(names, counters, found, strict=True):
             ignored.update(counter)
             listed[name] = _list_class(files, stamps, ignored, is_cached=config.cache is not None)

@@ -184,8 +184,8 @@ def read_spans(store: Store, archive: Archive, spans: Sequence[tuple[int, int]],
         OSError: If it cannot be read.
         DataError: If it ends before.
     """
-    reads = (partial(_read_span, store, archive.path, span) for span in spans)
-    answers = read_many(reads, concurrency, is_local=store.is_local)
+    read = partial(_read_span, store, archive.path)
+    answers = read_many(read, spans, concurrency, is_local=store.is_local)
     for (start, stop), answer in zip(spans, answers, strict=True):
         if isinstance(answer, OSError):
             raise answer
