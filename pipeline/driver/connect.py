@@ -99,14 +99,13 @@ def connected(address: str | None, on_wait: Callable[[], None] = lambda: None) -
                 else:
                     is_fast = _start(others)
             except Exception as exc:  # Ray raises plain ones too
+                where = f"--address {joined or address}" if joined or address else "Ray"
                 if not joined:
                     raise ClusterError(
-                        f"Ray: expected Ray to start, got {exc}; see the newest session's logs, by default "
+                        f"{where}: expected Ray to start, got {exc}; see the newest session's logs, by default "
                         "/tmp/ray/session_latest/logs"
                     ) from exc
-                raise ClusterError(
-                    f"--address {joined}: expected a cluster that answers, got {exc}; check that it runs"
-                ) from exc
+                raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
         # By what was started, whatever Ray made of the address.
         yield joined is not None and all(child in others for child in psutil.Process().children())
     finally:
