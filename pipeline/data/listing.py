@@ -395,7 +395,8 @@ def _check_classes(
         where[split]: [name for name in classes if not _count(listed.get(name, 0))]
         for split, listed in (("train", train), ("valid", valid))
     }
-    incomplete = [name for name in classes if any(name in names for names in lacking.values())]
+    is_lacking = {name for names in lacking.values() for name in names}
+    incomplete = [name for name in classes if name in is_lacking]
     if incomplete and config.incomplete_classes != "drop":
         faults = [
             f"of {enumerate_names([display(name) for name in names])} in {split}"
@@ -407,7 +408,7 @@ def _check_classes(
             "or go on without these classes with --incomplete-classes drop"
             + _invisible_difference([display(name) for name in incomplete])
         )
-    complete = [name for name in classes if name not in incomplete]
+    complete = [name for name in classes if name not in is_lacking]
     if len(complete) < 2:
         found = f"only {display(complete[0])}" if complete else "none"
         raise DataError(

@@ -36,15 +36,6 @@ _GRACE_SECONDS = 1.0
 _END_SECONDS = 10.0
 _POLL_SECONDS = 0.01
 _PROBE_SECONDS = 20.0
-_PROBE = """
-import sys
-try:
-    from ray._raylet import GcsClient
-    ask = GcsClient(address=sys.argv[1]).internal_kv_get
-except (ImportError, TypeError):  # of a version of Ray that has no such thing
-    sys.exit(0)
-ask(b"image-baseline", namespace=b"none", timeout=10)
-"""
 # The least that Ray takes for its object store, and the least share of /dev/shm that it is content with before it
 # refuses a store that does not fit.
 _LEAST_STORE_BYTES = 80 * 2**20
@@ -162,7 +153,7 @@ def _probe(address: str, on_wait: Callable[[], None]) -> None:
     """
     if ":" not in address or address.startswith("ray://"):
         return
-    command = [sys.executable, "-c", _PROBE, address]
+    command = [sys.executable, "-c", local_ray.PROBE, address]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + _PROBE_SECONDS

@@ -20,6 +20,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+# A program that asks a cluster anything, for a process that can be ended; with another Ray it asks nothing.
+PROBE = """
+import sys
+try:
+    from ray._raylet import GcsClient
+    ask = GcsClient(address=sys.argv[1]).internal_kv_get
+except (ImportError, TypeError):  # of a version of Ray that has no such thing
+    sys.exit(0)
+ask(b"image-baseline", namespace=b"none", timeout=10)
+"""
 PLAIN_VARIABLE = "IMAGE_BASELINE_PLAIN_RAY"
 _RAYLET = "raylet"
 # The raylet, Ray's process on every node, wants two agents that live as long as it does, and the ports they listen on.

@@ -71,7 +71,8 @@ def scan(store: Store, archive: Archive, config: Config) -> tuple[Scan, Index]:
         image, has_path = _find_image(archive, file.schema_arrow)
         label, names = _find_label(archive, file.schema_arrow, config.label_column)
         columns = [label, f"{image}.path"] if has_path else [label]
-        source.will_read(file.metadata, range(file.metadata.num_row_groups), columns, _SCAN_CONCURRENCY)
+        if isinstance(source, _RemoteFile):  # the system reads a disk ahead by itself
+            source.will_read(file.metadata, range(file.metadata.num_row_groups), columns, _SCAN_CONCURRENCY)
         batches = file.iter_batches(_SCAN_ROWS, columns=columns, use_threads=False)
         keys, values, num_rows = [], [], 0
         for batch in batches:
@@ -120,7 +121,8 @@ def read_rows(store: Store, archive: Archive, rows: pa.Table, concurrency: int) 
         starts = np.cumsum([0, *(about.num_rows for about in groups)])
         bounds = np.searchsorted(wanted, starts)
         needed = [group for group in range(len(groups)) if bounds[group] < bounds[group + 1]]
-        source.will_read(file.metadata, needed, columns, concurrency)
+        if isinstance(source, _RemoteFile):
+            source.will_read(file.metadata, needed, columns, concurrency)
         for group in needed:
             image_bytes = max(1, groups[group].total_byte_size // groups[group].num_rows)
             batches = file.iter_batches(
@@ -130,13 +132,6 @@ def read_rows(store: Store, archive: Archive, rows: pa.Table, concurrency: int) 
                 use_threads=False,
             )
             yield from _choose(batches, wanted[bounds[group] : bounds[group + 1]] - starts[group])
-
-
-class _LocalFile(pa.OSFile):  # type: ignore[misc]
-    """A file on a disk, which the system reads ahead."""
-
-    def will_read(self, *_: object) -> None:
-        """Do nothing."""
 
 
 class _RemoteFile(io.RawIOBase):
@@ -214,8 +209,8 @@ class _RemoteFile(io.RawIOBase):
         return True
 
 
-def _open(store: Store, archive: Archive) -> _LocalFile | _RemoteFile:
-    return _LocalFile(archive.path) if store.is_local else _RemoteFile(store, archive)
+def _open(store: Store, archive: Archive) -> pa.NativeFile | _RemoteFile:
+    return pa.OSFile(archive.path) if store.is_local else _RemoteFile(store, archive)
 
 
 def _join(chunks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
