@@ -245,6 +245,16 @@ def test_a_scan_reads_no_image_and_a_read_only_its_row_groups():
     assert sum(store.sizes) < 600_000
 
 
+def test_many_small_row_groups_of_a_bucket_are_few_requests():
+    buffer = io.BytesIO()
+    pq.write_table(plain([b"image %d" % row for row in range(400)], ["a", "b"] * 200), buffer, row_group_size=10)
+    store = CountingStore("a.parquet", buffer.getvalue())
+    scanned = scan_archive("bucket/a.parquet", ALL_TRAIN, store)
+    assert len(store.sizes) == 2  # the file's end, and all of the classes
+    assert read_archive(scanned, store=store) == [b"image %d" % row for row in range(400)]
+    assert len(store.sizes) == 4
+
+
 def test_a_large_row_group_passes_through_a_small_memory(tmp_path):
     images = plain([bytes(2**12)] * 40_000, ["a"] * 40_000)
     _, index, archive = scan_parquet(tmp_path, images, use_dictionary=False, compression="NONE")
