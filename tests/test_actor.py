@@ -247,7 +247,8 @@ def centre():
 
 def train_in_a_loop(plan, num_epochs):
     """Train as the design says, in float64 and with autograd; the parameters, and of the last epoch its figures."""
-    params_P = sgd_linear.initial_params(3, TARGET.num_values, plan.seed).double()
+    params_P = torch.zeros(3 * TARGET.num_values + 3).double()
+    steps = []
     lane_rows = plan.batch_size // plan.num_lanes
     rows = [row for row in range(NUM_TRAIN) if row not in HOLES["train"]]
     mean_squared_norm = ((kept("train")[0] / 255 - centre()) ** 2).sum(1).mean()
@@ -264,8 +265,12 @@ def train_in_a_loop(plan, num_epochs):
             num_correct += int((logits_BK.argmax(1).numpy() == labels_B).sum())
             norms.append(float(gradient_P.norm()))
             params_P = (params_P - 4 / (mean_squared_norm + 1) * gradient_P).detach()
+            steps.append(params_P.numpy())
     num_images = sum(map(len, orders))
-    return params_P.numpy(), losses / num_images, num_correct / num_images, np.mean(norms), len(norms)
+    # Unrolled, the weights of the polynomial decay by 3: t (t+1) (t+2) for step t.
+    weights = [t * (t + 1) * (t + 2) for t in range(1, len(steps) + 1)]
+    both_2P = np.concatenate([params_P.numpy(), np.average(steps, axis=0, weights=weights)])
+    return both_2P, losses / num_images, num_correct / num_images, np.mean(norms), len(norms)
 
 
 def test_the_job_has_shards_without_an_image_and_lanes_of_chunks_and_parts_of_shards():
@@ -291,8 +296,8 @@ def test_training_is_that_of_a_plain_loop(monkeypatch, batch_size, holes):
         monkeypatch.setitem(HOLES, "train", frozenset())
     plan, decoded = make_job(holes=HOLES["train"], batch_size=batch_size)
     got = run(alone(plan), plan, decoded)
-    params_P, loss, accuracy, norm, num_steps = train_in_a_loop(plan, 2)
-    np.testing.assert_allclose(got["params"][1][0], params_P, atol=1e-5)
+    params_2P, loss, accuracy, norm, num_steps = train_in_a_loop(plan, 2)
+    np.testing.assert_allclose(got["params"][1][0], params_2P, atol=1e-5)
     last = got["history"][1]
     assert (last.epoch, last.num_steps, last.train_accuracy) == (2, num_steps, accuracy)
     assert (last.train_loss, last.gradient_norm) == pytest.approx((loss, norm), rel=1e-4)
@@ -300,7 +305,8 @@ def test_training_is_that_of_a_plain_loop(monkeypatch, batch_size, holes):
 
 def test_validation_is_that_of_the_parameters_after_the_epoch():
     images_ND, labels_N = kept("valid")
-    for row, [params_P] in zip(reference()["history"], reference()["params"], strict=True):
+    for row, [params_2P] in zip(reference()["history"], reference()["params"], strict=True):
+        params_P = np.split(params_2P, 2)[1]
         weights_KD = torch.tensor(params_P[:-3], dtype=torch.float64).view(3, -1)
         logits_NK = torch.tensor(images_ND / 255 - centre()) @ weights_KD.T
         logits_NK += torch.tensor(params_P[-3:])
@@ -320,7 +326,7 @@ def test_parts_hold_every_decoded_image_once_in_the_listings_order():
 
 def test_parts_are_scored_as_a_loop_does():
     images_ND, labels_N = kept("valid")
-    means_KD, params_P = reference()["means"][0][1].astype(np.float64), reference()["params"][1][0]
+    means_KD, params_P = reference()["means"][0][1].astype(np.float64), np.split(reference()["params"][1][0], 2)[1]
     differences_NKD = images_ND[:, None] / 255 - means_KD
     logits_NK = (images_ND / 255 - centre()) @ params_P[:-3].reshape(3, -1).T + params_P[-3:]
     odds_NK = np.exp(logits_NK)

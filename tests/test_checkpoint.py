@@ -21,7 +21,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(output):
     write_checkpoint(output, Checkpoint(FINGERPRINT, HISTORY, params_P))
     got = read_checkpoint(output, dict(FINGERPRINT))
     assert (got.fingerprint, got.history) == (FINGERPRINT, HISTORY)
-    assert (got.params_P.dtype, got.params_P.tobytes()) == (np.float32, params_P.tobytes())
+    assert (got.params.dtype, got.params.tobytes()) == (np.float32, params_P.tobytes())
 
 
 def test_there_is_no_checkpoint_before_an_epoch_or_after_its_deletion(output):

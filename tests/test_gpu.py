@@ -104,7 +104,7 @@ def test_confusion_is_that_of_the_cpu():
 )
 def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
     images_BD, labels_B, _ = draw_tensors(sum(lane_counts), num_values, num_classes)
-    params_P = sgd_linear.initial_params(num_classes, num_values, 0)
+    params_P = random_params(num_classes, num_values)
     expected_ZP, got_ZP = torch.zeros(2, len(lane_counts), len(params_P))
     losses_B, is_correct_B = sgd_linear.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
     got_ZP = got_ZP.to(DEVICE)
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
 def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
     images_BD, labels_B, _ = draw_tensors(16 * 8, 784, 10)
     images, labels = (tensor.split(16) for tensor in to_device(images_BD, labels_B))
-    params_P = sgd_linear.initial_params(10, 784, 0).to(DEVICE)
+    params_P = random_params(10, 784).to(DEVICE)
     together_ZP = torch.zeros(8, len(params_P), device=DEVICE)
     sgd_linear.lane_gradients(params_P, torch.cat(images), torch.cat(labels), [16] * 8, together_ZP)
     for chosen in ([0], [7], [1, 3, 5], [2, 6]):
@@ -131,7 +131,7 @@ def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
 def test_training_goes_as_on_the_cpu_and_the_same_again():
     images_ND, labels_N, _ = draw_tensors(300, 64, 3)
     images_ND[torch.arange(300), labels_N] = 255
-    tensors = [sgd_linear.initial_params(3, 64, 0), images_ND, labels_N]
+    tensors = [random_params(3, 64), images_ND, labels_N]
     expected_P, losses_B = train_on_lanes(*tensors, 3)
     first, second = train_on_lanes(*to_device(*tensors), 3), train_on_lanes(*to_device(*tensors), 3)
     assert all(map(torch.equal, first, second))
@@ -141,7 +141,7 @@ def test_training_goes_as_on_the_cpu_and_the_same_again():
 
 def test_probabilities_are_those_of_the_cpu():
     images_ND, _, _ = draw_tensors(3000, 784, 10)
-    params_P = sgd_linear.initial_params(10, 784, 0) * 10
+    params_P = random_params(10, 784) * 10
     expected_NK = sgd_linear.log_probabilities(params_P, images_ND, 10)
     got_NK = sgd_linear.log_probabilities(*to_device(params_P, images_ND), 10)
     torch.testing.assert_close(got_NK.cpu(), expected_NK, rtol=1e-4, atol=1e-5)

@@ -144,7 +144,7 @@ def test_odd_names_work_for_all_that_is_written_and_read(tmp_path, name):
     write_run(output, {"out": output.root})
     write_checkpoint(output, Checkpoint({}, HISTORY, np.zeros(3, np.float32)))
     assert names_in(output) == ["checkpoint.parquet", "history.parquet", "run.json"]
-    assert read_checkpoint(output, {}).params_P.tolist() == [0, 0, 0]
+    assert read_checkpoint(output, {}).params.tolist() == [0, 0, 0]
     assert names_in(prepare_at(tmp_path / name, overwrite=True)) == []
 
 

@@ -135,9 +135,9 @@ def _time_epochs(task: Task, first: LaneActor) -> Answer:
     first.train_epoch(1)
     started = time.perf_counter()
     for epoch in range(task.num_epochs):
-        _, params_P = first.train_epoch(epoch + 2)
+        _, params_2P = first.train_epoch(epoch + 2)
     seconds = time.perf_counter() - started
-    return _answer(task, torch.from_numpy(params_P), seconds)
+    return _answer(task, torch.from_numpy(params_2P).chunk(2)[1], seconds)
 
 
 def torch_loop(task: Task) -> Answer:
@@ -157,9 +157,10 @@ def torch_loop_threads(task: Task) -> Answer:
     images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
     centre_D, rate = _centre_and_rate(task)
-    params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1], _SEED)
+    params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1])
+    mean_P = params_P.clone()
     weights_KD, bias_K = sgd_linear.split_params(params_P, num_classes)
-    started = 0.0
+    started, num_steps = 0.0, 0
     for epoch in range(task.num_epochs + 1):
         if epoch == 1:
             started = time.perf_counter()
@@ -178,7 +179,9 @@ def torch_loop_threads(task: Task) -> Answer:
             norms += torch.hypot(torch.linalg.vector_norm(gradient_KD), torch.linalg.vector_norm(gradient_K))
             weights_KD.sub_(gradient_KD, alpha=rate)
             bias_K.sub_(gradient_K, alpha=rate)
-    return _answer(task, params_P, time.perf_counter() - started)
+            num_steps += 1
+            sgd_linear.average(mean_P, params_P, num_steps)
+    return _answer(task, mean_P, time.perf_counter() - started)
 
 
 def sklearn_sgd(task: Task) -> Answer:

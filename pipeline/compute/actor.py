@@ -76,6 +76,7 @@ class LaneActor:
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
         self._trained = Trained(self._counts_K, empty, empty, empty)
+        self._params_P = empty
         self._learning_rate = 0.0
 
     def describe(self) -> tuple[str, str]:
@@ -153,8 +154,8 @@ class LaneActor:
         self._trained = replace(self._trained, counts_K=self._counts_K, means_KD=means_KD)
         return self._counts_K.cpu().numpy(), means_KD.cpu().numpy()
 
-    def begin_training(self, params_P: npt.NDArray[np.float32] | None) -> tuple[float, npt.NDArray[np.float64]]:
-        """Take the parameters of the last finished epoch, or draw new ones from the seed.
+    def begin_training(self, params_2P: npt.NDArray[np.float32] | None) -> tuple[float, npt.NDArray[np.float64]]:
+        """Take what `train_epoch` returned for the last finished epoch, or begin anew.
 
         Returns:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
@@ -162,12 +163,12 @@ class LaneActor:
         plan, trained = self._plan, self._trained
         centre = sgd_linear.find_centre(self._sums_KD, trained.counts_K, trained.means_KD, int(self._num_squares))
         self._learning_rate = plan.learning_rate or centre.safe_rate
-        if params_P is None:
-            initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values, plan.seed)
-        else:
-            initial_P = torch.tensor(params_P)  # a copy: what Ray gives is read-only, and not aligned as torch's own
+        initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
+        # Copies: what Ray gives is read-only, and not aligned as torch's own.
+        last_P, mean_P = (initial_P, initial_P.clone()) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
+        self._params_P = last_P.to(self._device)
         centre_D = centre.centre_D.to(self._device)
-        self._trained = replace(trained, params_P=initial_P.to(self._device), centre_D=centre_D)
+        self._trained = replace(trained, params_P=mean_P.to(self._device), centre_D=centre_D)
         return self._learning_rate, centre.of_means_D.numpy()
 
     @torch.inference_mode()
@@ -178,7 +179,8 @@ class LaneActor:
             epoch: From 1; it chooses the order of the images.
 
         Returns:
-            The record, and the parameters after it, float32 [P], from the first actor; the others hold the same.
+            The record; and from the first actor the parameters after the last step, and behind them their mean over all
+            steps, which is the model, float32 [2P]: the others hold the same.
 
         Raises:
             ActorLostError: If another actor is gone.
@@ -191,20 +193,21 @@ class LaneActor:
             self._train = self._make_lanes()
         # Every actor sends as many lanes as the one that has most, so that all send alike.
         num_sent = -(-plan.num_lanes // self._num_actors)
-        gradients_ZP = sgd_linear.empty_gradients(num_sent, len(trained.params_P), self._device)
+        gradients_ZP = sgd_linear.empty_gradients(num_sent, len(self._params_P), self._device)
         self._epoch = sums = EpochSums(self._lanes, num_steps, lane_rows, self._device)
         batches = self._train.batches(epoch, lane_rows, num_steps)
         for index, (images_BD, labels_B, counts) in enumerate(batches):
             losses_B, is_correct_B = sgd_linear.lane_gradients(
-                trained.params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], trained.centre_D
+                self._params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], trained.centre_D
             )
             num_images = sum(min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts)
             gradients_LP = self._collective.gather_lanes(gradients_ZP)
-            norm = sgd_linear.step(trained.params_P, gradients_LP, num_images, self._learning_rate)
+            norm = sgd_linear.step(self._params_P, gradients_LP, num_images, self._learning_rate)
+            sgd_linear.average(trained.params_P, self._params_P, (epoch - 1) * num_steps + index + 1)
             sums.add_step(losses_B, is_correct_B, counts, norm)
         num_train = sum(lane_counts[lane] for lane in self._lanes)
         record = sums.record(epoch, num_train, *self._validate())
-        return record, trained.params_P.cpu().numpy().copy() if self._rank == 0 else None
+        return record, torch.cat([self._params_P, trained.params_P]).cpu().numpy() if self._rank == 0 else None
 
     def count_steps(self) -> int:
         """Say how many steps of the epoch under way, or of the last one, are done."""

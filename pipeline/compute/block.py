@@ -23,7 +23,7 @@ class Trained:
     Attributes:
         counts_K: Training images of each class, int64.
         means_KD: Their means, float32, 0 to 1.
-        params_P: The linear model, float32; empty without SGD.
+        params_P: The linear model, the mean over the steps of SGD, float32; empty without SGD.
         centre_D: The mean image, which is taken off the linear model's inputs, float32; empty without SGD.
     """
 

@@ -154,7 +154,7 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     fingerprint = train.fingerprint_of(job)
     training = Training([], None)
     if job.config.resume and (kept := checkpoint.read_checkpoint(job.output, fingerprint)):
-        training, fingerprint = Training(kept.history, kept.params_P), kept.fingerprint
+        training, fingerprint = Training(kept.history, kept.params), kept.fingerprint
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
@@ -245,8 +245,8 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
         "confusion": tables.confusion_table(listing.classes, confusions),
         "means": tables.means_table(listing.classes, job.target, counts.train_counts_K, counts.means_KD),
     }
-    if training.params is not None and training.centre_D is not None:
-        weights = tables.weights_table(listing.classes, job.target, training.params, training.centre_D)
+    if training.model_P is not None and training.centre_D is not None:
+        weights = tables.weights_table(listing.classes, job.target, training.model_P, training.centre_D)
         contents["weights"] = weights
         contents["history"] = tables.history_table(training.history)
     for name, table in contents.items():

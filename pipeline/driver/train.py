@@ -35,7 +35,7 @@ class Training:
 
     Attributes:
         history: A row a finished epoch.
-        params: float32 [P]; None before the first epoch.
+        params: As `LaneActor.train_epoch` returns them, float32 [2P]; None before the first epoch.
         learning_rate: None before training has begun.
         centre_D: The mean image, float64, 0 to 1; None before training has begun.
     """
@@ -44,6 +44,11 @@ class Training:
     params: npt.NDArray[np.float32] | None
     learning_rate: float | None = None
     centre_D: npt.NDArray[np.float64] | None = None
+
+    @property
+    def model_P(self) -> npt.NDArray[np.float32] | None:
+        """The parameters that are reported, float32 [P]."""
+        return None if self.params is None else np.split(self.params, 2)[1]
 
 
 def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[str, Any]) -> None:
@@ -103,6 +108,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--lanes": config.lanes,
+        "model": "mean of all steps",
     }
 
 

@@ -31,12 +31,12 @@ class Checkpoint:
     Attributes:
         fingerprint: What must be equal for the training to go on: data, options, seed.
         history: A row an epoch.
-        params_P: float32 [P].
+        params: float32, as the actors take them again.
     """
 
     fingerprint: dict[str, Any]
     history: list[EpochMetric]
-    params_P: npt.NDArray[np.float32]
+    params: npt.NDArray[np.float32]
 
 
 def write_checkpoint(output: Output, checkpoint: Checkpoint) -> None:
@@ -46,7 +46,7 @@ def write_checkpoint(output: Output, checkpoint: Checkpoint) -> None:
         "history": json.dumps([asdict(row) for row in checkpoint.history]),
     }
     schema = pa.schema([("params", pa.float32())], metadata=metadata)
-    write_table(output, CHECKPOINT_FILE.removesuffix(".parquet"), pa.table([checkpoint.params_P], schema=schema))
+    write_table(output, CHECKPOINT_FILE.removesuffix(".parquet"), pa.table([checkpoint.params], schema=schema))
 
 
 def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint | None:

@@ -26,6 +26,8 @@ _MAX_SCORE_ROWS = 1024
 _SCORE_BYTES = 32 * 2**20
 # Rows of a step that are taken through all its operations at once: more do not stay in a processor's cache.
 _STEP_ROWS = 512
+# Of the weights of steps in the mean of all.
+_DECAY = 3
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,13 @@ def find_centre(sums_KD: torch.Tensor, counts_K: torch.Tensor, means_KD: torch.T
     return Centre(centre_D.float(), of_means_D, 4 / (variance + 1))
 
 
-def initial_params(num_classes: int, num_values: int, seed: int) -> torch.Tensor:
-    """Draw small normal weights from the seed, on the CPU so that every device starts alike; biases are 0. [P]."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "weights"))
-    params_P = torch.zeros(num_classes * num_values + num_classes)
-    params_P[: num_classes * num_values].normal_(std=0.01, generator=generator)
-    return params_P
+def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
+    """Return the parameters before the first step, float32 [P], zero.
+
+    The loss is convex, so that any start leads to the same minimum; where there are more values than images to hold
+    them, random weights would stay to the end, as noise.
+    """
+    return torch.zeros(num_classes * num_values + num_classes)
 
 
 def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,6 +188,22 @@ def step(
     params_P.sub_(total_P, alpha=learning_rate)
     norm: torch.Tensor = torch.linalg.vector_norm(total_P)
     return norm
+
+
+def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> None:
+    """Take the parameters after a step into their weighted mean over all steps, in place: the model that is reported.
+
+    With steps of one length the parameters jitter around the minimum; their mean settles (B. T. Polyak, A. B. Juditsky,
+    "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30 (1992)). The weight of a step
+    grows with the third power of its number, so that the first ones are forgotten and no number of steps need be known
+    (O. Shamir, T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013, polynomial decay).
+
+    Args:
+        mean_P: The mean before this step; its values do not matter at the first one.
+        params_P: The parameters after this step.
+        num_steps: How many steps there have been, this one included.
+    """
+    mean_P.lerp_(params_P, (_DECAY + 1) / (num_steps + _DECAY))
 
 
 def score(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
