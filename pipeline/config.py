@@ -45,7 +45,7 @@ class Config:
     size: str = "auto"
     mode: str = "auto"
     draft: bool = True
-    epochs: int = 30
+    epochs: int = 40
     learning_rate: float | None = None
     batch_size: int = 64
     seed: int = 0

@@ -53,6 +53,12 @@ def mnist_png(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def fashion_mnist(tmp_path_factory):
+    """All of Fashion-MNIST, unpacked."""
+    return unpack("fashion_mnist", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory):
     """Three classes of 8x8 grey images, 40 to train on and 12 to validate on each, with one file that is no image."""
     root, random = tmp_path_factory.mktemp("small"), np.random.default_rng(7)

@@ -157,13 +157,13 @@ def test_training_begins_at_zero():
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 50])
-def test_the_mean_weighs_steps_by_the_third_power_of_their_number(num_steps):
+def test_the_mean_weighs_steps_by_the_square_of_their_number(num_steps):
     steps = np.random.default_rng(0).standard_normal((num_steps, 5)).astype(np.float32)
     mean_P = torch.full((5,), 1e30)
     for number, params_P in enumerate(steps, start=1):
         sgd_linear.average(mean_P, torch.from_numpy(params_P), number)
-    # The recursion of Shamir and Zhang, unrolled: (t + 2 choose 3) for step t.
-    weights = [math.comb(number + 2, 3) for number in range(1, num_steps + 1)]
+    # The recursion of Shamir and Zhang, unrolled: (t + 1 choose 2) for step t.
+    weights = [math.comb(number + 1, 2) for number in range(1, num_steps + 1)]
     np.testing.assert_allclose(mean_P, np.average(steps, axis=0, weights=weights), rtol=1e-4, atol=1e-5)
 
 

@@ -26,8 +26,8 @@ _MAX_SCORE_ROWS = 1024
 _SCORE_BYTES = 32 * 2**20
 # Rows of a step that are taken through all its operations at once: more do not stay in a processor's cache.
 _STEP_ROWS = 512
-# Of the weights of steps in the mean of all.
-_DECAY = 3
+# Of the weights of steps in the mean of all: the mean is that of about the last third of them.
+_DECAY = 2
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> Non
 
     With steps of one length the parameters jitter around the minimum; their mean settles (B. T. Polyak, A. B. Juditsky,
     "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30 (1992)). The weight of a step
-    grows with the third power of its number, so that the first ones are forgotten and no number of steps need be known
+    grows with the square of its number, so that the first ones are forgotten and no number of steps need be known
     (O. Shamir, T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013, polynomial decay).
 
     Args:
