@@ -26,7 +26,7 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from pipeline import __version__
-from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, Config
+from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, NEIGHBORS_OF, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.results.terminal import (
     Progress,
@@ -244,10 +244,19 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_data_option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
 @_data_option("--cache-gib", type=float, help="Size limit of the cache; the least recently used entries are removed.")
 @_training_option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves the linear model out.")
+@_training_option(
+    "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."
+)
+@_training_option(
+    "--neighbors-of",
+    type=click.Choice(NEIGHBORS_OF),
+    default=_DEFAULTS.neighbors_of,
+    help="Search neighbors, and doubtful labels, of the validation images or of all.",
+)
 @_training_option("--learning-rate", default="auto", callback=_real_or_auto, help="Step size of SGD.")
 @_training_option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
 @_training_option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")
-@_training_option("--seed", type=int, default=_DEFAULTS.seed, help="Seed of the first weights and the image order.")
+@_training_option("--seed", type=int, default=_DEFAULTS.seed, help="Seed of the images' order.")
 @_training_option("--target-accuracy", type=float, help="Stop at this validation accuracy, as 0.98.")
 @_training_option("--patience", type=int, help="Stop after so many epochs without a better validation accuracy.")
 @_training_option("--max-seconds", type=float, help="Stop training at the end of the epoch that passes this time.")
@@ -358,7 +367,7 @@ def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    has_epochs = config.resume or last.phase == "score" or (last.epoch or 0) > 1
+    has_epochs = config.resume or last.phase in ("neighbors", "score") or (last.epoch or 0) > 1
     out = without_secrets(config.out)
     again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"

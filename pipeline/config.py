@@ -16,6 +16,8 @@ from os import PathLike
 from pipeline.errors import OptionError
 
 INCOMPLETE_CLASSES = ("error", "drop")
+NEIGHBORS_OF = ("auto", "valid", "all")
+MAX_NEIGHBORS = 1000
 DEVICES = ("auto", "cpu", "cuda")
 _MAY_BE_NONE = ("cache", "address", "label_column", "image_column")
 MODES = ("auto", "L", "RGB")
@@ -46,6 +48,8 @@ class Config:
     mode: str = "auto"
     draft: bool = True
     epochs: int = 40
+    neighbors: int | None = None
+    neighbors_of: str = "auto"
     learning_rate: float | None = None
     batch_size: int = 64
     seed: int = 0
@@ -152,6 +156,14 @@ class Config:
         _expect(
             self.learning_rate is None or 0 < self.learning_rate <= _LARGEST_FLOAT32,
             f"--learning-rate: expected auto, or a positive number, got {self.learning_rate}; auto fits the images",
+        )
+        _expect(
+            self.neighbors is None or 0 <= self.neighbors <= MAX_NEIGHBORS,
+            f"--neighbors: expected auto, or 0 to {MAX_NEIGHBORS}, got {self.neighbors}; 0 searches for none",
+        )
+        _expect(
+            self.neighbors_of in NEIGHBORS_OF,
+            f"--neighbors-of: expected one of {', '.join(NEIGHBORS_OF)}, got {self.neighbors_of}; choose one",
         )
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
         _expect(

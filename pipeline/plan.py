@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
+
+logger = logging.getLogger(__name__)
 
 # A shard is of so many images; of up to so many where they are small, as each costs some milliseconds besides decoding.
 _SHARD_IMAGES = 2048
@@ -34,6 +37,14 @@ MAX_PART_BYTES = 256 * 2**20
 _MIN_PART_IMAGES = 2048
 # What is shuffled, and read from disk, at once; two of each lane are in memory where lanes are on disk.
 _CHUNK_BYTES = 8 * 2**20
+# More products of pixels than these are not computed unless they are asked for: with 5 neighbors of each validation
+# image, and of each training image.
+_DEFAULT_NEIGHBORS = 5
+_MAX_PRODUCTS, _MAX_TRAIN_PRODUCTS = 4 * 10**12, 10**12
+# Of a core without instructions for int8.
+_PRODUCTS_PER_HOUR = 10**14
+# Of the images that are searched for at once.
+_REQUEST_BYTES = 32 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
@@ -132,9 +143,32 @@ class LaneAssignment:
         """Return the lanes of rows of the listing, int64 [N]."""
         return rows_N // self.run_length % self.num_lanes
 
+    def rows(self, lane: int, offsets_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the rows of the listing that stand at these offsets of a lane, int64 [N]."""
+        runs_N, places_N = np.divmod(offsets_N, self.run_length)
+        return (runs_N * self.num_lanes + lane) * self.run_length + places_N
+
     def offsets(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return where rows of the listing stand in their lanes, int64 [N]."""
         return rows_N // (self.run_length * self.num_lanes) * self.run_length + rows_N % self.run_length
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images of one actor for which all actors are to search their training images.
+
+    Attributes:
+        kind: `valid` and `train` for images of the splits; `doubtful` for images whose label is doubtful, of both.
+        spans: A part's number, the first position in it and the one behind the last; of other kinds the number is 0.
+    """
+
+    kind: Literal["valid", "train", "doubtful"]
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Places of images, those of skipped ones included."""
+        return sum(stop - start for _, start, stop in self.spans)
 
 
 @dataclass(frozen=True)
@@ -151,6 +185,8 @@ class Plan:
         learning_rate: Of SGD; None for the one that fits the images.
         seed: Of the weights and of the images' order.
         gpus_per_actor: The share of a GPU that an actor has, where there are GPUs.
+        num_neighbors: Nearest training images that are searched for every validation image; 0 for none.
+        searches_train: Whether they are searched for every training image too.
     """
 
     target: Target
@@ -162,11 +198,18 @@ class Plan:
     learning_rate: float | None
     seed: int
     gpus_per_actor: float
+    num_neighbors: int = 0
+    searches_train: bool = False
 
     @property
     def num_lanes(self) -> int:
         """L, a constant of the job."""
         return self.assignment.num_lanes
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether actors keep all images after the class means."""
+        return self.has_training or self.num_neighbors > 0
 
     @property
     def num_chunks(self) -> int:
@@ -175,11 +218,32 @@ class Plan:
         return max(1, -(-max(self.assignment.lane_sizes) // max_rows))
 
     @property
+    def lane_positions(self) -> int:
+        """Places of a lane where it is kept, as many as chunks of the longest lane have."""
+        return self.num_chunks * -(-max(self.assignment.lane_sizes) // self.num_chunks)
+
+    def requests(self, kind: Literal["valid", "train", "doubtful"], sizes: Mapping[int, int]) -> list[Request]:
+        """Cut what one actor has, by the number of positions of each part, into requests of bounded size."""
+        most = max(1, _REQUEST_BYTES // self.target.num_values)
+        requests, spans, num_left = [], [], most
+        for part, size in sizes.items():
+            start = 0
+            while start < size:
+                stop = min(size, start + num_left)
+                spans.append((part, start, stop))
+                num_left -= stop - start
+                start = stop
+                if num_left == 0:
+                    requests.append(Request(kind, tuple(spans)))
+                    spans, num_left = [], most
+        return requests + ([Request(kind, tuple(spans))] if spans else [])
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the images that all actors hold at one time."""
-        # Without training a part is scored and forgotten when it is complete; the next one fills meanwhile.
-        num_valid = sum(self.part_sizes) if self.has_training else 2 * max(self.part_sizes, default=0)
-        num_train = self.assignment.num_images if self.has_training else 0
+        # Else a part is scored and forgotten when it is complete; the next one fills meanwhile.
+        num_valid = sum(self.part_sizes) if self.keeps_images else 2 * max(self.part_sizes, default=0)
+        num_train = self.assignment.num_images if self.keeps_images else 0
         return (num_train + num_valid) * self.target.num_values
 
 
@@ -197,18 +261,41 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
     bounds = part_bounds(len(listing.valid), target.num_values + score_bytes, config.lanes)
     train = cut_train(listing.row_groups("train"), max_images)
     valid = cut_valid(listing.row_groups("valid"), max_images, bounds, len(train))
+    num_neighbors = choose_neighbors(config, len(listing.train), len(listing.valid), target.num_values)
     plan = Plan(
         target=target,
         num_classes=len(listing.classes),
         assignment=LaneAssignment(len(listing.train), config.lanes),
         part_sizes=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
         has_training=config.epochs > 0,
+        num_neighbors=num_neighbors,
+        searches_train=num_neighbors > 0 and _searches_train(config, len(listing.train), target.num_values),
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,
         gpus_per_actor=config.gpus_per_actor,
     )
     return plan, train + valid
+
+
+def choose_neighbors(config: Config, num_train: int, num_valid: int, num_values: int) -> int:
+    """Choose how many neighbors to search for, where the user leaves it open: none, if it took long."""
+    if config.neighbors is not None:
+        return config.neighbors
+    num_products = num_train * num_valid * num_values
+    if num_products <= _MAX_PRODUCTS:
+        return _DEFAULT_NEIGHBORS
+    logger.info(
+        "the nearest training images are not searched for: %d x %d images of %d values take %.1e products, an hour on %d "
+        "cores or so; --neighbors %d asks for it",
+        num_train, num_valid, num_values, num_products, -(-num_products // _PRODUCTS_PER_HOUR), _DEFAULT_NEIGHBORS,
+    )  # fmt: skip
+    return 0
+
+
+def _searches_train(config: Config, num_train: int, num_values: int) -> bool:
+    is_cheap = num_train**2 * num_values <= _MAX_TRAIN_PRODUCTS
+    return config.neighbors_of == "all" or (config.neighbors_of == "auto" and is_cheap)
 
 
 def _shard_images(num_images: int, config: Config) -> int:

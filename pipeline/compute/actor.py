@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,12 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.compute.block import Trained
-from pipeline.compute.classifiers import CLASSIFIERS, nearest_mean, sgd_linear
+from pipeline.compute.classifiers import nearest_mean, sgd_linear, used_classifiers
 from pipeline.compute.collective import Collective
 from pipeline.compute.epoch import EpochSums
 from pipeline.compute.exchange import Address
 from pipeline.compute.lanes import Lanes
+from pipeline.compute.neighborhood import Neighborhood
 from pipeline.compute.parts import Part
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.data.columns import one_chunk
@@ -72,7 +74,6 @@ class LaneActor:
         self._lane_counts_L = torch.zeros(plan.num_lanes, dtype=torch.int64)
         self._lanes = list(range(rank, plan.num_lanes, num_actors))
         self._store_device, self._scratch = self._choose_store(scratch)
-        self._train: Lanes | None = None
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
         self._trained = Trained(self._counts_K, empty, empty, empty)
@@ -107,11 +108,11 @@ class LaneActor:
         self._collective.close()
 
     def add_train(self, start: int, table: pa.Table) -> None:
-        """Count training images into the class sums and keep them, if there is training.
+        """Count training images into the class sums and keep them, if they are needed again.
 
         Args:
             start: The shard's first row in the training listing.
-            table: `row` int32, counted from there, `class` and `image`, all of this actor's lanes.
+            table: `row` int32, counted from there, `class`, `image` and, for neighbors, `key`: of this actor's lanes.
         """
         images_ND, labels_N = _to_tensors(table, self._device)
         rows_N = start + table["row"].to_numpy().astype(np.int64)
@@ -122,9 +123,9 @@ class LaneActor:
         self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
             self._num_squares += nearest_mean.sum_squares(images_ND)
-            if self._train is None:
-                self._train = self._make_lanes()
-            self._train.put(rows_N, images_ND, labels_N)
+        if self._plan.keeps_images:
+            keys = table["key"] if self._plan.num_neighbors > 0 else None
+            self._train.put(rows_N, images_ND, labels_N, keys)
 
     def add_valid(self, part: int, offset: int, table: pa.Table) -> None:
         """Keep a validation shard's images until their part is scored.
@@ -136,7 +137,7 @@ class LaneActor:
         """
         if part not in self._parts:
             size, num_values = self._plan.part_sizes[part], self._plan.target.num_values
-            scratch = self._scratch if self._plan.has_training else None
+            scratch = self._scratch if self._plan.keeps_images else None
             self._parts[part] = Part(size, num_values, self._store_device, scratch)
         rows_N = offset + table["row"].to_numpy().astype(np.int64)
         self._parts[part].put(rows_N, table["key"], *_to_tensors(table, self._store_device))
@@ -165,7 +166,9 @@ class LaneActor:
         self._learning_rate = plan.learning_rate or centre.safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
-        last_P, mean_P = (initial_P, initial_P.clone()) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
+        last_P, mean_P = (
+            (initial_P, initial_P.clone()) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
+        )
         self._params_P = last_P.to(self._device)
         centre_D = centre.centre_D.to(self._device)
         self._trained = replace(trained, params_P=mean_P.to(self._device), centre_D=centre_D)
@@ -189,8 +192,6 @@ class LaneActor:
         lane_rows = plan.batch_size // plan.num_lanes
         lane_counts = self._lane_counts_L.tolist()
         num_steps = -(-max(lane_counts) // lane_rows)
-        if self._train is None:  # all images of these lanes were skipped, or there are none
-            self._train = self._make_lanes()
         # Every actor sends as many lanes as the one that has most, so that all send alike.
         num_sent = -(-plan.num_lanes // self._num_actors)
         gradients_ZP = sgd_linear.empty_gradients(num_sent, len(self._params_P), self._device)
@@ -210,15 +211,33 @@ class LaneActor:
         return record, torch.cat([self._params_P, trained.params_P]).cpu().numpy() if self._rank == 0 else None
 
     def count_steps(self) -> int:
-        """Say how many steps of the epoch under way, or of the last one, are done."""
+        """Say how many steps of the epoch under way, or of the last one, are done; or blocks of a search."""
+        if "neighborhood" in vars(self):
+            return self.neighborhood.num_blocks_done
         return self._epoch.num_steps_done if self._epoch else 0
 
-    def score_part(self, part: int) -> ScoredPart:
-        """Score a part's images by every classifier and forget them."""
-        used = [classifier for classifier in CLASSIFIERS if self._plan.has_training or not classifier.needs_epochs]
-        return score_part(self._parts.pop(part), self._trained, used, self._device, self._num_threads)
+    @cached_property
+    def neighborhood(self) -> Neighborhood:
+        """This actor's share of the search for neighbors; all its images have to be here."""
+        return Neighborhood(self._plan, self._train, self._parts, self._device, self._num_threads)
 
-    def _make_lanes(self) -> Lanes:
+    def score_part(self, part: int, median: float | None = None) -> ScoredPart:
+        """Score a part's images by every classifier and forget them.
+
+        Args:
+            part: Its number.
+            median: The median distance to the nearest training image, where these were searched for.
+        """
+        plan = self._plan
+        neighbors = None if median is None else self.neighborhood.columns(part)
+        is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
+        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training)
+        stored, threads = self._parts.pop(part), self._num_threads
+        return score_part(stored, self._trained, used, self._device, threads, neighbors, is_twin_N)
+
+    @cached_property
+    def _train(self) -> Lanes:
+        # Made with the first image: without training and neighbors it takes no room.
         return Lanes(self._plan, self._lanes, self._device, self._store_device, self._scratch)
 
     def _choose_store(self, scratch: str | None) -> tuple[torch.device, str | None]:

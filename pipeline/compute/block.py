@@ -3,12 +3,12 @@
 Input: images on a device and a `Trained`. Output: what several classifiers share, computed once. Invariant: a block is
 scored on the device that it is on.
 
-Axes: N images, K classes, D values of an image, P parameters.
+Axes: N images, J neighbors, K classes, D values of an image, P parameters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -41,11 +41,13 @@ class Block:
         images_ND: uint8, 0 to 255.
         trained: What was learnt.
         num_threads: Threads for distances, on the CPU.
+        neighbor_labels_NJ: The classes of their nearest training images, int64; empty where none are searched for.
     """
 
     images_ND: torch.Tensor
     trained: Trained
     num_threads: int = 1
+    neighbor_labels_NJ: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,11 +20,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from pipeline.compute.classifiers import sgd_linear
+from pipeline.compute.neighbors import TrainBlock
 from pipeline.errors import ClusterError
 from pipeline.plan import Plan
+
+# What is searched at once: its products with as many other images stay in a processor's cache.
+_BLOCK_BYTES = 16 * 2**20
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 64, 4096
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,31 +56,90 @@ class Lanes:
         self._device = device
         self._is_on_disk = scratch is not None
         self._num_chunks = plan.num_chunks
-        self._chunk_rows = -(-max(plan.assignment.lane_sizes) // self._num_chunks)
-        lane_positions = self._num_chunks * self._chunk_rows
+        lane_positions = plan.lane_positions
+        self._chunk_rows = lane_positions // self._num_chunks
         self._starts = {lane: index * lane_positions for index, lane in enumerate(lanes)}
         num_positions = len(lanes) * lane_positions
         self._images_MD = empty_images(num_positions, plan.target.num_values, store, scratch)
         self._labels_M = torch.empty(num_positions, dtype=torch.int32, device=store)
         self._is_filled_M = np.zeros(num_positions, np.bool_)
+        self._keys: dict[int, tuple[npt.NDArray[np.int64], pa.StringArray]] = {}
 
-    def put(self, rows_N: npt.NDArray[np.int64], images_ND: torch.Tensor, labels_N: torch.Tensor) -> None:
+    def put(
+        self,
+        rows_N: npt.NDArray[np.int64],
+        images_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        keys: pa.ChunkedArray | None = None,
+    ) -> None:
         """Copy images to their positions.
 
         Args:
             rows_N: Their rows in the training listing.
             images_ND: uint8.
             labels_N: int64.
+            keys: Their keys, string, where neighbors are to be named.
         """
+        if keys is not None and len(rows_N):
+            # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
+            self._keys[int(rows_N[0])] = rows_N, pa.array(keys.to_pylist(), pa.string())
+        positions_N = self._positions(rows_N)
+        put_images(self._images_MD, positions_N, images_ND)
+        self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
+        self._is_filled_M[positions_N] = True
+
+    def blocks(self, device: torch.device) -> Iterator[TrainBlock]:
+        """Give all images, in blocks of as many positions, on a device."""
+        step = max(_MIN_BLOCK_ROWS, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // self._images_MD.shape[1]))
+        for start in range(0, len(self._images_MD), step):
+            images_TD, labels_T, rows_T = self.between(start, start + step)
+            if len(rows_T):
+                yield TrainBlock(images_TD.to(device), torch.from_numpy(rows_T), labels_T)
+
+    def between(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+        """Give the images at some positions, uint8 [N, D], where they are kept; their labels and rows, int64 [N]."""
+        is_filled_N = self._is_filled_M[start:stop]
+        places_N = np.flatnonzero(is_filled_N)
+        images_ND = self._images_MD[start:stop]
+        if len(places_N) < len(is_filled_N):
+            images_ND = images_ND.index_select(0, torch.from_numpy(places_N).to(images_ND.device))
+        return images_ND, self._labels_M[start:stop].cpu().long()[places_N], self._rows(start + places_N)
+
+    def take(self, rows_N: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Give the images, uint8 [N, D], of rows of the listing that are here."""
+        positions_N = torch.from_numpy(self._positions(rows_N)).to(self._images_MD.device)
+        return self._images_MD.index_select(0, positions_N)
+
+    def keys_of(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
+        """Give the keys, str, of rows of the listing that are here."""
+        firsts_S = sorted(self._keys)
+        keys_N = np.full(len(rows_N), "", object)
+        shards_N = np.searchsorted(firsts_S, rows_N, side="right") - 1
+        for shard in np.unique(shards_N):
+            rows_R, keys = self._keys[firsts_S[shard]]
+            chosen_N = np.flatnonzero(shards_N == shard)
+            keys_N[chosen_N] = keys.take(pa.array(np.searchsorted(rows_R, rows_N[chosen_N]))).to_pylist()
+        return keys_N
+
+    def _positions(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Find where rows of the listing are kept, int64 [N]."""
         assignment = self._plan.assignment
         offsets_N = assignment.offsets(rows_N)
         starts_L = np.array([self._starts.get(lane, -1) for lane in range(assignment.num_lanes)])
         # [lane][chunk][row of the chunk]: the p-th image of a lane is in chunk p modulo their number.
         positions_N = starts_L[assignment.lanes(rows_N)] + offsets_N % self._num_chunks * self._chunk_rows
         positions_N += offsets_N // self._num_chunks
-        put_images(self._images_MD, positions_N, images_ND)
-        self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
-        self._is_filled_M[positions_N] = True
+        return positions_N
+
+    def _rows(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Find the rows of the listing that are kept at positions, int64 [N]."""
+        rows_N = np.empty_like(positions_N)
+        lane_positions = self._num_chunks * self._chunk_rows
+        for lane, start in self._starts.items():
+            is_of_lane_N = (positions_N >= start) & (positions_N < start + lane_positions)
+            chunks_N, places_N = np.divmod(positions_N[is_of_lane_N] - start, self._chunk_rows)
+            rows_N[is_of_lane_N] = self._plan.assignment.rows(lane, places_N * self._num_chunks + chunks_N)
+        return rows_N
 
     def batches(self, epoch: int, lane_rows: int, num_steps: int) -> Iterator[tuple[torch.Tensor, Any, list[int]]]:
         """Give the rows of every step of an epoch.

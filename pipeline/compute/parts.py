@@ -68,6 +68,22 @@ class Part:
         """Labels of all images, int64 [N], on the CPU."""
         return self._labels_M[torch.from_numpy(np.flatnonzero(self._is_filled_M))]
 
+    def between(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+        """Give the images at some positions, uint8 [N, D], where they are kept; their labels and positions, int64."""
+        positions_N = start + np.flatnonzero(self._is_filled_M[start:stop])
+        images_ND, labels_N = self.take(positions_N)
+        return images_ND, labels_N, positions_N
+
+    def take(self, positions_N: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the images at these positions, uint8 [N, D], where they are kept, and their labels."""
+        chosen_N = torch.from_numpy(positions_N)
+        return self._images_MD.index_select(0, chosen_N.to(self._images_MD.device)), self._labels_M[chosen_N]
+
+    def keys_of(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
+        """Give the keys, str, of the images at these positions."""
+        places_N = np.cumsum(self._is_filled_M)[positions_N] - 1
+        return np.array(self.keys().take(pa.array(places_N)).to_pylist(), object)
+
     def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
         rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))

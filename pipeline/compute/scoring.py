@@ -18,6 +18,7 @@ import torch
 from pipeline.compute.block import Block, Trained
 from pipeline.compute.classifiers import Classifier
 from pipeline.compute.parts import Part
+from pipeline.results.tables import NeighborColumns
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class ScoredPart:
         predictions: By classifier, int64 [N].
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
         confusions: By classifier, int64 [K, K].
+        num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
+        num_twins: How many have one.
+        neighbors: What is said of neighbors, where they were searched for.
     """
 
     keys: pa.StringArray
@@ -37,10 +41,19 @@ class ScoredPart:
     predictions: dict[str, npt.NDArray[np.int64]]
     scores: dict[str, npt.NDArray[np.float32]]
     confusions: dict[str, npt.NDArray[np.int64]]
+    num_twins_correct: dict[str, int]
+    num_twins: int
+    neighbors: NeighborColumns | None
 
 
 def score_part(
-    part: Part, trained: Trained, classifiers: Sequence[Classifier], device: torch.device, num_threads: int
+    part: Part,
+    trained: Trained,
+    classifiers: Sequence[Classifier],
+    device: torch.device,
+    num_threads: int,
+    neighbors: NeighborColumns | None = None,
+    is_twin_N: npt.NDArray[np.bool_] | None = None,
 ) -> ScoredPart:
     """Score all images of a part, block by block.
 
@@ -50,18 +63,27 @@ def score_part(
         classifiers: Those that this job has.
         device: Where blocks are scored.
         num_threads: Threads for distances, on the CPU.
+        neighbors: Of the part's images, where they were searched for.
+        is_twin_N: Likewise, whether they are a training image once more.
     """
+    labels_N = part.labels()
     scorers = {classifier.name: classifier.load() for classifier in classifiers}
     predictions: dict[str, list[torch.Tensor]] = {name: [] for name in scorers}
     scores: dict[str, list[torch.Tensor]] = {classifier.name: [] for classifier in classifiers if classifier.has_scores}
+    # Without neighbors, none of any image.
+    neighbor_labels_NJ = torch.from_numpy(
+        np.zeros((len(labels_N), 0), int) if neighbors is None else neighbors.labels_NJ
+    )
+    start = 0
     for images_ND, _ in part.blocks(device):
-        block = Block(images_ND, trained, num_threads)
+        rows = slice(start, start + len(images_ND))
+        start = rows.stop
+        block = Block(images_ND, trained, num_threads, neighbor_labels_NJ[rows].to(device))
         for name, scorer in scorers.items():
             scores_NK, predictions_N = scorer(block)
             predictions[name].append(predictions_N)
             if scores_NK is not None:
                 scores[name].append(scores_NK)
-    labels_N = part.labels()
     all_predictions = {name: torch.cat(blocks).cpu() for name, blocks in predictions.items()}
     num_classes = len(trained.counts_K)
     return ScoredPart(
@@ -73,6 +95,12 @@ def score_part(
             name: confusion(labels_N, predictions_N, num_classes).numpy()
             for name, predictions_N in all_predictions.items()
         },
+        num_twins_correct={
+            name: int((predictions_N == labels_N)[is_twin_N].sum()) if is_twin_N is not None else 0
+            for name, predictions_N in all_predictions.items()
+        },
+        num_twins=0 if is_twin_N is None else int(is_twin_N.sum()),
+        neighbors=neighbors,
     )
 
 

@@ -35,6 +35,7 @@ class Loader:
         num_actors: How many actors the lanes are assigned to.
         cache: Where outcomes are kept; None for nowhere.
         split_names: What the dataset calls the splits, train and valid.
+        keeps_train_keys: Whether the training images' keys are wanted too.
     """
 
     location: Location
@@ -44,6 +45,7 @@ class Loader:
     num_actors: int
     cache: Cache | None
     split_names: tuple[str, str] = ("train", "valid")
+    keeps_train_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def load_shard(
         file: The archive; None for class folders.
 
     Returns:
-        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation `key`: one for
+        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation, or where it is wanted, `key`: one for
         each of the training images' `shard_owners`, or one of all validation images; of each skipped image the key, the
         class and the reason; and the outcome as a whole.
 
@@ -93,7 +95,8 @@ def load_shard(
     table = decoded.table.append_column("row", pa.array(kept_N))
     if shard.split == "valid":
         return [table], skipped, decoded
-    table = table.drop_columns("key")
+    if not loader.keeps_train_keys:
+        table = table.drop_columns("key")
     wanted = shard_owners(loader.assignment, loader.num_actors, shard)
     if len(wanted) == 1:
         return [table], skipped, decoded

@@ -10,8 +10,9 @@ import gc
 import importlib
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.compute.exchange import TOKEN_BYTES, Address
 from pipeline.driver.allocation import Allocation
 from pipeline.driver.imports import leave_pandas_out
-from pipeline.driver.waiting import Ref
+from pipeline.driver.waiting import Ref, get_result, is_finished
 from pipeline.errors import ActorLostError
 from pipeline.plan import Plan
 from pipeline.results import tables
@@ -35,10 +36,17 @@ Actor = Any  # a handle of ActorProcess
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A written prediction file: its content's digest and, by classifier, its confusion counts, int64 [K, K]."""
+    """A written prediction file.
+
+    Attributes:
+        digest: Of its content.
+        confusions: By classifier, int64 [K, K].
+        num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
+    """
 
     digest: str
     confusions: dict[str, npt.NDArray[np.int64]]
+    num_twins_correct: dict[str, int] = field(default_factory=dict)
 
 
 class ActorProcess:
@@ -68,21 +76,23 @@ class ActorProcess:
         return self._actor.describe()
 
     def call(self, method: str, *args: object) -> Any:
-        """Call a method of the actor."""
-        return getattr(self._actor, method)(*args)
+        """Call a method of the actor, or, as `neighborhood.search`, of what it consists of."""
+        return attrgetter(method)(self._actor)(*args)
 
     def listen(self) -> Address:
         """Wait for the other actors' calls on this node's own address, and return where they reach this one."""
         return self._actor.listen(str(ray.util.get_node_ip_address()))
 
-    def write_part(self, part: int, classes: tuple[str, ...], output: Output) -> PartRecord:
-        """Score a part and write its prediction file."""
+    def write_part(self, part: int, classes: tuple[str, ...], output: Output, median: float | None) -> PartRecord:
+        """Score a part and write its prediction file; `median` is that of the nearest distances, if there are any."""
         from pipeline.results import writing  # here, because decoding workers load this module too
 
-        scored = self._actor.score_part(part)
-        table = tables.predictions_table(classes, scored.keys, scored.labels, scored.predictions, scored.scores)
+        scored = self._actor.score_part(part, median)
+        table = tables.predictions_table(
+            classes, scored.keys, scored.labels, scored.predictions, scored.scores, scored.neighbors
+        )
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
-        return PartRecord(digest, scored.confusions)
+        return PartRecord(digest, scored.confusions, scored.num_twins_correct)
 
 
 def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]:
@@ -129,9 +139,30 @@ def begin_actors(actors: Sequence[Actor], plan: Plan, allocation: Allocation, sc
     return begun
 
 
-def count_steps(actor: Actor) -> Ref:
-    """Ask an actor, beside what it is doing, for the number of training steps done."""
-    return actor.call.options(concurrency_group="watch").remote("count_steps")
+def follow(actor: Actor, show: Callable[[int], object]) -> Callable[[], bool]:
+    """Return a function that shows how much of its work an actor has done, and says whether it goes on.
+
+    Args:
+        actor: It is asked beside what it is doing.
+        show: Called with the number of steps of an epoch, or of blocks searched, that are done.
+    """
+
+    def ask() -> Ref:
+        return actor.call.options(concurrency_group="watch").remote("count_steps")
+
+    asked, last_count = ask(), 0
+
+    def look() -> bool:
+        nonlocal asked, last_count
+        count = last_count
+        if is_finished(asked):
+            count = get_result(asked)
+            asked = ask()
+        show(count)
+        has_moved, last_count = count != last_count, count
+        return has_moved
+
+    return look
 
 
 def end_actors(actors: Sequence[Actor]) -> None:

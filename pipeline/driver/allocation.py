@@ -115,10 +115,10 @@ def choose_storage(plan: Plan, num_actors: int, capacities: Sequence[NodeCapacit
     if not any(is_short):
         return "memory"
     for capacity, num_bytes, is_it_short in zip(capacities, needed, is_short, strict=True):
-        # Without training nothing is kept that disk could keep.
-        if num_bytes > _DISK_SHARE * capacity.disk_bytes if plan.has_training else is_it_short:
-            advice = "--epochs 0, a smaller --size" if plan.has_training else "a smaller --size"
-            disk = f" or {capacity.disk_bytes / 2**30:.1f} on disk" if plan.has_training else ""
+        # Else nothing is kept that disk could keep.
+        if num_bytes > _DISK_SHARE * capacity.disk_bytes if plan.keeps_images else is_it_short:
+            advice = "--epochs 0 --neighbors 0, a smaller --size" if plan.keeps_images else "a smaller --size"
+            disk = f" or {capacity.disk_bytes / 2**30:.1f} on disk" if plan.keeps_images else ""
             raise ClusterError(
                 f"{capacity.address}: expected {num_bytes / 2**30:.1f} GiB for the images, got "
                 f"{_MEMORY_SHARE * capacity.memory_bytes / 2**30:.1f} in memory{disk}; give {advice}, more nodes, or "

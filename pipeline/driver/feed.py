@@ -35,7 +35,7 @@ _LOOK_SECONDS = 5.0
 def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
     """Decode all shards, hand them to the actors, and have the class means computed.
 
-    Without training, parts are scored as well, each as soon as it is complete, so that the validation images are
+    Where images are not needed again, parts are scored as well, each as soon as it is complete, so that the validation images are
     never all held.
 
     Args:
@@ -69,15 +69,16 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
     return counts
 
 
-def write_part(job: Job, actors: list[Actor], part: int) -> Ref:
-    """Have a part scored and written by its actor."""
-    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output)
+def write_part(job: Job, actors: list[Actor], part: int, median: float | None = None) -> Ref:
+    """Have a part scored and written by its actor; `median` is that of the nearest distances, if there are any."""
+    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output, median)
 
 
 def score(job: Job, actors: list[Actor], counts: ImageCounts) -> None:
     """Have every part scored by all classifiers and written."""
     job.clock.enter("score")
-    waiting = {write_part(job, actors, part): part for part in range(len(job.plan.part_sizes))}
+    median = counts.neighbors.median if counts.neighbors else None
+    waiting = {write_part(job, actors, part, median): part for part in range(len(job.plan.part_sizes))}
     while waiting:
         finished = wait_some(
             list(waiting),
@@ -114,6 +115,7 @@ class _Feeding:
                 num_actors=len(self.actors),
                 cache=job.cache,
                 split_names=(job.config.train_split, job.listing.valid_split),
+                keeps_train_keys=job.plan.num_neighbors > 0,
             )
         )
         self._num_to_decode = len(job.shards)
@@ -127,7 +129,7 @@ class _Feeding:
         """
         plan = self.job.plan
         if (
-            plan.has_training
+            plan.keeps_images
             or shard.split == "train"
             or sum(plan.part_sizes) * plan.target.num_values < MAX_PART_BYTES
         ):
@@ -216,7 +218,7 @@ class _Feeding:
         else:
             self._num_part_left[shard.part] -= 1
         # An actor does its calls in order, so the means are there when a part is scored.
-        if self._num_train_left == 0 and not self.job.plan.has_training:
+        if self._num_train_left == 0 and not self.job.plan.keeps_images:
             for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:
                 del self._num_part_left[part]
                 ref = write_part(self.job, self.actors, part)

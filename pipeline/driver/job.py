@@ -20,7 +20,7 @@ from pipeline.data.ahead import DEFAULT_CONCURRENCY
 from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
-from pipeline.driver import cluster, connect, scan, train
+from pipeline.driver import cluster, connect, neighbors, scan, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
@@ -172,6 +172,9 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
                 _say_where_gpus_are_missing(job, counts)
             if job.plan.has_training:
                 train.train(job, actors, training, fingerprint)
+            if job.plan.num_neighbors > 0:
+                counts.neighbors = neighbors.find(job, actors)
+            if job.plan.keeps_images:
                 score(job, actors, counts)
             return _write(job, counts, training)
         except ActorLostError as exc:
@@ -245,8 +248,8 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
         "confusion": tables.confusion_table(listing.classes, confusions),
         "means": tables.means_table(listing.classes, job.target, counts.train_counts_K, counts.means_KD),
     }
-    if training.model_P is not None and training.centre_D is not None:
-        weights = tables.weights_table(listing.classes, job.target, training.model_P, training.centre_D)
+    if training.model is not None and training.centre_D is not None:
+        weights = tables.weights_table(listing.classes, job.target, training.model, training.centre_D)
         contents["weights"] = weights
         contents["history"] = tables.history_table(training.history)
     for name, table in contents.items():

@@ -78,6 +78,27 @@ class Job:
         return False
 
 
+@dataclass(frozen=True)
+class NeighborCounts:
+    """What the search for neighbors came to.
+
+    Attributes:
+        median: Distance of the median validation image to its nearest training image, rms, 0 to 1.
+        num_twins: Validation images that are a training image once more, as it is or changed a little.
+        num_same: Of these, with the same pixels.
+        num_suspects: Images whose label is not that of most of their neighbors.
+        near: References to rows of `duplicates.parquet`, one of each actor.
+        suspects: Likewise of `suspects.parquet`.
+    """
+
+    median: float
+    num_twins: int
+    num_same: int
+    num_suspects: int
+    near: list[Ref]
+    suspects: list[Ref]
+
+
 @dataclass
 class ImageCounts:
     """What one feeding of the actors came to.
@@ -92,6 +113,8 @@ class ImageCounts:
         means_KD: float32, 0 to 1.
         digests: Of the written prediction files, by part.
         confusions: Counts of all of them together, by classifier, int64 [K, K].
+        num_twins_correct: Of the validation images with a twin in training, those predicted right, by classifier.
+        neighbors: What the search for neighbors came to, where there was one.
         devices: What the actors compute on.
         stores: Where they keep their images: `gpu`, `memory` or `disk`.
     """
@@ -105,6 +128,8 @@ class ImageCounts:
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     digests: dict[int, str] = field(default_factory=dict)
     confusions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    num_twins_correct: Counter[str] = field(default_factory=Counter)
+    neighbors: NeighborCounts | None = None
     devices: list[str] = field(default_factory=list)
     stores: list[str] = field(default_factory=list)
 
@@ -113,6 +138,7 @@ class ImageCounts:
         self.digests[part] = record.digest
         for name, confusion_KK in record.confusions.items():
             self.confusions[name] = self.confusions.get(name, 0) + confusion_KK
+        self.num_twins_correct.update(record.num_twins_correct)
 
     @property
     def num_skipped(self) -> int:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.driver.actors import Actor, count_steps
+from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job
-from pipeline.driver.waiting import get_result, is_finished, wait_all
+from pipeline.driver.waiting import get_result, wait_all
 from pipeline.errors import TrainingError
 from pipeline.results import checkpoint, figures
 from pipeline.results.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ class Training:
     centre_D: npt.NDArray[np.float64] | None = None
 
     @property
-    def model_P(self) -> npt.NDArray[np.float32] | None:
+    def model(self) -> npt.NDArray[np.float32] | None:
         """The parameters that are reported, float32 [P]."""
         return None if self.params is None else np.split(self.params, 2)[1]
 
@@ -74,8 +74,9 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     while figures.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
-        watch = _watch_epoch(job, actors[0], epoch, num_steps, training.history)
-        records = wait_all([record for record, _ in refs], f"epoch {epoch}", watch)
+        loss = training.history[-1].train_loss if training.history else None
+        show = partial(job.show, "train", total=num_steps, epoch=epoch, loss=loss)
+        records = wait_all([record for record, _ in refs], f"epoch {epoch}", follow(actors[0], show))
         row = figures.epoch_metric(records)
         if bad_losses := [loss for loss in (row.train_loss, row.valid_loss) if not math.isfinite(loss)]:
             raise TrainingError(
@@ -110,24 +111,6 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--lanes": config.lanes,
         "model": "mean of all steps",
     }
-
-
-def _watch_epoch(job: Job, actor: Actor, epoch: int, num_steps: int, history: list[EpochMetric]) -> Callable[[], bool]:
-    """Return a function that shows how far an epoch is and says whether its steps go on."""
-    asked, last_count = count_steps(actor), 0
-    loss = history[-1].train_loss if history else None
-
-    def look() -> bool:
-        nonlocal asked, last_count
-        count = last_count
-        if is_finished(asked):
-            count = get_result(asked)
-            asked = count_steps(actor)
-        job.show("train", count, num_steps, epoch=epoch, loss=loss)
-        has_moved, last_count = count != last_count, count
-        return has_moved
-
-    return look
 
 
 def _say_if_it_only_guesses(job: Job, training: Training) -> None:

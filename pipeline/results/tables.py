@@ -6,8 +6,9 @@ names and types depend on the classes and the classifiers alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,33 @@ from pipeline.decoding.images import Fault
 from pipeline.plan import Target
 from pipeline.results.figures import EpochMetric, Metric
 
+DUPLICATES_SCHEMA = pa.schema(
+    [("kind", pa.string()), ("group", pa.int64()), ("key", pa.string()), ("split", pa.string()), ("class", pa.string()),
+     ("distance", pa.float32()), ("ratio", pa.float32())]
+)  # fmt: skip
+SUSPECTS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("suggested_class", pa.string()),
+     ("score", pa.float32())]
+)  # fmt: skip
 SKIPPED_SCHEMA = pa.schema(
     [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
      ("error", pa.string())]
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NeighborColumns:
+    """What predictions say of the nearest training images of N images, nearest first.
+
+    Attributes:
+        keys_NJ: str.
+        labels_NJ: Their classes, int64.
+        distances_NJ: rms, float32, 0 to 1.
+    """
+
+    keys_NJ: npt.NDArray[np.object_]
+    labels_NJ: npt.NDArray[np.int64]
+    distances_NJ: npt.NDArray[np.float32]
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
@@ -82,6 +106,7 @@ def predictions_table(
     labels_N: npt.NDArray[np.int64],
     predictions_N: Mapping[str, npt.NDArray[np.int64]],
     scores_NK: Mapping[str, npt.NDArray[np.float32]],
+    neighbors: NeighborColumns | None = None,
 ) -> pa.Table:
     """Lay out one part of `predictions/`; a classifier without scores has no column of them."""
     names = np.array(classes, object)  # Arrow's own choice would load pyarrow.compute
@@ -91,7 +116,40 @@ def predictions_table(
         if classifier in scores_NK:
             scores = pa.array(scores_NK[classifier].reshape(-1))
             columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(scores, len(classes))
+    if neighbors is not None:
+        columns["neighbor_keys"] = _to_lists(neighbors.keys_NJ, pa.string())
+        columns["neighbor_classes"] = _to_lists(names[neighbors.labels_NJ], pa.string())
+        columns["neighbor_distances"] = _to_lists(neighbors.distances_NJ)
     return pa.table(columns)
+
+
+def near_table(
+    pairs: Sequence[tuple[str, str, str, str, np.float32, np.float32]], split_names: Sequence[str]
+) -> pa.Table:
+    """Lay near-duplicates out as rows of `DUPLICATES_SCHEMA`, two for each pair; groups are numbered later.
+
+    Args:
+        pairs: Key and class of a validation image, key and class of a training image, distance and ratio.
+        split_names: What the dataset calls train and valid.
+    """
+    rows = [
+        ("near", 0, key, split, name, distance, ratio)
+        for valid_key, valid_class, train_key, train_class, distance, ratio in pairs
+        for split, key, name in ((split_names[0], train_key, train_class), (split_names[1], valid_key, valid_class))
+    ]
+    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[]] * 7, schema=DUPLICATES_SCHEMA)
+
+
+def suspects_table(
+    keys: Iterable[str],
+    splits: Iterable[str],
+    classes: Iterable[str],
+    suggested: Iterable[str],
+    scores: npt.NDArray[np.float64],
+) -> pa.Table:
+    """Lay images with doubtful labels out as rows of `SUSPECTS_SCHEMA`."""
+    columns = [pa.array(list(texts), pa.string()) for texts in (keys, splits, classes, suggested)]
+    return pa.table([*columns, pa.array(scores.astype(np.float32))], schema=SUSPECTS_SCHEMA)
 
 
 def skipped_table(skipped: Sequence[tuple[bytes, int, Fault]], split: str, classes: Sequence[str]) -> pa.Table:
@@ -113,7 +171,7 @@ def _shape_columns(num_rows: int, target: Target) -> dict[str, pa.Array]:
     return {name: pa.repeat(pa.scalar(side, pa.int32()), num_rows) for name, side in sides.items()}
 
 
-def _to_lists(values_KD: npt.NDArray[np.float32]) -> pa.ListArray:
-    num_rows, num_values = values_KD.shape
+def _to_lists(values_ND: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.ListArray:
+    num_rows, num_values = values_ND.shape
     offsets = pa.array(np.arange(num_rows + 1, dtype=np.int32) * num_values)
-    return pa.ListArray.from_arrays(offsets, pa.array(values_KD.reshape(-1)))
+    return pa.ListArray.from_arrays(offsets, pa.array(values_ND.reshape(-1), kind))

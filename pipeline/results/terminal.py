@@ -31,7 +31,7 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train` or `score`.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `neighbors` or `score`.
         done: Nodes or GPUs that are there, archives indexed, files whose times are known, images decoded or skipped,
             steps of the epoch, or parts written.
         total: Of how many.
@@ -96,6 +96,8 @@ def progress_parts(progress: Progress, first: Progress | None = None) -> list[st
             return [f"decoded {done} of {total} images", *_speed(progress, first)]
         case "means":
             return ["all images are decoded", "computing the class means"]
+        case "neighbors":
+            return [f"searched the neighbors of {done} of {total} images", *_speed(progress, first)]
         case "train":
             loss = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
             speed = [] if first is None else _speed(progress, first)

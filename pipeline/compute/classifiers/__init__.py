@@ -12,7 +12,7 @@ its `load`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ class Classifier:
         load: Imports and returns the function that scores a block.
         has_scores: Whether it has a score for each class.
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
+        needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
     """
 
     name: str
     load: Callable[[], Scorer]
     has_scores: bool = True
     needs_epochs: bool = False
+    needs_neighbors: bool = False
 
 
 def _majority_class() -> Scorer:
@@ -59,19 +61,43 @@ def _nearest_mean_rms() -> Scorer:
     return nearest_mean.score_rms
 
 
+def _knn_first() -> Scorer:
+    from pipeline.compute.classifiers import knn
+
+    return knn.score_first
+
+
+def _knn() -> Scorer:
+    from pipeline.compute.classifiers import knn
+
+    return knn.score
+
+
 def _sgd_linear() -> Scorer:
     from pipeline.compute.classifiers import sgd_linear
 
     return sgd_linear.score
 
 
-# In the order in which they are shown.
+# In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
     Classifier("majority_class", _majority_class, has_scores=False),
     Classifier("nearest_mean_l1", _nearest_mean_l1),
     Classifier("nearest_mean_rms", _nearest_mean_rms),
+    Classifier("knn_1", _knn_first, needs_neighbors=True),
+    Classifier("knn_{}", _knn, needs_neighbors=True),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
 )
+
+
+def used_classifiers(num_neighbors: int, *, has_training: bool) -> list[Classifier]:
+    """Return the classifiers of a job, by what it computes: neighbors of each image, and epochs of SGD."""
+    named = {each.name.format(num_neighbors): each for each in reversed(CLASSIFIERS)}
+    return [
+        replace(each, name=name)
+        for name, each in reversed(named.items())
+        if (has_training or not each.needs_epochs) and (num_neighbors > 0 or not each.needs_neighbors)
+    ]
 
 
 def score_bytes(num_classes: int) -> int:

@@ -1,0 +1,88 @@
+"""Exact products of images with images, in whole numbers.
+
+Input: pixels less 128, int8. Output: their scalar products. Invariant: the same whole numbers from every way of
+computing them, in whatever order sums are added: on CPU or GPU, by int8 or float32.
+
+Axes: N and T images, D values of an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+# Products of int8 are at most 2^14: their sums stay below 2^24, where float32 is exact, for so many values,
+_FLOAT_VALUES = 1024
+# and below 2^31 for so many, with those of the distances that are made of them.
+_INT_VALUES = 2**15
+# What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
+_TRIAL = (256, 512, 784)
+
+
+def to_int8(images_ND: torch.Tensor) -> torch.Tensor:
+    """Take 128 off pixels, uint8; int8."""
+    return images_ND.contiguous().view(torch.int8).bitwise_xor(-128)
+
+
+def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
+    """Multiply images with images, both int8: [N, T], int32 or, where that is too small, int64."""
+    multiply, max_values = (_multiply_int8, _INT_VALUES) if _has_fast_int8(images_ND.device) else (
+        _multiply_float32, _FLOAT_VALUES)  # fmt: skip
+    num_values = images_ND.shape[1]
+    sums_NT = torch.zeros(0)
+    for start in range(0, num_values, max_values):
+        values = slice(start, start + max_values)
+        products_NT = multiply(images_ND[:, values], others_TD[:, values])
+        if start == 0:
+            sums_NT = products_NT.to(torch.int32 if num_values <= _INT_VALUES else torch.int64)
+        else:
+            sums_NT += products_NT
+    return sums_NT
+
+
+def squares(images_ND: torch.Tensor) -> torch.Tensor:
+    """Add up each image's squares, int8; int64 [N]."""
+    blocks = [block_ND.float().square_().sum(1, dtype=torch.float64) for block_ND in images_ND.split(256)]
+    return torch.cat(blocks).long() if blocks else torch.zeros(0, dtype=torch.int64, device=images_ND.device)
+
+
+def _multiply_float32(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
+    return (images_ND.float() @ others_TD.float().T).int()
+
+
+def _multiply_int8(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
+    # CUDA's takes more than 16 rows, and multiples of 8 values and columns; zeros add nothing.
+    (num_images, num_values), num_others = images_ND.shape, len(others_TD)
+    if images_ND.device.type == "cuda":
+        more = -num_values % 8
+        images_ND = torch.nn.functional.pad(images_ND, (0, more, 0, max(0, 17 - num_images)))
+        others_TD = torch.nn.functional.pad(others_TD, (0, more, 0, -num_others % 8))
+    return torch._int_mm(images_ND, others_TD.T)[:num_images, :num_others]
+
+
+@cache
+def _has_fast_int8(device: torch.device) -> bool:
+    """Measure once which way is faster; both give the same.
+
+    Without instructions for it (VNNI, AMX, tensor cores) torch's product of int8 is a plain loop.
+    """
+    num_images, num_others, num_values = _TRIAL
+    images_ND = torch.ones(num_images, num_values, dtype=torch.int8, device=device)
+    others_TD = torch.ones(num_others, num_values, dtype=torch.int8, device=device)
+    try:
+        int8_s = _measure(_multiply_int8, images_ND[:32], others_TD) * num_images / 32
+    except (RuntimeError, AttributeError):  # this torch has none for this device
+        return False
+    return int8_s < _measure(_multiply_float32, images_ND, others_TD)
+
+
+def _measure(
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images_ND: torch.Tensor, others_TD: torch.Tensor
+) -> float:
+    multiply(images_ND, others_TD)
+    started = time.perf_counter()
+    int(multiply(images_ND, others_TD)[0, 0])  # which a GPU is waited for
+    return time.perf_counter() - started

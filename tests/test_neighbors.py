@@ -1,0 +1,115 @@
+"""The nearest training images, against a plain loop in int64."""
+
+import numpy as np
+import pytest
+import torch
+from test_products import pixels
+
+from pipeline.compute import neighbors
+from pipeline.compute.neighbors import FAR, TrainBlock, merge, search, stack
+
+
+def nearest_in_a_loop(images, others, rows, labels, number, own_rows=None, only_labels=None):
+    """For each image the nearest others, by distance and then by row, as lists of (distance, row, label)."""
+    found = []
+    for index, image in enumerate(images):
+        distances = ((others.astype(np.int64) - image.astype(np.int64)) ** 2).sum(1)
+        order = sorted(
+            (int(distance), int(row), int(label))
+            for distance, row, label in zip(distances, rows, labels, strict=True)
+            if (own_rows is None or row != own_rows[index]) and (only_labels is None or label == only_labels[index])
+        )
+        found.append(order[:number])
+    return found
+
+
+def in_blocks(others, rows, labels, size):
+    return [
+        TrainBlock(*(torch.from_numpy(each[start : start + size]) for each in (others, rows, labels)))
+        for start in range(0, len(others), size)
+    ]
+
+
+def as_lists(found):
+    columns = zip(found.distances_NJ, found.rows_NJ, found.labels_NJ, strict=True)
+    return [[(int(d), int(r), int(label)) for d, r, label in zip(*row, strict=True) if d != FAR] for row in columns]
+
+
+def train(number, num_values, high=256, seed=1):
+    rows = np.random.default_rng(seed).permutation(number)
+    return pixels(number, num_values, seed, high), rows, rows % 3
+
+
+@pytest.mark.parametrize("num_neighbors", [1, 5, 40])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("high", [256, 2])  # of two grey values, most distances are ties
+def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, high):
+    monkeypatch.setattr(neighbors, "_TILE_IMAGES", 8)
+    images, others = pixels(20, 12, high=high), train(200, 12, high)
+    found = search(torch.from_numpy(images), in_blocks(*others, size), num_neighbors, num_threads=2)
+    assert as_lists(found) == nearest_in_a_loop(images, *others, num_neighbors)
+
+
+@pytest.mark.parametrize("num_values", [1, 1025, 33_000])
+def test_images_of_any_size_are_compared_exactly(num_values):
+    images, others = pixels(3, num_values), train(9, num_values)
+    found = search(torch.from_numpy(images), in_blocks(*others, 4), 3)
+    assert as_lists(found) == nearest_in_a_loop(images, *others, 3)
+
+
+def test_the_farthest_images_are_exact():
+    black, white = np.zeros((1, 40_000), np.uint8), np.full((1, 40_000), 255, np.uint8)
+    found = search(torch.from_numpy(black), in_blocks(white, np.arange(1), np.arange(1), 1), 1)
+    assert found.distances_NJ.tolist() == [[40_000 * 255**2]]
+
+
+@pytest.mark.parametrize("size", [7, 200])
+def test_an_image_is_no_neighbor_of_itself_but_its_copy_is(size):
+    images, rows, labels = train(50, 6, high=3)
+    images[rows == 7] = images[rows == 3]
+    found = search(
+        torch.from_numpy(images), in_blocks(images, rows, labels, size), 4, own_rows_N=torch.from_numpy(rows)
+    )
+    assert as_lists(found) == nearest_in_a_loop(images, images, rows, labels, 4, own_rows=rows)
+    [place] = np.flatnonzero(rows == 7)
+    assert (found.distances_NJ[place, 0], 3 in found.rows_NJ[place]) == (0, True)
+
+
+def test_neighbors_of_one_class_alone():
+    images, others = pixels(9, 6), train(60, 6)
+    only = np.arange(9) % 4  # there is no class 3
+    found = search(torch.from_numpy(images), in_blocks(*others, 16), 2, only_labels_N=torch.from_numpy(only))
+    assert as_lists(found) == nearest_in_a_loop(images, *others, 2, only_labels=only)
+    assert (found.distances_NJ[3] == FAR).all()
+
+
+@pytest.mark.parametrize("num_actors", [1, 2, 3, 5])
+def test_what_actors_find_is_merged_to_what_one_finds(num_actors):
+    images, others = pixels(30, 5, high=4), train(100, 5, high=4)
+    found = [
+        search(torch.from_numpy(images), in_blocks(*(each[rank::num_actors] for each in others), 9), 6)
+        for rank in range(num_actors)
+    ]
+    assert as_lists(merge(found, 6)) == nearest_in_a_loop(images, *others, 6)
+
+
+def test_columns_that_no_actor_can_fill_are_left_out():
+    images, others = pixels(4, 5), train(3, 5)
+    found = merge([search(torch.from_numpy(images), in_blocks(*others, 2), 5)], 5)
+    assert found.distances_NJ.shape == (4, 3)
+
+
+def test_without_images_there_are_no_neighbors():
+    others = train(3, 5)
+    assert search(torch.zeros(0, 5, dtype=torch.uint8), in_blocks(*others, 2), 2).rows_NJ.shape == (0, 2)
+    nothing = search(torch.from_numpy(pixels(2, 5)), [], 2)
+    assert (stack([nothing, nothing]).distances_NJ == FAR).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a torch built for it")
+def test_a_gpu_finds_the_same_neighbors():
+    images, others = pixels(700, 784), train(3000, 784)
+    on_gpu = [TrainBlock(block.images_TD.cuda(), block.rows_T, block.labels_T) for block in in_blocks(*others, 512)]
+    found = search(torch.from_numpy(images).cuda(), on_gpu, 5)
+    assert as_lists(found) == as_lists(search(torch.from_numpy(images), in_blocks(*others, 1000), 5))
