@@ -22,6 +22,14 @@ SKIPPED_SCHEMA = pa.schema(
     [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
      ("error", pa.string())]
 )  # fmt: skip
+DUPLICATES_SCHEMA = pa.schema(
+    [("kind", pa.string()), ("group", pa.int64()), ("key", pa.string()), ("split", pa.string()), ("class", pa.string()),
+     ("distance", pa.float32()), ("ratio", pa.float32())]
+)  # fmt: skip
+SUSPECTS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("suggested_class", pa.string()),
+     ("score", pa.float32())]
+)  # fmt: skip
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:

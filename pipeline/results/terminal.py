@@ -31,9 +31,9 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train` or `score`.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `score` or `duplicates`.
         done: Nodes or GPUs that are there, archives indexed, files whose times are known, images decoded or skipped,
-            steps of the epoch, or parts written.
+            steps of the epoch, parts written, or buckets of digests grouped.
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
@@ -60,7 +60,7 @@ class Progress:
     def share(self) -> float | None:
         """The share that is done, 0 to 1; None where it cannot be known."""
         done, total = self.units
-        return None if self.phase in ("start", "means") or total == 0 else done / total
+        return None if self.phase in ("start", "means", "duplicates") or total == 0 else done / total
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -96,6 +96,8 @@ def progress_parts(progress: Progress, first: Progress | None = None) -> list[st
             return [f"decoded {done} of {total} images", *_speed(progress, first)]
         case "means":
             return ["all images are decoded", "computing the class means"]
+        case "duplicates":
+            return ["all images are scored", "grouping those with the same pixels"]
         case "train":
             loss = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
             speed = [] if first is None else _speed(progress, first)
@@ -269,11 +271,23 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
             + (kept if run["options"]["cache"] is not None else ""),
         ),
+        ("twins", _twins(run["duplicates"])),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
         ("results", run["out"]),
         ("sha256", run["results_sha256"]),
     ]
+
+
+def _twins(counts: Mapping[str, int]) -> str:
+    if not counts["num_exact_groups"]:
+        return "none with the same pixels"
+    found = f"{counts['num_exact_images']:,} images in {counts['num_exact_groups']:,} groups with the same pixels"
+    conflicts = (
+        f"; {counts['num_conflicts']:,} of several classes (suspects.parquet)" if counts["num_conflicts"] else ""
+    )
+    twins = f"; {counts['num_exact_twins']:,} validation images have a twin in training"
+    return f"{found} (duplicates.parquet){twins}{conflicts}"
 
 
 def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
