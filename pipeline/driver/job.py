@@ -24,6 +24,7 @@ from pipeline.driver import cluster, connect, scan, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
+from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
@@ -31,8 +32,9 @@ from pipeline.driver.waiting import get_result
 from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError, without_secrets
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
+from pipeline.results.duplicates import merge_tables, number_groups
 from pipeline.results.run import RunRecord, run_json
-from pipeline.results.tables import SKIPPED_SCHEMA
+from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
 from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
 
@@ -173,7 +175,7 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             if job.plan.has_training:
                 train.train(job, actors, training, fingerprint)
                 score(job, actors, counts)
-            return _write(job, counts, training)
+            return _write(job, counts, training, find_duplicates(job, counts))
         except ActorLostError as exc:
             train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
@@ -221,7 +223,7 @@ def _say_where_gpus_are_missing(job: Job, counts: ImageCounts) -> None:
         )
 
 
-def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
+def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplicates) -> dict[str, Any]:
     """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
     job.clock.enter("write")
     listing, output = job.listing, job.output
@@ -253,6 +255,11 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
         digests[name] = writing.write_table(output, name, table)
     skipped = (get_result(counts.skipped[index]) for index in sorted(counts.skipped))
     digests["skipped"] = writing.write_tables(output, "skipped", SKIPPED_SCHEMA, skipped)
+    groups = number_groups(merge_tables([get_result(ref) for ref in duplicates.tables], "group"))
+    digests["duplicates"] = writing.write_tables(output, "duplicates", DUPLICATES_SCHEMA, groups)
+    suspects = merge_tables([get_result(ref) for ref in duplicates.suspects], "row")
+    without_rows = (table.drop_columns("row") for table in suspects)
+    digests["suspects"] = writing.write_tables(output, "suspects", SUSPECTS_SCHEMA, without_rows)
     run = run_json(
         RunRecord(
             config=job.config,
@@ -274,6 +281,7 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
             stores=counts.stores,
             began=job.clock.began,
             seconds=job.clock.read(),
+            duplicates=duplicates.counts,
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),
         )
