@@ -102,8 +102,8 @@ def test_the_summary_says_how_many_images_have_twins():
     counts = {"num_exact_groups": 5, "num_exact_images": 1_012, "num_exact_twins": 3, "num_conflicts": 4}
     lines = summary(run_with({"sgd_linear": confusion_of([50, 60])}, duplicates=counts)).splitlines()
     assert (
-        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 3 validation images have a twin "
-        "in training; 4 of several classes (suspects.parquet)"
+        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 3 validation images have a "
+        "twin in training; 4 of several classes (suspects.parquet)"
     ) in lines
 
 
