@@ -210,9 +210,10 @@ def take_images(rows_M: npt.NDArray[np.int64], sources: Sequence[Source]) -> pa.
     for number in np.flatnonzero(np.diff(bounds)).tolist():
         source = sources[number]
         table = get_result(source.table, "the listing")
+        own_keys, own_labels = table["key"], table["label"]
         # One by one, as to take them all at once loads pyarrow.compute, and of many chunks makes one.
         for index in order_M[bounds[number] : bounds[number + 1]].tolist():
             row = int(rows_M[index] - begins[number])
-            keys[index] = table["key"][row].as_py()
-            labels[index] = source.labels[table["label"][row].as_py()]
+            keys[index] = own_keys[row].as_py()
+            labels[index] = source.labels[own_labels[row].as_py()]
     return pa.table([pa.array(keys, pa.binary()), pa.array(labels)], names=["key", "label"])
