@@ -146,7 +146,10 @@ def _sample_headers(location: Location, rows: pa.Table, file: ShardFile, sampled
 
 def submit_split(digests: Sequence[Ref], num_buckets: int) -> list[Ref]:
     """Start parting the digests of some shards by bucket; returns a reference for each bucket."""
-    refs: Any = _split_digests.options(num_returns=num_buckets).remote(num_buckets, *digests)
+    # Ray keeps what can be repeated with all that it was made from, small digests by value, in the driver: 20 bytes an
+    # image were measured. Without repetition it keeps nothing; what is lost with a node shows when it is asked for, and
+    # then all shards are fed again.
+    refs: Any = _split_digests.options(num_returns=num_buckets, max_retries=0).remote(num_buckets, *digests)
     return [refs] if num_buckets == 1 else refs
 
 
