@@ -1,5 +1,6 @@
 """Images with the same pixels: planted groups, whatever the files, the archive, the actors and the buckets are."""
 
+import os
 import shutil
 from collections import Counter
 
@@ -7,11 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from builders import encode, pack_tar
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.driver import duplicates, job
+from pipeline.driver import duplicates, job, waiting
+from pipeline.errors import ActorLostError
+from pipeline.plan import Shard
 from pipeline.results.duplicates import exact_tables, merge_tables, number_groups
 from pipeline.results.tables import DUPLICATES_SCHEMA
 
@@ -191,6 +195,15 @@ def test_groups_are_numbered_through_tables_and_kinds():
     numbered = pa.concat_tables(number_groups([*exact, table("near", [9]), table("near", [9, 4, 4])])).to_pylist()
     assert [row["group"] for row in numbered] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5]
     assert Counter(row["key"] for row in numbered) == {"0": 2, "2": 2, "5": 3, "9": 4, "4": 2}
+
+
+def test_digests_that_are_lost_have_all_shards_fed_again():
+    lost = ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
+    grouping = duplicates.Grouping(num_shards=1, num_images=2)
+    grouping.add(Shard(0, "train", 0, 2, 0, 0), lost)
+    [(_, size)] = grouping.groups
+    with pytest.raises(ActorLostError, match="expected its input"):
+        waiting.get_result(size, "groups")
 
 
 def test_digits_have_no_image_twice_as_numpy_finds(tmp_path):
