@@ -286,9 +286,9 @@ def choose_neighbors(config: Config, num_train: int, num_valid: int, num_values:
     if num_products <= _MAX_PRODUCTS:
         return _DEFAULT_NEIGHBORS
     logger.info(
-        "the nearest training images are not searched for: %d x %d images of %d values take %.1e products, an hour on %d "
-        "cores or so; --neighbors %d asks for it",
-        num_train, num_valid, num_values, num_products, -(-num_products // _PRODUCTS_PER_HOUR), _DEFAULT_NEIGHBORS,
+        "the nearest training images are not searched for: %d x %d images of %d values take some %.1f hours of a core; "
+        "--neighbors %d asks for it",
+        num_train, num_valid, num_values, num_products / _PRODUCTS_PER_HOUR, _DEFAULT_NEIGHBORS,
     )  # fmt: skip
     return 0
 

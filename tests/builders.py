@@ -24,7 +24,9 @@ from pipeline.data.storage import BucketStore, LocalStore
 from pipeline.plan import Target, make_plan
 from pipeline.results.figures import EpochMetric, accuracies
 from pipeline.results.tables import (
+    DUPLICATES_SCHEMA,
     SKIPPED_SCHEMA,
+    SUSPECTS_SCHEMA,
     confusion_table,
     history_table,
     means_table,
@@ -209,7 +211,17 @@ def plan_of(sizes=(10_000, 5_000), side=28, **options):
 RESULT_CLASSES = ("3", "7", "ä")
 RESULT_CLASSIFIERS = ("nearest_mean_l1", "nearest_mean_rms", "sgd_linear")
 RESULT_TARGET = Target(2, 3, "RGB")
-RESULT_TABLES = ("metrics", "confusion", "predictions/part-00000", "means", "weights", "history", "skipped")
+RESULT_TABLES = (
+    "metrics",
+    "confusion",
+    "predictions/part-00000",
+    "means",
+    "weights",
+    "history",
+    "skipped",
+    "duplicates",
+    "suspects",
+)
 HISTORY = [
     EpochMetric(1, 97, 0.1 + 0.2, 1 / 3, 1e-300, 0.9, 0.8, 1e17 / 3, 1.5),
     EpochMetric(2, 97, 0.25, 0.5, 0.75, 1.0, 0.0, 0.125, 2.5),
@@ -225,6 +237,8 @@ def make_tables():
     keys = pa.array([f"valid/{classes[label]}/{row % 2}.png" for row, label in enumerate(labels_N)])
     predictions, scores = dict.fromkeys(classifiers, predictions_N), dict.fromkeys(classifiers, scores_NK)
     skipped = [["k", "l"], ["train"] * 2, ["3", "7"], ["empty"] * 2, ["no bytes"] * 2]
+    duplicates = [["exact"] * 2, [0, 0], ["k", "l"], ["train"] * 2, ["3", "7"], [0.0, 0.0], [None, None]]
+    suspects = [["k", "l"], ["train"] * 2, ["3", "7"], ["7", "3"], [1.0, 1.0]]
     means_KD = np.arange(54, dtype=np.float32).reshape(3, 18)
     return {
         "metrics": metrics_table([row for name in classifiers for row in accuracies(name, classes, confusion_KK)]),
@@ -234,6 +248,8 @@ def make_tables():
         "weights": weights_table(classes, RESULT_TARGET, np.arange(57, dtype=np.float32), np.zeros(18)),
         "history": history_table(HISTORY),
         "skipped": pa.table(skipped, schema=SKIPPED_SCHEMA),
+        "duplicates": pa.table(duplicates, schema=DUPLICATES_SCHEMA),
+        "suspects": pa.table(suspects, schema=SUSPECTS_SCHEMA),
     }
 
 

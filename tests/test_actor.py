@@ -25,7 +25,6 @@ from torch.nn.functional import cross_entropy
 from pipeline import plan as plans
 from pipeline.compute import exchange
 from pipeline.compute.actor import LaneActor
-from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.exchange import TOKEN_BYTES
 from pipeline.config import Config
 from pipeline.data.files import Location

@@ -23,6 +23,10 @@ def draw_tensors(num_images, num_values, num_classes, seed=0):
     return images_ND, labels_N, torch.from_numpy(random.random((num_classes, num_values), np.float32))
 
 
+def random_params(num_classes, num_values):
+    return torch.randn(num_classes * num_values + num_classes, generator=torch.Generator().manual_seed(0)) / 100
+
+
 def to_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 

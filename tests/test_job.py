@@ -139,7 +139,7 @@ def reference(local_ray, small_dataset, tmp_path_factory):
 
 
 def test_seconds_are_told_by_phase(reference):
-    assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "write", "total"]
+    assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "duplicates", "write", "total"]
 
 
 @pytest.mark.parametrize("num_actors", [2, 3, 4])
@@ -496,7 +496,8 @@ def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
     out = tmp_path / "out"
     run = evaluate(small_dataset, out, epochs=0)
     assert sorted(path.name for path in out.iterdir()) == [
-        "confusion.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json", "skipped.parquet"
+        "confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json",
+        "skipped.parquet", "suspects.parquet",
     ]  # fmt: skip
     assert {row["classifier"] for row in run["metrics"]} == {"majority_class", "nearest_mean_l1", "nearest_mean_rms"}
     assert run["stopped_by"] is None

@@ -32,7 +32,7 @@ def results_folder(local_ray, tmp_path_factory):
 def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
     monkeypatch.chdir(results_folder)
     rows = duckdb.sql(query).fetchall()
-    assert rows or "skipped" in query
+    assert rows or re.search("skipped|duplicates|suspects", query)  # of which digits have none
 
 
 @pytest.mark.ray
@@ -44,7 +44,9 @@ def test_the_first_command_prints_what_the_first_screen_shows(local_ray, tmp_pat
 
 def test_there_is_a_query_for_every_table():
     tables = {re.search(r"out/(\w+)", query)[1] for query in QUERIES}
-    assert tables == {"metrics", "predictions", "confusion", "means", "weights", "history", "skipped"}
+    assert tables == {
+        "metrics", "predictions", "confusion", "means", "weights", "history", "skipped", "duplicates", "suspects"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", ["jobs", "pipeline"])

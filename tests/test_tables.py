@@ -39,6 +39,13 @@ SCHEMAS = {
         "gradient_norm": "double", "seconds": "double",
     },
     "skipped": {"key": "string", "split": "string", "class": "string", "reason": "string", "error": "string"},
+    "duplicates": {
+        "kind": "string", "group": "int64", "key": "string", "split": "string", "class": "string", "distance": "float",
+        "ratio": "float",
+    },
+    "suspects": {
+        "key": "string", "split": "string", "class": "string", "suggested_class": "string", "score": "float",
+    },
 }  # fmt: skip
 QUERIES = {
     "metrics": ("SELECT num_correct FROM t WHERE classifier = 'sgd_linear' AND scope = 'all'", [(8,)]),
@@ -52,6 +59,8 @@ QUERIES = {
                                                                         ("ä", 18, 36, 56)]),
     "history": ("SELECT epoch, seconds FROM t ORDER BY valid_accuracy DESC LIMIT 1", [(2, 2.5)]),
     "skipped": ("SELECT count(*), count(DISTINCT reason) FROM t", [(2, 1)]),
+    "duplicates": ('SELECT "group", count(*), max(distance), count(ratio) FROM t GROUP BY 1', [(0, 2, 0, 0)]),
+    "suspects": ("SELECT key, suggested_class FROM t WHERE score = 1 ORDER BY key", [("k", "7"), ("l", "3")]),
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, merge, search
 from pipeline.compute.parts import Part
 from pipeline.compute.twins import find_twins
 from pipeline.plan import Plan, Request
-from pipeline.results import tables
+from pipeline.results.duplicates import Pair, Suspect, near_table, suspects_table
 from pipeline.results.tables import NeighborColumns
 
 # An image is a near-duplicate of a training image that is at half of the distance of its fifth neighbor at most, or at
@@ -183,31 +183,54 @@ class Neighborhood:
             Rows of `duplicates.parquet`, of `suspects.parquet`; and how many validation images have a twin, how many of
             these the same pixels, and how many labels are doubtful.
         """
-        names, pairs, num_twins, num_same = np.array(classes, object), [], 0, 0
+        pairs, num_twins, num_same = [], 0, 0
         for part in sorted(self._parts):
-            is_twin_N = self.are_twins(part, median)
-            distance_N, ratio_N = self._twin_distances(part)
-            is_same_N = self._neighbors(part).distances_NJ[:, 0] == 0
+            is_twin_N, is_same_N = self.are_twins(part, median), self._neighbors(part).distances_NJ[:, 0] == 0
             num_twins, num_same = num_twins + int(is_twin_N.sum()), num_same + int(is_same_N.sum())
-            near_N = np.flatnonzero(is_twin_N & ~is_same_N)  # the same pixels are found by their digests
-            keys, labels_N = self._parts[part].keys().take(pa.array(near_N)).to_pylist(), self._parts[part].labels()
-            twins = self._stacked(part, "twins")
-            pairs += [
-                (keys[index], names[labels_N[row]], twins.keys_NJ[row, 0], names[twins.labels_NJ[row, 0]],
-                 distance_N[row], ratio_N[row])
-                for index, row in enumerate(near_N)
-            ]  # fmt: skip
+            # The same pixels are found by their digests.
+            pairs += self._pairs(part, np.flatnonzero(is_twin_N & ~is_same_N))
+        suspects = self._suspects()
+        tables = near_table(pairs, classes, split_names), suspects_table(suspects, classes, split_names)
+        return *tables, (num_twins, num_same, len(suspects))
+
+    def _pairs(self, part: int, rows_N: npt.NDArray[np.int64]) -> list[Pair]:
+        stored, twins = self._parts[part], self._stacked(part, "twins")
+        keys, labels_N, listed_N = stored.keys().take(pa.array(rows_N)).to_pylist(), stored.labels(), stored.positions()
+        distance_N, ratio_N = self._twin_distances(part)
+        return [
+            Pair(
+                row=self._first_row(part) + int(listed_N[row]),
+                keys=(twins.keys_NJ[row, 0], key),
+                labels=(int(twins.labels_NJ[row, 0]), int(labels_N[row])),
+                distance=float(distance_N[row]),
+                ratio=float(ratio_N[row]),
+            )
+            for key, row in zip(keys, rows_N, strict=True)
+        ]
+
+    def _suspects(self) -> list[Suspect]:
         doubtful_S = np.concatenate([*self._settled, self._pending])
         own_S, other_S = (np.sqrt(doubtful_S[name].astype(np.float64)) for name in ("own", "other"))
-        # From the share of neighbors alone many would be alike: what is nearer decides among these.
+        # By the share of neighbors alone many would be alike: what is nearer decides among these.
         nearness_S = np.divide(own_S, own_S + other_S, out=np.full(len(own_S), 0.5), where=own_S + other_S > 0)
         num_neighbors = self._plan.num_neighbors
         score_S = (num_neighbors * (1 - doubtful_S["share"]) + nearness_S) / (num_neighbors + 1)
-        suspects = tables.suspects_table(
-            self._keys_of(doubtful_S), [split_names[split] for split in doubtful_S["split"]],
-            names[doubtful_S["label"]], names[doubtful_S["suggested"]], score_S,
-        )  # fmt: skip
-        return tables.near_table(pairs, split_names), suspects, (num_twins, num_same, len(doubtful_S))
+        keys_S = self._keys_of(doubtful_S)
+        return [
+            Suspect(
+                row=int(each["place"]) + (self._first_row(int(each["part"])) if each["split"] else 0),
+                key=keys_S[index],
+                split=int(each["split"]),
+                label=int(each["label"]),
+                suggested=int(each["suggested"]),
+                score=float(score_S[index]),
+            )
+            for index, each in enumerate(doubtful_S)
+        ]
+
+    def _first_row(self, part: int) -> int:
+        """Return the row of a part's first image, counted through both splits."""
+        return self._plan.assignment.num_images + sum(self._plan.part_sizes[:part])
 
     def _blocks(self) -> Iterator[TrainBlock]:
         for block in self._train.blocks(self._device):

@@ -64,6 +64,10 @@ class Part:
         """Keys of all images, in the order of the listing."""
         return pa.concat_arrays([pa.array([], pa.string()), *(self._keys[row] for row in sorted(self._keys))])
 
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Positions of all images, int64 [N]."""
+        return np.flatnonzero(self._is_filled_M)
+
     def labels(self) -> torch.Tensor:
         """Labels of all images, int64 [N], on the CPU."""
         return self._labels_M[torch.from_numpy(np.flatnonzero(self._is_filled_M))]

@@ -23,6 +23,7 @@ from pipeline.decoding.shards import Loader, ShardFile, shard_owners
 from pipeline.driver import cluster, tasks
 from pipeline.driver.actors import Actor
 from pipeline.driver.allocation import max_shards_in_flight
+from pipeline.driver.duplicates import Grouping
 from pipeline.driver.state import ImageCounts, Job
 from pipeline.driver.waiting import Ref, get_result, wait_some
 from pipeline.errors import ActorLostError, DataError
@@ -35,8 +36,8 @@ _LOOK_SECONDS = 5.0
 def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
     """Decode all shards, hand them to the actors, and have the class means computed.
 
-    Where images are not needed again, parts are scored as well, each as soon as it is complete, so that the validation images are
-    never all held.
+    Where images are not needed again, parts are scored as well, each as soon as it is complete, so that the validation
+    images are never all held.
 
     Args:
         job: The job.
@@ -63,6 +64,7 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
         for done in wait_some(refs, first, feeding.show):
             what, take = feeding.waiting.pop(done)
             take(get_result(done, what))
+    counts.groups = feeding.grouping.groups
     counts.devices.sort()
     counts.stores.sort()
     _check_counts(job, counts)
@@ -118,6 +120,7 @@ class _Feeding:
                 keeps_train_keys=job.plan.num_neighbors > 0,
             )
         )
+        self.grouping = Grouping(len(job.shards), job.listing.num_images)
         self._num_to_decode = len(job.shards)
         self._num_train_left = sum(shard.split == "train" for shard in self.job.shards)
         self._num_part_left = Counter(shard.part for shard in self.job.shards if shard.split == "valid")
@@ -153,9 +156,12 @@ class _Feeding:
         owners = [shard.part % len(self.actors)]
         if shard.split == "train":
             owners = shard_owners(self.job.plan.assignment, len(self.actors), shard)
-        tables, skipped, outcome = tasks.submit_decoding(self._loader, self._num_cpus, len(owners), shard, rows, file)
+        tables, skipped, digests, outcome = tasks.submit_decoding(
+            self._loader, self._num_cpus, len(owners), shard, rows, file
+        )
         self.num_in_flight += 1
-        self.waiting[outcome] = (what, partial(self._hand_over, shard, dict(zip(owners, tables, strict=True)), skipped))
+        tables_of = dict(zip(owners, tables, strict=True))
+        self.waiting[outcome] = (what, partial(self._hand_over, shard, tables_of, skipped, digests))
 
     def _file(self, shard: Shard, found: ArchiveImages) -> Ref:
         """Place what tasks are to know of an archive in the object store; one archive's shards follow each other."""
@@ -184,7 +190,12 @@ class _Feeding:
         self.counts.stores.append(store)
 
     def _hand_over(
-        self, shard: Shard, tables: dict[int, Ref], skipped: Ref, outcome: tuple[int, dict[str, int], int, bool]
+        self,
+        shard: Shard,
+        tables: dict[int, Ref],
+        skipped: Ref,
+        digests: Ref,
+        outcome: tuple[int, dict[str, int], int, bool],
     ) -> None:
         num_decoded, num_skipped_by_reason, num_resized, is_from_cache = outcome
         counts = self.counts
@@ -197,6 +208,7 @@ class _Feeding:
             self.job.clock.enter("means")
         if num_skipped_by_reason:
             counts.skipped[shard.index] = skipped
+        self.grouping.add(shard, digests)
         is_train = shard.split == "train"
         method, where = ("add_train", [shard.start]) if is_train else ("add_valid", [shard.part, shard.offset])
         taken = set()

@@ -24,6 +24,7 @@ from pipeline.driver import cluster, connect, neighbors, scan, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
+from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
@@ -31,8 +32,9 @@ from pipeline.driver.waiting import get_result
 from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError, without_secrets
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
+from pipeline.results.duplicates import merge_duplicates, merge_suspects
 from pipeline.results.run import RunRecord, run_json
-from pipeline.results.tables import SKIPPED_SCHEMA
+from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
 from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
 
@@ -170,13 +172,8 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             _check_images(job, counts, fingerprint)
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, counts)
-            if job.plan.has_training:
-                train.train(job, actors, training, fingerprint)
-            if job.plan.num_neighbors > 0:
-                counts.neighbors = neighbors.find(job, actors)
-            if job.plan.keeps_images:
-                score(job, actors, counts)
-            return _write(job, counts, training)
+            _compute(job, actors, counts, training, fingerprint)
+            return _write(job, counts, training, find_duplicates(job, counts))
         except ActorLostError as exc:
             train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1
@@ -191,6 +188,18 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
             end_actors(actors)
             actors = []
+
+
+def _compute(
+    job: Job, actors: list[Actor], counts: ImageCounts, training: Training, fingerprint: dict[str, Any]
+) -> None:
+    """Do what actors do with images that they keep."""
+    if job.plan.has_training:
+        train.train(job, actors, training, fingerprint)
+    if job.plan.num_neighbors > 0:
+        counts.neighbors = neighbors.find(job, actors)
+    if job.plan.keeps_images:
+        score(job, actors, counts)
 
 
 def _reallocate(job: Job) -> Job:
@@ -224,7 +233,7 @@ def _say_where_gpus_are_missing(job: Job, counts: ImageCounts) -> None:
         )
 
 
-def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
+def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplicates) -> dict[str, Any]:
     """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
     job.clock.enter("write")
     listing, output = job.listing, job.output
@@ -256,6 +265,11 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
         digests[name] = writing.write_table(output, name, table)
     skipped = (get_result(counts.skipped[index]) for index in sorted(counts.skipped))
     digests["skipped"] = writing.write_tables(output, "skipped", SKIPPED_SCHEMA, skipped)
+    near, doubtful = (counts.neighbors.near, counts.neighbors.suspects) if counts.neighbors else ([], [])
+    groups = merge_duplicates(*([get_result(ref) for ref in refs] for refs in (duplicates.tables, near)))
+    digests["duplicates"] = writing.write_tables(output, "duplicates", DUPLICATES_SCHEMA, groups)
+    suspects = merge_suspects(*([get_result(ref) for ref in refs] for refs in (duplicates.suspects, doubtful)))
+    digests["suspects"] = writing.write_tables(output, "suspects", SUSPECTS_SCHEMA, suspects)
     run = run_json(
         RunRecord(
             config=job.config,
@@ -277,6 +291,8 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
             stores=counts.stores,
             began=job.clock.began,
             seconds=job.clock.read(),
+            duplicates=duplicates.counts,
+            neighbors=_describe_neighbors(job, counts),
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),
         )
@@ -284,3 +300,23 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
     writing.write_run(output, run)
     checkpoint.delete_checkpoint(output)
     return run
+
+
+def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
+    """Say for `run.json` what the search for neighbors came to."""
+    found = counts.neighbors
+    if found is None:
+        return None
+    num_others = counts.num_decoded["valid"] - found.num_twins
+    return {
+        "number": job.plan.num_neighbors,
+        "of": "all" if job.plan.searches_train else "valid",
+        "median_distance": found.median,
+        "num_twins": found.num_twins,
+        "num_near_twins": found.num_twins - found.num_same,
+        "num_suspects": found.num_suspects,
+        "accuracy_without_twins": {
+            name: (int(confusion_KK.trace()) - counts.num_twins_correct[name]) / num_others if num_others else None
+            for name, confusion_KK in counts.confusions.items()
+        },
+    }

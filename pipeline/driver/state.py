@@ -109,6 +109,7 @@ class ImageCounts:
         num_resized: Images that had another size than the target.
         num_from_cache: Shards found in the cache, among them those that this run put there before an actor died.
         skipped: References to the tables of skipped images, by shard, where there are any.
+        groups: References to the groups of images with the same pixels, and to their number of images, by bucket.
         train_counts_K: Training images of each class, int64.
         means_KD: float32, 0 to 1.
         digests: Of the written prediction files, by part.
@@ -124,6 +125,7 @@ class ImageCounts:
     num_resized: int = 0
     num_from_cache: int = 0
     skipped: dict[int, Ref] = field(default_factory=dict)
+    groups: list[tuple[Ref, Ref]] = field(default_factory=list)
     train_counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     digests: dict[int, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The Ray tasks: decoding a shard, indexing an archive, naming cache entries, sampling headers.
+"""The Ray tasks: decoding a shard, indexing an archive, naming cache entries, sampling headers, finding duplicates.
 
 Input: records and rows that are sent to a worker. Output: references to the answers. Invariant: a task does not import
 torch, and what it sends is no more than its answer.
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
@@ -21,12 +23,22 @@ from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveImages
 from pipeline.data.splits import Split
 from pipeline.decoding import cache_key
+from pipeline.decoding.digests import Digests, digest_shard, group_digests, split_digests
 from pipeline.decoding.images import Header
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers
 from pipeline.driver.imports import leave_pandas_out
-from pipeline.driver.waiting import Ref
+from pipeline.driver.waiting import Ref, get_result
 from pipeline.plan import Shard, Target
+from pipeline.results.duplicates import exact_tables
 from pipeline.results.tables import skipped_table
+
+
+class Source(NamedTuple):
+    """Neighbours in the listing: how many, their table or a reference to it, and the class for each label in it."""
+
+    num_rows: int
+    table: Ref | pa.Table
+    labels: Sequence[int]
 
 
 def cpus_of(location: Location, *, in_archives: bool) -> float:
@@ -39,7 +51,7 @@ def cpus_of(location: Location, *, in_archives: bool) -> float:
 
 def submit_decoding(
     loader: Ref, num_cpus: float, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: Ref | None
-) -> tuple[list[Ref], Ref, Ref]:
+) -> tuple[list[Ref], Ref, Ref, Ref]:
     """Start decoding a shard.
 
     Args:
@@ -51,14 +63,14 @@ def submit_decoding(
         file: Of an archive, a reference to its `ShardFile`.
 
     Returns:
-        References to the tables of images, to the table of skipped ones or None, and to the counts of images
-        decoded, skipped (by reason) and resized, with whether all of it came from the cache.
+        References to the tables of images, to the table of skipped ones or None, to the digests, and to the counts of
+        images decoded, skipped (by reason) and resized, with whether all of it came from the cache.
     """
     # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
     sent = _to_bytes(rows) if isinstance(rows, pa.Table) else rows
-    refs: Any = _decode_task(num_cpus, num_tables + 2).remote(loader, list(vars(shard).values()), sent, file)
-    *tables, skipped, counts = refs
-    return tables, skipped, counts
+    refs: Any = _decode_task(num_cpus, num_tables + 3).remote(loader, list(vars(shard).values()), sent, file)
+    *tables, skipped, digests, counts = refs
+    return tables, skipped, digests, counts
 
 
 @cache
@@ -77,7 +89,7 @@ def _decode_shard(
     counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
     split_name = loader.split_names[shard.split == "valid"]
     table = skipped_table(skipped, split_name, loader.classes) if skipped else None
-    return (*tables, table, counts)
+    return (*tables, table, digest_shard(shard, decoded, loader.assignment.num_images), counts)
 
 
 def _to_bytes(rows: pa.Table) -> bytes:
@@ -130,3 +142,81 @@ def submit_header_sample(location: Location, rows: ArchiveImages, sampled: Seque
 def _sample_headers(location: Location, rows: pa.Table, file: ShardFile, sampled: Sequence[int]) -> list[Header]:
     leave_pandas_out()
     return sample_headers(location, rows, file, sampled)
+
+
+def submit_split(digests: Sequence[Ref], num_buckets: int) -> list[Ref]:
+    """Start parting the digests of some shards by bucket; returns a reference for each bucket."""
+    # Ray keeps what can be repeated with all that it was made from, small digests by value, in the driver: 20 bytes an
+    # image were measured. Without repetition it keeps nothing; what is lost with a node shows when it is asked for, and
+    # then all shards are fed again.
+    refs: Any = _split_digests.options(num_returns=num_buckets, max_retries=0).remote(num_buckets, *digests)
+    return [refs] if num_buckets == 1 else refs
+
+
+@ray.remote
+def _split_digests(num_buckets: int, *pieces: Digests) -> Any:
+    leave_pandas_out()
+    parts = split_digests(pieces, num_buckets)
+    return parts[0] if num_buckets == 1 else parts
+
+
+def submit_grouping(pieces: Sequence[Ref]) -> tuple[Ref, Ref]:
+    """Start grouping the digests of a bucket; returns references to the groups and to their number of images."""
+    refs: Any = _group_digests.remote(*pieces)
+    groups, num_images = refs
+    return groups, num_images
+
+
+@ray.remote(num_returns=2)
+def _group_digests(*pieces: Digests) -> tuple[npt.NDArray[np.int64], int]:
+    leave_pandas_out()
+    groups_2M = group_digests(pieces)
+    return groups_2M, groups_2M.shape[1]
+
+
+def submit_naming(
+    groups: Ref, images: pa.Table | None, sources: Ref | None, num_train: int, names: Sequence[tuple[str, ...]]
+) -> tuple[Ref, Ref, Ref]:
+    """Start laying out the groups of a bucket with their names.
+
+    Args:
+        groups: A reference to them.
+        images: The keys and labels of their images; None to have the task take them from `sources`.
+        sources: A reference to what `take_images` takes them from, where that is an archive.
+        num_train: Listed training images.
+        names: Of the classes, and of the splits.
+
+    Returns:
+        References to what `exact_tables` returns.
+    """
+    refs: Any = _name_groups.remote(groups, None if images is None else _to_bytes(images), sources, num_train, names)
+    duplicates, suspects, counts = refs
+    return duplicates, suspects, counts
+
+
+@ray.remote(num_returns=3)
+def _name_groups(
+    groups_2M: npt.NDArray[np.int64], sent: bytes | None, sources: Any, num_train: int, names: Any
+) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+    leave_pandas_out()
+    images = pa.ipc.open_stream(sent).read_all() if sent else take_images(groups_2M[1], sources)
+    return exact_tables(groups_2M, images, num_train, *names)
+
+
+def take_images(rows_M: npt.NDArray[np.int64], sources: Sequence[Source]) -> pa.Table:
+    """Take the `key` and `label` of some images, wherever they are listed, one source after another."""
+    order_M = np.argsort(rows_M)
+    begins = np.cumsum([0, *(source.num_rows for source in sources)])
+    bounds = np.searchsorted(rows_M[order_M], begins)
+    keys: list[bytes] = [b""] * len(rows_M)
+    labels = np.zeros(len(rows_M), np.int32)
+    for number in np.flatnonzero(np.diff(bounds)).tolist():
+        source = sources[number]
+        table = get_result(source.table, "the listing")
+        own_keys, own_labels = table["key"], table["label"]
+        # One by one, as to take them all at once loads pyarrow.compute, and of many chunks makes one.
+        for index in order_M[bounds[number] : bounds[number + 1]].tolist():
+            row = int(rows_M[index] - begins[number])
+            keys[index] = own_keys[row].as_py()
+            labels[index] = source.labels[own_labels[row].as_py()]
+    return pa.table([pa.array(keys, pa.binary()), pa.array(labels)], names=["key", "label"])

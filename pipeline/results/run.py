@@ -44,6 +44,8 @@ class RunRecord:
         stores: Where each kept its images: `gpu`, `memory` or `disk`.
         began: The UTC time at which the job began.
         seconds: By phase, and `total`.
+        duplicates: Counts of images with the same pixels.
+        neighbors: What the search for neighbors came to; None without one.
         metrics: The rows of `metrics.parquet`.
         results_sha256: The digest of all tables' content.
     """
@@ -67,6 +69,8 @@ class RunRecord:
     stores: Sequence[str]
     began: str
     seconds: Mapping[str, float]
+    duplicates: Mapping[str, int]
+    neighbors: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
     results_sha256: str
 
@@ -94,6 +98,8 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "num_skipped": sum(record.num_skipped_by_reason.values()),
         "num_skipped_by_reason": dict(record.num_skipped_by_reason),
         "num_resized": record.num_resized,
+        "duplicates": dict(record.duplicates),
+        "neighbors": record.neighbors,
         "num_shards": record.num_shards,
         "num_shards_from_cache": record.num_shards_from_cache,
         "learning_rate": record.learning_rate,

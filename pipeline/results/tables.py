@@ -6,7 +6,7 @@ names and types depend on the classes and the classifiers alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from pipeline.decoding.images import Fault
 from pipeline.plan import Target
 from pipeline.results.figures import EpochMetric, Metric
 
+SKIPPED_SCHEMA = pa.schema(
+    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
+     ("error", pa.string())]
+)  # fmt: skip
 DUPLICATES_SCHEMA = pa.schema(
     [("kind", pa.string()), ("group", pa.int64()), ("key", pa.string()), ("split", pa.string()), ("class", pa.string()),
      ("distance", pa.float32()), ("ratio", pa.float32())]
@@ -26,10 +30,6 @@ DUPLICATES_SCHEMA = pa.schema(
 SUSPECTS_SCHEMA = pa.schema(
     [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("suggested_class", pa.string()),
      ("score", pa.float32())]
-)  # fmt: skip
-SKIPPED_SCHEMA = pa.schema(
-    [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
-     ("error", pa.string())]
 )  # fmt: skip
 
 
@@ -121,35 +121,6 @@ def predictions_table(
         columns["neighbor_classes"] = _to_lists(names[neighbors.labels_NJ], pa.string())
         columns["neighbor_distances"] = _to_lists(neighbors.distances_NJ)
     return pa.table(columns)
-
-
-def near_table(
-    pairs: Sequence[tuple[str, str, str, str, np.float32, np.float32]], split_names: Sequence[str]
-) -> pa.Table:
-    """Lay near-duplicates out as rows of `DUPLICATES_SCHEMA`, two for each pair; groups are numbered later.
-
-    Args:
-        pairs: Key and class of a validation image, key and class of a training image, distance and ratio.
-        split_names: What the dataset calls train and valid.
-    """
-    rows = [
-        ("near", 0, key, split, name, distance, ratio)
-        for valid_key, valid_class, train_key, train_class, distance, ratio in pairs
-        for split, key, name in ((split_names[0], train_key, train_class), (split_names[1], valid_key, valid_class))
-    ]
-    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[]] * 7, schema=DUPLICATES_SCHEMA)
-
-
-def suspects_table(
-    keys: Iterable[str],
-    splits: Iterable[str],
-    classes: Iterable[str],
-    suggested: Iterable[str],
-    scores: npt.NDArray[np.float64],
-) -> pa.Table:
-    """Lay images with doubtful labels out as rows of `SUSPECTS_SCHEMA`."""
-    columns = [pa.array(list(texts), pa.string()) for texts in (keys, splits, classes, suggested)]
-    return pa.table([*columns, pa.array(scores.astype(np.float32))], schema=SUSPECTS_SCHEMA)
 
 
 def skipped_table(skipped: Sequence[tuple[bytes, int, Fault]], split: str, classes: Sequence[str]) -> pa.Table:

@@ -31,9 +31,10 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `neighbors` or `score`.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `neighbors`, `score` or
+            `duplicates`.
         done: Nodes or GPUs that are there, archives indexed, files whose times are known, images decoded or skipped,
-            steps of the epoch, or parts written.
+            steps of the epoch, parts written, or buckets of digests grouped.
         total: Of how many.
         seconds: Since the phase began.
         epoch: While training, the epoch under way, from 1.
@@ -60,7 +61,14 @@ class Progress:
     def share(self) -> float | None:
         """The share that is done, 0 to 1; None where it cannot be known."""
         done, total = self.units
-        return None if self.phase in ("start", "means") or total == 0 else done / total
+        return None if self.phase in ("start", "means", "duplicates") or total == 0 else done / total
+
+
+# What is of an unknown length.
+_WAITS = {
+    "means": ["all images are decoded", "computing the class means"],
+    "duplicates": ["all images are scored", "grouping those with the same pixels"],
+}
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -94,8 +102,8 @@ def progress_parts(progress: Progress, first: Progress | None = None) -> list[st
             return [f"starting to decode {total} images"]
         case "decode":
             return [f"decoded {done} of {total} images", *_speed(progress, first)]
-        case "means":
-            return ["all images are decoded", "computing the class means"]
+        case "means" | "duplicates":
+            return _WAITS[progress.phase]
         case "neighbors":
             return [f"searched the neighbors of {done} of {total} images", *_speed(progress, first)]
         case "train":
@@ -271,11 +279,35 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
             + (kept if run["options"]["cache"] is not None else ""),
         ),
+        ("twins", _twins(run)),
+        *([("labels", _labels(run["neighbors"]))] if run["neighbors"] else []),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
         ("results", run["out"]),
         ("sha256", run["results_sha256"]),
     ]
+
+
+def _twins(run: Mapping[str, Any]) -> str:
+    counts, neighbors = run["duplicates"], run["neighbors"]
+    parts = ["no images with the same pixels"]
+    if counts["num_exact_groups"]:
+        found = f"{counts['num_exact_images']:,} images in {counts['num_exact_groups']:,} groups with the same pixels"
+        parts = [f"{found} (duplicates.parquet)"]
+    if counts["num_conflicts"]:
+        parts.append(f"{counts['num_conflicts']:,} of several classes (suspects.parquet)")
+    if neighbors is None:
+        return "; ".join([*parts, f"{counts['num_exact_twins']:,} validation images have a twin in training"])
+    twins = f"{neighbors['num_twins']:,} validation images have a twin in training"
+    if neighbors["num_twins"]:
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in neighbors["accuracy_without_twins"].items())
+        twins += f", {neighbors['num_near_twins']:,} of them changed a little; accuracy without them: {figures}"
+    return "; ".join([*parts, twins])
+
+
+def _labels(neighbors: Mapping[str, Any]) -> str:
+    split = "images" if neighbors["of"] == "all" else "validation images"
+    return f"{neighbors['num_suspects']:,} {split} look more like another class (suspects.parquet)"
 
 
 def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:

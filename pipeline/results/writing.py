@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.parquet"
 PREDICTIONS = "predictions"
-_TABLES = ("metrics", "confusion", "means", "weights", "history", "skipped")
+_TABLES = ("metrics", "confusion", "means", "weights", "history", "skipped", "duplicates", "suspects")
 # Digests tell contents apart; these columns tell one run from another of the same content.
 _TIMES = frozenset(("seconds",))
 
