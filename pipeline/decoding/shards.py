@@ -76,8 +76,8 @@ def load_shard(
         file: The archive; None for class folders.
 
     Returns:
-        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation, or where
-        they are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of each
+        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and, for validation or where they
+        are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of each
         skipped image the key, the class and the reason; and the outcome as a whole.
 
     Raises:
