@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import archives
 from pipeline.data import listing as listings
+from pipeline.data.classes import spread_over_splits
 from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
@@ -146,7 +147,7 @@ def list_archives(
         return listings.list_archives(location, parts, found.num_ignored, config)
 
     scan(range(len(all_archives)), config)
-    again = listings.spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
+    again = spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
     for number, archive in again.items():
         all_archives[number] = archive
     scan(again, config)
