@@ -176,7 +176,14 @@ def _parse(kind: Callable[[str], Number], value: str, expected: str) -> Number:
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in next(csv.reader([value], skipinitialspace=True))) if value else ()
+    if value is None:
+        return ()
+    try:
+        names = next(csv.reader([value], skipinitialspace=True))
+    except csv.Error as exc:
+        raise click.BadParameter(f"expected names and commas, got {value!r}; put such names in double quotes") from exc
+    # A blank at an end, which a class may have, is given in quotes.
+    return tuple(name if '"' in value else name.strip() for name in names) or ("",)
 
 
 class _Option(click.Option):
@@ -283,8 +290,10 @@ def main(is_json: bool, **options: Any) -> None:
     # NumPy's own threads are not used here, and their start costs a tenth of a second in each process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        has_default = ("out", "scratch")  # that of Config, which differs from run to run
-        config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
+        if options["resume"] and options["out"] is None:
+            raise OptionError("--resume: expected --out beside it, got none; name the folder of the unfinished run")
+        # Those that are left out are None, which is no value of some of them.
+        config = Config(**{name: given for name, given in options.items() if given is not None})
         # Imported here, after the signal handlers are set: while Ray loads, a Ctrl-C would end in a traceback.
         from pipeline.driver import job
         from pipeline.driver.imports import leave_pandas_out

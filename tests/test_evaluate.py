@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -22,8 +23,11 @@ from builders import ROOT, command, end_processes, processes_with
 from gate import Gate, gated_command
 from PIL import Image
 
+from jobs import evaluate
 from jobs.evaluate import main
 from pipeline import __version__
+from pipeline.config import Config
+from pipeline.results.terminal import Progress
 
 MARK = "IMAGE_BASELINE_TEST"
 
@@ -58,6 +62,14 @@ def last_line(text):
         (["--actors", "many"], "expected auto or a whole number"),
         (["--epochs", "x"], "is not a valid integer"),
         (["--no-such-option"], "No such option"),
+        (["--resume"], "--resume: expected --out beside it, got none"),
+        (["--out", ""], "--out: expected a folder or URI, got nothing"),
+        (["--scratch", ""], "--scratch: expected a text, got nothing"),
+        (["--classes", ""], "--classes: expected each class once, got nothing"),
+        (["--classes", "a\nb"], "expected names and commas, got 'a\\nb'; put such names in double quotes"),
+        (["--classes", '"a",a'], "--classes: expected each class once, got a,a"),
+        (["--classes", "a , a"], "--classes: expected each class once, got a,a"),
+        (["--classes", '"a","a "', "--epochs", "-1"], "--epochs: expected 0 or more"),
     ],
 )
 def test_bad_usage_exits_with_2_and_a_line(args, message):
@@ -297,6 +309,17 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(
     assert left == []
     assert not (tmp_path / "out" / "run.json").exists()
     assert not list(tmp_path.glob("out/**/*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [(["--data", 'it\'s "a" $b', "--out=o p"], []), (["--overwrite", "--out", "x"], []), ([], ["--out", "now"])],
+)
+def test_the_command_that_goes_on_has_every_option_as_a_shell_needs_it(given, added, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *given])
+    words = shlex.split(evaluate._left_undone(Progress("score", 1, 2, 0.5), Config(out="now")).partition(" with ")[2])
+    kept = [word for word in given if word != "--overwrite"]
+    assert words == [sys.executable, "jobs/evaluate.py", *kept, *added, "--resume"]
 
 
 @pytest.mark.ray

@@ -425,6 +425,14 @@ def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypa
         evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
 
 
+def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(small_dataset, tmp_path):
+    interrupt(small_dataset, tmp_path / "out", "score")
+    phases = set()
+    with pytest.raises(OutputError, match=r"--epochs: expected at least 3, .*, got 2; .* in place of --resume"):
+        evaluate(small_dataset, tmp_path / "out", lambda progress: phases.add(progress.phase), epochs=2, resume=True)
+    assert phases == {"start"}
+
+
 def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
     interrupt(small_dataset, tmp_path / "out", "score")
     run, epochs = resume(small_dataset, tmp_path / "out")

@@ -158,7 +158,7 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
-            f"{job.config.epochs}; give more, or --overwrite"
+            f"{job.config.epochs}; give more, or start over by --overwrite in place of --resume"
         )
     num_deaths = 0
     while True:
