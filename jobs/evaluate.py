@@ -103,9 +103,16 @@ class _Screen(logging.Handler):
         self.write(self.format(record))
 
     def write(self, message: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays, below what a library has begun."""
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason to end the job
-            self.write_to(self._stream, f"{message}\n")
+            self.write_to(self._stream, "\n" * self._is_inside_line + f"{message}\n")
+
+    def write_interrupted(self, left_undone: str) -> None:
+        """Write the last line of a job that was asked to end, and not behind the ^C that a terminal shows."""
+        with contextlib.suppress(OSError):
+            if self._signals.received == signal.SIGINT and self._stream.isatty():
+                self._stream.write("\r\x1b[2K" if self._is_terminal else "\n")
+        self.write(f"interrupted: {left_undone}")
 
     def write_to(self, stream: TextIO, text: str) -> int:
         """Write what a library prints; its line is not redrawn before it ends."""
@@ -212,7 +219,8 @@ class _Command(click.Command):
         try:
             return super().make_context(*args, **settings)
         except click.UsageError as exc:
-            click.echo(f"error: {exc.format_message()}", err=True)
+            # As in commands.py, which `ray submit` leaves behind.
+            click.echo(f"error: {' '.join(exc.format_message().split()).rstrip('.')}; try --help", err=True)
             sys.exit(2)
 
 
@@ -313,7 +321,7 @@ def main(is_json: bool, **options: Any) -> None:
         screen.write(f"error: {exc}")
         sys.exit(1)
     except _Interrupted:
-        screen.write(f"interrupted: {_left_undone(screen.last, config)}")
+        screen.write_interrupted(_left_undone(screen.last, config))
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received])
     gc.freeze()  # a last collection at exit takes a tenth of a second
