@@ -433,6 +433,19 @@ def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(sma
     assert phases == {"start"}
 
 
+@pytest.mark.parametrize(
+    ("num_images", "few"), [(9, "2 of 2 classes, {}: 8 of 7, 9 of 3"), (10, "1 of 2 classes, {}: 9 of 7")]
+)
+def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog, num_images, few):
+    sizes = {"train": 2, "valid": num_images}
+    data = write_images(tmp_path / "data", sizes, ("3", "7"), lambda label: np.full((2, 2), label, np.uint8))
+    (data / "valid" / "7" / "0.png").write_bytes(b"no image")
+    evaluate(data, tmp_path / "out", epochs=0)
+    said = [text for text in caplog.messages if text.startswith("validation images")]
+    words = few.format("whose accuracies say little")
+    assert said == [f"validation images: expected at least 10 of every class, got fewer of {words}"]
+
+
 def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
     interrupt(small_dataset, tmp_path / "out", "score")
     run, epochs = resume(small_dataset, tmp_path / "out")

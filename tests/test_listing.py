@@ -2,13 +2,14 @@
 
 import os
 import pickle
+import re
 import time
 from collections import Counter
 from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-from builders import KEYS, keys_of, put_in_bucket, read_keys, write_dataset, write_folder
+from builders import KEYS, keys_of, put_in_bucket, read_keys, write_bucket, write_dataset, write_folder
 
 from pipeline.config import Config
 from pipeline.data.files import Location
@@ -191,7 +192,7 @@ WRONG = [
     (KEYS, {"valid_fraction": 0.2}, r"--valid-fraction: expected .*, got train/ in "),
     (["train/3/a.txt", "valid/3/a.txt"], {}, r"expected image files in class folders, got none; .*\.avif .*\.webp"),
     (["train/1.png", "valid/1.png"], {}, r"expected image files in class folders, got 2 images beside them;"),
-    (["1.png"], {"valid_fraction": 0.5}, r"expected image files in class folders, got 1 images beside them;"),
+    (["1.png"], {"valid_fraction": 0.5}, r"expected at least two class folders, got 1 images of one class; give"),
 ]  # fmt: skip
 
 
@@ -201,6 +202,34 @@ def test_a_dataset_that_cannot_be_used_is_refused_with_its_reason(kind, keys, op
     location = write_dataset(kind, tmp_path, keys)
     with pytest.raises(DataError, match=message):
         list_dataset(location, Config(**options))
+
+
+LEVELS = [
+    ("train", None, "3, 7; give {root}, which has train/ and valid/"),
+    ("valid", None, "3, 7; give {root}, which has train/ and valid/"),
+    ("train/3", None, "3 images of one class; give {root}, which has train/ and valid/"),
+    ("train/3", 0.2, "3 images of one class; give {root}, which has train/ and valid/"),
+    ("..", None, "data; give {root}, which has train/ and valid/"),
+    ("..", 0.2, "data; give {root}, which has train/ and valid/"),
+    ("whole/3", None, "2 images of one class; give the folder of all classes, {root}/whole if it is that, with"),
+    ("whole/3", 0.2, "2 images of one class; give the folder of all classes, {root}/whole if it is that, with"),
+    ("single/train/3", None, "1 images of one class; give the folder of all classes, {root}/single/train if"),
+    ("single/train", None, "3; give a folder with train and valid, or one of at least two class folders"),
+    ("single", None, "train; name it with --valid-split, or point --data at train/ itself"),
+]
+
+
+@every_kind
+@pytest.mark.parametrize(("below", "fraction", "found"), LEVELS)
+def test_a_folder_above_or_below_the_dataset_is_told_which_is_meant(kind, below, fraction, found, tmp_path):
+    location = write_dataset(kind, tmp_path, [])
+    root = f"{location.root}/top/data"
+    keys = [*KEYS, "single/train/3/1.png", *(f"whole/{name}/{number}.png" for name in "37" for number in "12")]
+    fill = {"folder": write_folder, "bucket": lambda folder, keys: write_bucket(keys)}[kind]
+    fill(tmp_path, [f"top/data/{key}" for key in keys])
+    given = f"{location.root}/top" if below == ".." else f"{root}/{below}"
+    with pytest.raises(DataError, match=re.escape(f", got {found.format(root=root)}")):
+        list_dataset(Location(location.kind, given), Config(valid_fraction=fraction))
 
 
 def test_names_need_not_be_utf8(tmp_path):

@@ -11,7 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -134,14 +135,10 @@ def list_dataset(location: Location, config: Config) -> Listing:
         valid = _list_classes(location, os.fsencode(valid_split) + b"/", config, ignored, found_names)
         where = {"train": f"{config.train_split}/", "valid": f"{valid_split}/"}
     else:
-        if config.valid_fraction is None:
-            raise DataError(
-                f"{location.root}: expected a folder {config.train_split}/, got "
-                f"{enumerate_names([display(name) for name in folders]) or 'no folder at all'}; name it with "
-                "--train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
-            )
+        _check_level(location, folders, ignored, config)
         valid_split = config.valid_split
         ignored.clear()  # the root is listed again, as the folder of the classes
+        assert config.valid_fraction is not None
         train, valid = hold_out(_list_classes(location, b"", config, ignored, found_names), config.valid_fraction)
         where = {"train": "the training share", "valid": "the held-out share"}
     check_asked("--exclude-classes", config.exclude_classes, found_names, location.root)
@@ -242,6 +239,45 @@ def _check_split_names(found: Sequence[tuple[Archive, Scan, Any]], config: Confi
     return valid[0] if valid else config.valid_split
 
 
+def _check_level(location: Location, folders: list[bytes], ignored: Counter[str], config: Config) -> None:
+    """See that a folder without a training split is one of classes to hold images out of, not one above or below it."""
+    inside = [display(name) for name in folders if not is_system_folder(name)]
+    advice = _advise_level(location, inside, config)
+    num_images = sum(number for name, number in ignored.items() if is_image_name(b"x" + name.encode()))
+    if not inside and not num_images:
+        advice = None
+    if config.valid_fraction is not None and (len(inside) > 1 or advice is None):
+        return
+    found = enumerate_names(inside) or (f"{num_images} images of one class" if num_images else "no folder at all")
+    if advice is None and len(inside) > 1:
+        advice = "name it with --train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
+    wanted = f"a folder {config.train_split}/" if config.valid_fraction is None else "at least two class folders"
+    raise DataError(
+        f"{location.root}: expected {wanted}, got {found}; "
+        + (advice or "give a folder with train and valid, or one of at least two class folders with --valid-fraction")
+    )
+
+
+def _advise_level(location: Location, inside: list[str], config: Config) -> str | None:
+    """Look for the dataset in the only folder inside, or above what is named as a split or lies in one."""
+    base, mark, query = location.root.partition("?") if location.kind == "uri" else (location.root, "", "")
+    nearby = [f"{base}/{name}" for name in inside if len(inside) == 1]
+    above, _, last = base.rpartition("/")
+    top, _, split = above.rpartition("/")
+    splits = (config.train_split, *valid_names(config))
+    nearby += [folder for folder, name in ((above, last), (top, split)) if folder and name in splits]
+    for each in nearby:
+        with suppress(DataError):  # it is not there, or not open to this user
+            found = list_folder(replace(location, root=each + mark + query), b"", Counter())
+            names = [display(name) for name in found]
+            valid = next((name for name in valid_names(config) if name in names), None)
+            if config.train_split in names and valid:
+                return f"give {each + mark + query}, which has {config.train_split}/ and {valid}/"
+    if inside or not above or above.endswith("/"):
+        return None
+    return f"give the folder of all classes, {above + mark + query} if it is that, with --valid-fraction 0.2"
+
+
 def _find_valid_split(location: Location, folders: list[bytes], config: Config) -> str:
     names = valid_names(config)
     for name in names:
@@ -249,7 +285,8 @@ def _find_valid_split(location: Location, folders: list[bytes], config: Config) 
             return name
     raise DataError(
         f"{location.root}: expected a folder {' or '.join(f'{name}/' for name in names)} beside "
-        f"{config.train_split}/, got {enumerate_names([display(name) for name in folders])}; name it with --valid-split"
+        f"{config.train_split}/, got {enumerate_names([display(name) for name in folders])}; name it with "
+        f"--valid-split, or point --data at {config.train_split}/ itself and hold images out with --valid-fraction 0.2"
     )
 
 

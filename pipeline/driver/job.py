@@ -39,6 +39,8 @@ from pipeline.results.writing import Output
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
+# Of fewer images, the interval of an accuracy is more than half as wide as all that it can be.
+_FEW_IMAGES = 10
 
 
 def evaluate(
@@ -114,6 +116,17 @@ def _say_what_is_left_out(listing: Listing) -> None:
             "endings that are read",
             without_secrets(listing.location.root), num_ignored, files.name_ignored(listing.num_ignored),
             listing.num_images,
+        )  # fmt: skip
+
+
+def _say_where_images_are_few(listing: Listing, counts: ImageCounts) -> None:
+    confusion_KK = next(iter(counts.confusions.values()))
+    found = [(int(number), name) for number, name in zip(confusion_KK.sum(axis=1), listing.classes, strict=True)]
+    if few := sorted(each for each in found if each[0] < _FEW_IMAGES):
+        logger.warning(
+            "validation images: expected at least %d of every class, got fewer of %d of %d classes, whose accuracies "
+            "say little: %s", _FEW_IMAGES, len(few), len(found),
+            files.enumerate_names([f"{number} of {name}" for number, name in few]),
         )  # fmt: skip
 
 
@@ -236,6 +249,7 @@ def _write(job: Job, counts: ImageCounts, training: Training) -> dict[str, Any]:
                 f"({counts.train_counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
                 f"{counts.num_skipped} skipped; run again, and if it comes again report it"
             )
+    _say_where_images_are_few(listing, counts)
     rows = [
         row for name, counts_KK in confusions.items() for row in figures.accuracies(name, listing.classes, counts_KK)
     ]
