@@ -4,7 +4,7 @@ import pytest
 from builders import KEYS, keys_of, write_dataset, write_folder
 
 from pipeline.config import Config
-from pipeline.data.classes import spread_over_splits
+from pipeline.data.classes import look_alike, spread_over_splits
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import list_dataset
 from pipeline.data.splits import are_held_out, hashes_of
@@ -66,6 +66,19 @@ def test_an_empty_class_folder_is_refused(tmp_path):
         (tmp_path / split / "9").mkdir()
         with pytest.raises(DataError, match=f"got none of 9 in {found};"):
             list_dataset(location, Config())
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a", "b", "a "], r"'a' and 'a ' "),
+        (["\ufeffa", "a"], r"'\ufeffa' and 'a' "),
+        (["\u00e9", "e\u0301"], r"'\xe9' and 'e\u0301' "),
+        (["a", "A", "b", "a b"], ""),
+    ],
+)
+def test_names_that_look_the_same_are_told_apart(names, shown):
+    assert look_alike(names).partition("look")[0] == shown
 
 
 # Images held out

@@ -446,6 +446,14 @@ def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog
     assert said == [f"validation images: expected at least 10 of every class, got fewer of {words}"]
 
 
+def test_classes_that_look_the_same_are_named(tmp_path, caplog):
+    sizes = {"train": 2, "valid": 2}
+    data = write_images(tmp_path / "data", sizes, ("cat", "cat "), lambda label: np.full((2, 2), label, np.uint8))
+    evaluate(data, tmp_path / "out", epochs=0)
+    said = [text for text in caplog.messages if text.startswith("classes: expected names that can be told apart")]
+    assert ["got 'cat' and 'cat ' look alike" in text for text in said] == [True]
+
+
 def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
     interrupt(small_dataset, tmp_path / "out", "score")
     run, epochs = resume(small_dataset, tmp_path / "out")

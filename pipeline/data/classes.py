@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def check_classes(
         raise DataError(
             f"{root}: expected images of every class in both splits, got none {' and none '.join(faults)}; add images, "
             "or go on without these classes with --incomplete-classes drop"
-            + _invisible_difference([display(name) for name in incomplete])
+            + _difference([display(name) for name in incomplete])
         )
     complete = [name for name in classes if name not in is_lacking]
     if len(complete) < 2:
@@ -88,7 +88,7 @@ def check_asked(option: str, names: Collection[str], known: Collection[str], whe
         shown = enumerate_names(sorted(known, key=lambda name: natural_sort_key(name.encode())))
         raise DataError(
             f"{option}: expected classes of {where}, got {enumerate_names(missing)}, which is not there; "
-            f"there are {shown}{_invisible_difference([*missing, *known])}"
+            f"there are {shown}{_difference([*missing, *known])}"
         )
 
 
@@ -135,14 +135,19 @@ def spread_over_splits(archives: Sequence[Archive], scans: Sequence[Scan]) -> di
     return again
 
 
-def _invisible_difference(names: Collection[str]) -> str:
+def look_alike(names: Iterable[str]) -> str:
     """Name two names that look the same: by Unicode's form, by blanks at an end, or by a byte order mark."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFC", name).strip(" \t\ufeff\u200b"), name)
         if other != name:
-            return f"; {other!a} and {name!a} look alike and differ in Unicode form, blanks or a mark"
+            return f"{other!a} and {name!a} look alike and differ in Unicode form, blanks or a mark"
     return ""
+
+
+def _difference(names: Iterable[str]) -> str:
+    found = look_alike(names)
+    return f"; {found}" if found else ""
 
 
 def _filter(rows: pa.Table, is_kept: npt.NDArray[np.bool_]) -> pa.Table:

@@ -17,6 +17,7 @@ from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
+from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
@@ -89,7 +90,7 @@ def evaluate(
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
-            _say_what_is_left_out(listed[0])
+            _say_what_may_surprise(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
             kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
@@ -103,12 +104,16 @@ def evaluate(
             end_actors(actors)
 
 
-def _say_what_is_left_out(listing: Listing) -> None:
+def _say_what_may_surprise(listing: Listing) -> None:
     if listing.dropped:
         logger.warning(
             "%d classes are left out for want of images in one split: %s", len(listing.dropped),
             files.enumerate_names(listing.dropped),
         )  # fmt: skip
+    if found := look_alike(listing.classes):
+        logger.warning(
+            "classes: expected names that can be told apart, got %s; they are taken for different ones", found
+        )
     num_ignored = sum(listing.num_ignored.values())
     if num_ignored > listing.num_images:
         logger.warning(

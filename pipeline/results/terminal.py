@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.data.files import name_ignored
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -250,7 +251,7 @@ def _class_rows(metrics: Sequence[Mapping[str, Any]]) -> tuple[str, list[list[st
         shown = [*shown[:_ENDS], *shown[-_ENDS:]]
     rows = [
         [
-            name,
+            printable(name),
             f"{by_class[name][best]['num_images']:,}",
             *(_figure(by_class[name][each]["accuracy"]) for each in names),
         ]
@@ -282,7 +283,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
-        ("results", run["out"]),
+        ("results", printable(run["out"])),
         ("sha256", run["results_sha256"]),
     ]
 
