@@ -150,12 +150,12 @@ def test_a_path_does_not_make_a_key_alone(tmp_path):
         (plain([b"x"], pa.nulls(1)), "classes as integers or strings, got null"),
         (plain([b"x"], [b"cat"]), "classes as integers or strings, got binary"),
         (plain(pa.nulls(1), ["a"]), r"a column of image files, .* got image \(null\)"),
-        (plain(pa.array([b"x"], pa.binary(1)), ["a"]), "a column of image files, .* fixed_size_binary"),
+        (plain(pa.array([b"x"], pa.binary(1)), ["a"]), "a column of image files, .*fixed_size_binary"),
         (
             plain(pa.array([[1]], pa.list_(pa.uint8())), ["a"]),
-            "a column of image files, .* list<",
+            "a column of image files, .*list<",
         ),
-        (plain([{"path": "x"}], ["a"]), "a column of image files, .* struct<path"),
+        (plain([{"path": "x"}], ["a"]), "a column of image files, .*struct<path"),
         (pa.table([[b"x"], ["a"], ["b"]], ["image", "label", "label"]), "each column once, got image, label, label"),
         (
             pa.table({"a": [b"x"], "b": [b"x"], "label": ["c"]}),
