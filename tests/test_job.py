@@ -389,6 +389,17 @@ def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
         evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
 
 
+def test_an_interrupt_is_one_where_no_checkpoint_can_be_written(small_dataset, tmp_path, caplog):
+    def on_progress(progress):
+        if progress.phase == "score":
+            shutil.rmtree(tmp_path / "out")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=1, device="cpu")
+    assert "checkpoint.parquet: expected to write it, got No such file or directory" in caplog.messages[-1]
+
+
 def interrupt(data, out, phase="train", epoch=None):
     """Interrupt a job, as Ctrl-C does, in a phase, of training in an epoch."""
 

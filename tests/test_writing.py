@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -218,6 +219,14 @@ def test_a_finished_run_is_not_resumed(tmp_path):
     with pytest.raises(OutputError, match=r"^--out .*: expected an unfinished run to resume, got a finished one"):
         prepare_at(tmp_path, resume=True)
     assert tree_of(tmp_path) == before
+
+
+def test_a_folder_that_is_gone_is_said_in_the_system_s_words(output):
+    shutil.rmtree(output.root)
+    with pytest.raises(
+        OutputError, match=r"history\.parquet: expected to write it, got No such file or directory; free"
+    ):
+        write_table(output, "history", history_table(HISTORY))
 
 
 @pytest.mark.parametrize("below", [".", "out", "a/b"])

@@ -200,7 +200,10 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             logger.warning("%s; restarting all actors, to go on after epoch %d", exc, len(training.history))
             job = _reallocate(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
-            train.save(job, training, fingerprint)
+            try:
+                train.save(job, training, fingerprint)
+            except OutputError as exc:  # which would stand in the place of what ended the job
+                logger.warning("%s", exc)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
