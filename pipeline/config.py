@@ -7,6 +7,7 @@ that need the data or the cluster stand where these are known.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -204,6 +205,12 @@ class Config:
             "://" not in address.removeprefix("ray://") and not address.endswith((":8265", ":10001")),
             f"--address: expected the cluster's own address, got {address}, which is that of its dashboard or of Ray's "
             "client; give the one that `ray start` printed, as 10.0.0.1:6379",
+        )
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 2**16
+        _expect(
+            address in ("", "auto", "local") or (is_port and host != "" and not re.search(r"\s", address)),
+            f"--address: expected auto, local or a host and a port, got {address!r}; as 10.0.0.1:6379",
         )
         _expect(
             self.min_nodes >= 1,

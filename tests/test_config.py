@@ -22,6 +22,8 @@ BY_OPTION = [
     ("exclude_classes", "each class once", {("3", "3"): "3,3"}),
     ("incomplete_classes", "error or drop", ("keep",)),
     ("address", "the cluster's own address", ("http://127.0.0.1:8265", "10.0.0.1:8265", "ray://h:10001", "h:10001")),
+    ("address", "auto, local or a host and a port", {"10.0.0.1": "'10.0.0.1'", "h:99999": "'h:99999'", "h:x": "'h:x'"}),
+    ("address", "auto, local or a host and a port", {":6379": "':6379'", "h:1 ": "'h:1 '", "h:0": "'h:0'"}),
     ("data", "a text", {None: "None", 1.5: "1.5", b"a": "b'a'", True: "True"}),
     ("train_split", "a text", {None: "None", ("a", "b"): "('a', 'b')"}),
     ("mode", "a text", {None: "None"}),
@@ -66,6 +68,7 @@ REFUSED = [
 ]
 ACCEPTED = [
     {"classes": ("3", "7")}, {"classes": ("3",)}, {"address": "10.0.0.1:6379"}, {"address": "auto"},
+    {"address": "local"}, {"address": "head.example.org:6379"}, {"address": "[::1]:6379"}, {"address": "ray://h:6379"},
     {"train_split": "training", "valid_split": "holdout"},
     {"train_split": "valid", "valid_split": "train"}, {"valid_fraction": 1e-9}, {"valid_fraction": 0.999},
     {"mode": "L"}, {"mode": "RGB"}, {"epochs": 0}, {"learning_rate": 1e-300}, {"seed": 2**63 - 1},

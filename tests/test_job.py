@@ -457,6 +457,17 @@ def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog
     assert said == [f"validation images: expected at least 10 of every class, got fewer of {words}"]
 
 
+@pytest.mark.parametrize("option", ["label_column", "image_column"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "package"])
+def test_a_column_is_of_parquet_files_alone(small_dataset, tmp_path, option, kind):
+    (tmp_path / "train.tar").write_bytes(pack_tar([("3/a.png", b"x")]))
+    data = {"folder": small_dataset, "tar": tmp_path / "train.tar", "package": "digits"}[kind]
+    with pytest.raises(
+        DataError, match=rf"^--{option.replace('_', '-')}: expected Parquet files in .*, got none; leave"
+    ):
+        evaluate(data, tmp_path / "out", **{option: "fine"})
+
+
 def test_classes_that_look_the_same_are_named(tmp_path, caplog):
     sizes = {"train": 2, "valid": 2}
     data = write_images(tmp_path / "data", sizes, ("cat", "cat "), lambda label: np.full((2, 2), label, np.uint8))
