@@ -17,6 +17,7 @@ from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
+from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
@@ -41,6 +42,8 @@ from pipeline.results.writing import Output
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
+# Of fewer images, the interval of an accuracy is more than half as wide as all that it can be.
+_FEW_IMAGES = 10
 
 
 def evaluate(
@@ -89,7 +92,7 @@ def evaluate(
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
-            _say_what_is_left_out(listed[0])
+            _say_what_may_surprise(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
             kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
@@ -103,12 +106,16 @@ def evaluate(
             end_actors(actors)
 
 
-def _say_what_is_left_out(listing: Listing) -> None:
+def _say_what_may_surprise(listing: Listing) -> None:
     if listing.dropped:
         logger.warning(
             "%d classes are left out for want of images in one split: %s", len(listing.dropped),
             files.enumerate_names(listing.dropped),
         )  # fmt: skip
+    if found := look_alike(listing.classes):
+        logger.warning(
+            "classes: expected names that can be told apart, got %s; they are taken for different ones", found
+        )
     num_ignored = sum(listing.num_ignored.values())
     if num_ignored > listing.num_images:
         logger.warning(
@@ -116,6 +123,17 @@ def _say_what_is_left_out(listing: Listing) -> None:
             "endings that are read",
             without_secrets(listing.location.root), num_ignored, files.name_ignored(listing.num_ignored),
             listing.num_images,
+        )  # fmt: skip
+
+
+def _say_where_images_are_few(listing: Listing, counts: ImageCounts) -> None:
+    confusion_KK = next(iter(counts.confusions.values()))
+    found = [(int(number), name) for number, name in zip(confusion_KK.sum(axis=1), listing.classes, strict=True)]
+    if few := sorted(each for each in found if each[0] < _FEW_IMAGES):
+        logger.warning(
+            "validation images: expected at least %d of every class, got fewer of %d of %d classes, whose accuracies "
+            "say little: %s", _FEW_IMAGES, len(few), len(found),
+            files.enumerate_names([f"{number} of {name}" for number, name in few]),
         )  # fmt: skip
 
 
@@ -160,7 +178,7 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
-            f"{job.config.epochs}; give more, or --overwrite"
+            f"{job.config.epochs}; give more, or start over by --overwrite in place of --resume"
         )
     num_deaths = 0
     while True:
@@ -182,7 +200,10 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             logger.warning("%s; restarting all actors, to go on after epoch %d", exc, len(training.history))
             job = _reallocate(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
-            train.save(job, training, fingerprint)
+            try:
+                train.save(job, training, fingerprint)
+            except OutputError as exc:  # which would stand in the place of what ended the job
+                logger.warning("%s", exc)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
@@ -248,6 +269,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
                 f"({counts.train_counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
                 f"{counts.num_skipped} skipped; run again, and if it comes again report it"
             )
+    _say_where_images_are_few(listing, counts)
     rows = [
         row for name, counts_KK in confusions.items() for row in figures.accuracies(name, listing.classes, counts_KK)
     ]

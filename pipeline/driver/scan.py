@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import archives
 from pipeline.data import listing as listings
+from pipeline.data.classes import spread_over_splits
 from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
@@ -30,6 +31,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
+from pipeline.errors import DataError
 from pipeline.plan import Plan, Shard, Target
 from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
@@ -91,11 +93,17 @@ def finish_listing(
 
 def _list_first(location: Location, config: Config) -> FirstListing:
     """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
+    ignored: Counter[str] = Counter()
+    found = []
     if location.kind != "package":
-        ignored: Counter[str] = Counter()
-        store, root = location.store
-        if found := archives.find_archives(store, root, location.pattern, config, ignored):
-            return FoundArchives(found, ignored)
+        found = archives.find_archives(*location.store, location.pattern, config, ignored)
+    for option, name in (("--label-column", config.label_column), ("--image-column", config.image_column)):
+        if name is not None and not any(archive.kind == "parquet" for archive in found):
+            raise DataError(
+                f"{option}: expected Parquet files in {location.root}, which alone have columns, got none; leave it out"
+            )
+    if found:
+        return FoundArchives(found, ignored)
     listing = listings.list_dataset(location, config)
     rows = sample_rows(len(listing.train))
     return listing, choose_target(config, sample_headers(location, listing.train, None, rows))
@@ -146,7 +154,7 @@ def list_archives(
         return listings.list_archives(location, parts, found.num_ignored, config)
 
     scan(range(len(all_archives)), config)
-    again = listings.spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
+    again = spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
     for number, archive in again.items():
         all_archives[number] = archive
     scan(again, config)
