@@ -384,7 +384,8 @@ def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    has_epochs = config.resume or last.phase in ("neighbors", "score") or (last.epoch or 0) > 1
+    is_trained = last.phase in ("neighbors", "score", "duplicates") and config.epochs > 0
+    has_epochs = config.resume or is_trained or (last.epoch or 0) > 1
     out = without_secrets(config.out)
     again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"

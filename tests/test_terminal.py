@@ -196,6 +196,7 @@ def test_devices_are_counted_by_name():
         (Progress("train", 9, 97, 1.0, 2, 30, 0.0), "epoch 2 of 30, step 9 of 97, loss 0.0000"),
         (Progress("score", 0, 8, 1.0), "scored 0 of 8 prediction files"),
         (Progress("score", 2, 8, 1.0), "scored 2 of 8 prediction files, 2.0 a second, 3 s left"),
+        (Progress("duplicates", 0, 1, 1.0), "all images are scored, grouping those with the same pixels"),
     ],
 )
 def test_progress_is_one_line(progress, line):
