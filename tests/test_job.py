@@ -18,6 +18,7 @@ import ray
 from builders import pack_tar, write_images
 from PIL import Image
 
+from pipeline import plan
 from pipeline.compute.classifiers import CLASSIFIERS
 from pipeline.config import Config
 from pipeline.data import files
@@ -314,6 +315,23 @@ def test_several_nodes_are_asked_whether_they_see_the_same_files(small_dataset, 
 def test_another_seed_is_another_result(reference, small_dataset, tmp_path):
     run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", seed=1)
     assert run["results_sha256"] != reference["results_sha256"]
+
+
+def test_an_actor_killed_while_neighbors_are_searched_does_not_change_a_bit(
+    reference, small_dataset, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(plan, "_REQUEST_BYTES", 8 * 64)  # so that there is a middle
+    killed, earlier = [], set(actor_pids())
+
+    def on_progress(progress):
+        if progress.phase == "neighbors" and progress.done and not killed:
+            killed.append(max(set(actor_pids()) - earlier))
+            os.kill(killed[0], signal.SIGKILL)
+
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu", actors=2)
+    assert killed
+    assert "restarting all actors, to go on after epoch 3" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
 
 
 def kill_once_in_epoch(epoch, pids):
