@@ -80,22 +80,27 @@ def evaluate(
     wait([pending], timeout=0.03)  # a small folder's faults need not wait for Ray
     if pending.done():
         pending.result()
-    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as is_joined:
-        on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
-        nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
+    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as connection:
+
+        def show(progress: Progress) -> None:
+            connection.check()
+            on_progress(progress)
+
+        show(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
+        nodes = _meet_nodes(config, show, is_joined=connection.is_joined)
         allocation = _allocate(config, nodes)
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
-            listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
+            listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
             _say_what_is_left_out(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
             kept_in = _choose_storage(config, plan, allocation, nodes)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
-                shards = scan.name_entries(listed[0], plan, shards, on_progress)
+                shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, on_progress)
+            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
             return _run(job, actors)
         finally:
             end_actors(actors)
