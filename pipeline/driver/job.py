@@ -94,7 +94,7 @@ def evaluate(
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
             _say_what_is_left_out(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
-            kept_in = _choose_storage(config, plan, allocation, nodes)
+            kept_in = _choose_storage(config, plan, allocation, nodes, show)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
@@ -144,8 +144,15 @@ def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     return start_actors(allocation, node_ids)
 
 
-def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:
-    chosen = choose_storage(plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch))
+def _choose_storage(
+    config: Config, plan: Plan, allocation: Allocation, nodes: list[Node], on_progress: Callable[[Progress], None]
+) -> Storage:
+    def tick() -> None:
+        on_progress(Progress("start", 0, 1, 0.0))
+
+    chosen = choose_storage(
+        plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch, tick)
+    )
     if chosen == "disk":
         logger.info(
             "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
@@ -204,7 +211,7 @@ def _reallocate(job: Job) -> Job:
     if job.allocation.gpus_per_actor > 0 and allocation.gpus_per_actor == 0:
         logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
     # Once on disk, on disk: how much of it actors that are ending still take is not to be told.
-    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes)
+    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes, show)
     return replace(job, allocation=allocation, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
 
 
