@@ -107,7 +107,7 @@ def connected(address: str | None, on_wait: Callable[[], None] = lambda: None) -
         head = str(ray.get_runtime_context().gcs_address) if is_joined else None
         watch = Watch(find_raylet() if is_joined else started, head, partial(_end, others))
         if not is_joined:
-            _wait_for_worker(folder, on_wait, watch.check)
+            _wait_for_workers(folder, on_wait, watch.check)
         yield Connection(is_joined, watch.check)
     except Exception as exc:
         if watch:
@@ -181,21 +181,24 @@ def _start(folder: str, others: set[psutil.Process]) -> bool:
             os.environ.pop(name, None)
 
 
-def _wait_for_worker(folder: str, *on_wait: Callable[[], None]) -> None:
-    """Have as many workers started as Ray's node manager would start by itself, and wait for one of them.
+def _wait_for_workers(folder: str, *on_wait: Callable[[], None]) -> None:
+    """Have as many workers started as Ray's node manager would start by itself, and wait for them.
 
     Raises:
-        ClusterError: If there is none in time.
+        ClusterError: If there is not even one in time.
     """
     num_cpus = int(ray.cluster_resources().get("CPU", 0))
     # Beside one for each CPU, which decodes, one for an actor, which takes none.
     shares = [1] * num_cpus + [0]
     asked = [ray.remote(num_cpus=share)(lambda: None).remote() for share in shares]
     deadline = time.monotonic() + _WORKER_SECONDS
-    while not ray.wait(asked, num_returns=1, timeout=_TICK_SECONDS)[0]:
+    done: list[Any] = []
+    # For all: who asks for more before they are up has more of them started than there is work for.
+    while len(done) < len(asked) and (not done or time.monotonic() < deadline):
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=_TICK_SECONDS)
         for each in on_wait:
             each()
-        if time.monotonic() > deadline:
+        if not done and time.monotonic() > deadline:
             fault = f"no worker within {_WORKER_SECONDS:.0f} s"
             raise ClusterError(f"Ray: expected it to start a worker, got {session.explain(folder, fault)}")
 
