@@ -271,7 +271,9 @@ except errors.ClusterError as exc:
     mark = str(uuid.uuid4())
     environment = {**os.environ, MARK: mark, "RAY_gcs_server_port_wait_time_s": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
-    assert re.fullmatch(r"--address local: expected Ray to start, got .*\n", done.stdout), done.stderr
+    assert re.fullmatch(r"Ray: expected it to start, got Timed out .*; see .*/logs, and end what .*\n", done.stdout), (
+        done.stderr
+    )
     assert processes_with(MARK, mark) == []
 
 

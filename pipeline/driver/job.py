@@ -85,22 +85,27 @@ def evaluate(
     wait([pending], timeout=0.03)  # a small folder's faults need not wait for Ray
     if pending.done():
         pending.result()
-    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as is_joined:
-        on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
-        nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
+    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as connection:
+
+        def show(progress: Progress) -> None:
+            connection.check()
+            on_progress(progress)
+
+        show(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
+        nodes = _meet_nodes(config, show, is_joined=connection.is_joined)
         allocation = _allocate(config, nodes)
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
-            listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
+            listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
             _say_what_may_surprise(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
-            kept_in = _choose_storage(config, plan, allocation, nodes)
+            kept_in = _choose_storage(config, plan, allocation, nodes, show)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
-                shards = scan.name_entries(listed[0], plan, shards, on_progress)
+                shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, on_progress)
+            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
             return _run(job, actors)
         finally:
             end_actors(actors)
@@ -159,8 +164,15 @@ def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     return start_actors(allocation, node_ids)
 
 
-def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:
-    chosen = choose_storage(plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch))
+def _choose_storage(
+    config: Config, plan: Plan, allocation: Allocation, nodes: list[Node], on_progress: Callable[[Progress], None]
+) -> Storage:
+    def tick() -> None:
+        on_progress(Progress("start", 0, 1, 0.0))
+
+    chosen = choose_storage(
+        plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch, tick)
+    )
     if chosen == "disk":
         logger.info(
             "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
@@ -232,7 +244,7 @@ def _reallocate(job: Job) -> Job:
     if job.allocation.gpus_per_actor > 0 and allocation.gpus_per_actor == 0:
         logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
     # Once on disk, on disk: how much of it actors that are ending still take is not to be told.
-    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes)
+    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes, show)
     return replace(job, allocation=allocation, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
 
 

@@ -31,7 +31,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import DataError
+from pipeline.errors import DataError, without_secrets
 from pipeline.plan import Plan, Shard, Target
 from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
@@ -39,6 +39,8 @@ from pipeline.results.writing import Output
 # Archives that are indexed, or wait for it, at one time.
 _MAX_SCANS = 256
 _TICK_SECONDS = 0.2
+# Requests to a store have limits of their own; this is for a disk that does not answer, and more files than anyone has.
+LISTING_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,19 @@ def finish_listing(
     on_progress: Callable[[Progress], None],
 ) -> tuple[Listing, Target]:
     """Wait for the listing, check that all nodes have the same files, and have archives indexed."""
+    deadline = time.monotonic() + LISTING_SECONDS
     while not pending.done():
         on_progress(Progress("start", 0, 1, 0.0))
         wait([pending], timeout=_TICK_SECONDS)
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"{without_secrets(location.root)}: expected its listing within {LISTING_SECONDS:.0f} s, got none; "
+                "look whether the storage answers, or use archives, which are listed much faster"
+            )
     first = pending.result()
     if len(nodes) > 1:
-        cluster.check_paths(nodes, location, _some_files(location, first), output)
+        names = _some_files(location, first)
+        cluster.check_paths(nodes, location, names, output, lambda: on_progress(Progress("start", 0, 1, 0.0)))
     if isinstance(first, FoundArchives):
         clock.enter("scan")
         return list_archives(location, config, first, on_progress)
