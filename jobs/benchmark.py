@@ -26,6 +26,7 @@ import click
 import benchmarks.data as datasets
 from benchmarks.peers import PEERS
 from benchmarks.request import Answer
+from benchmarks.search import SEARCHES
 from benchmarks.store import stored
 from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise, write_runs
 from benchmarks.watch import INTERRUPTS, watch
@@ -40,6 +41,7 @@ _DEFAULTS = {
     "many": ("evaluate", "dataloader", "limit"),
     "photos": _ON_IMAGES,
     "sgd": ("actor", "actors_2", "torch_loop", "torch_loop_threads", "sklearn_sgd"),
+    "neighbors": tuple(SEARCHES),
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
     "store": _ON_STORE,
@@ -47,7 +49,7 @@ _DEFAULTS = {
 }
 # The commands that --only can name.
 _KNOWN = {**_DEFAULTS, "many": _ON_IMAGES}
-_BASES = {"sgd": "actor", "cache": "evaluate_again", "driver": "driver"}
+_BASES = {"sgd": "actor", "neighbors": "search", "cache": "evaluate_again", "driver": "driver"}
 _MADE_IMAGES = {"many": (250_000, 1_000_000), "photos": (2000,)}
 _PHOTO_SIDE = 64
 _BATCH_SIZES = {256: ("actor", "torch_loop", "torch_loop_threads", "sklearn_sgd"), 4096: ("actor", "actors_2")}
@@ -61,8 +63,12 @@ _LOOSE = {
     "store_photos": frozenset(("evaluate", "evaluate_local")),
     # Sums in another order; scikit-learn trains another model.
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
+    # Distances in float32, and ties as they come.
+    "neighbors": frozenset(("faiss_flat", "sklearn_brute")),
 }
 _LAST_LINES = 8
+# Nearest means and nothing else.
+_DECODES = ("--epochs", "0", "--neighbors", "0")
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,9 @@ def make_cases(options: Options) -> list[Case]:
             )
             for batch_size, names in _BATCH_SIZES.items()
         ]
+    if workload == "neighbors":
+        arrays = datasets.make_once(work / "arrays", partial(datasets.write_arrays, source))
+        return [Case("neighbors", workload, options.names, {"arrays": str(arrays)})]
     if workload == "many":
         return [
             _image_case(
@@ -178,7 +187,7 @@ def _image_case(options: Options, data: Path, size: tuple[int, int] | None = Non
         )
     shape = ("--size", f"{size[0]}x{size[1]}", "--mode", request["mode"]) if size else ()
     cache = ("--cache", str(options.work / "cache")) if options.workload == "cache" else ()
-    return Case(title, options.workload, options.names, request, ("--data", str(data), "--epochs", "0", *shape, *cache))
+    return Case(title, options.workload, options.names, request, ("--data", str(data), *_DECODES, *shape, *cache))
 
 
 def _expect_data(options: Options) -> Path:
@@ -192,7 +201,7 @@ def _expect_data(options: Options) -> Path:
 
 def missing_package(name: str, daft_python: str) -> str | None:
     """Name the package that a command needs and that is not installed, in an error message; None if all are there."""
-    needs = {"ray_data": "pandas", "sklearn": "sklearn", "daft": "daft"}
+    needs = {"ray_data": "pandas", "sklearn": "sklearn", "daft": "daft", "faiss": "faiss"}
     for start, module in needs.items():
         is_here = daft_python != sys.executable if module == "daft" else False
         if name.startswith(start) and not is_here and importlib.util.find_spec(module) is None:
@@ -230,7 +239,8 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
         if name in _EVALUATES:
             command = [python, str(jobs / "evaluate.py"), *case.options, "--json", "--out", str(results)]
         else:
-            module = "benchmarks.peers" if name in PEERS else "benchmarks.parts"
+            tables = {"benchmarks.peers": PEERS, "benchmarks.search": SEARCHES}
+            module = next((module for module, table in tables.items() if name in table), "benchmarks.parts")
             command = [python, "-m", module, name, json.dumps(case.request)]
         if name == "evaluate_first":
             shutil.rmtree(options.work / "cache", ignore_errors=True)

@@ -140,7 +140,17 @@ def reference(local_ray, small_dataset, tmp_path_factory):
 
 
 def test_seconds_are_told_by_phase(reference):
-    assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "duplicates", "write", "total"]
+    assert list(reference["seconds"]) == [
+        "start",
+        "decode",
+        "means",
+        "train",
+        "neighbors",
+        "score",
+        "duplicates",
+        "write",
+        "total",
+    ]
 
 
 @pytest.mark.parametrize("num_actors", [2, 3, 4])

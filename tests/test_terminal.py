@@ -19,7 +19,7 @@ class  images  nearest_mean_l1
 
 images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 1 .csv, 1 .txt
 decoded    to 28x28 L, 12,345 a second
-twins      none with the same pixels
+twins      no images with the same pixels; 0 validation images have a twin in training
 seconds    4.7 (start 3.2, decode 1.2, train 0.2)
 computed   on 2 x cpu
 results    /somewhere/results
@@ -68,6 +68,7 @@ def run_with(confusions, classes=None, **fields):
         "num_skipped_by_reason": {"damaged": 1},
         "num_resized": 3,
         "duplicates": {"num_exact_groups": 0, "num_exact_images": 0, "num_exact_twins": 0, "num_conflicts": 0},
+        "neighbors": None,
         "images_per_s": 12_345.4,
         "options": {"cache": None},
         "num_shards": 1_234,
@@ -102,9 +103,30 @@ def test_the_summary_says_how_many_images_have_twins():
     counts = {"num_exact_groups": 5, "num_exact_images": 1_012, "num_exact_twins": 3, "num_conflicts": 4}
     lines = summary(run_with({"sgd_linear": confusion_of([50, 60])}, duplicates=counts)).splitlines()
     assert (
-        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 3 validation images have a "
-        "twin in training; 4 of several classes (suspects.parquet)"
+        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 4 of several classes "
+        "(suspects.parquet); 3 validation images have a twin in training"
     ) in lines
+
+
+@pytest.mark.parametrize(
+    ("num_twins", "of", "twins", "labels"),
+    [
+        (0, "valid", "0 validation images have a twin in training", "7 validation images look more like another class"),
+        (
+            9,
+            "all",
+            "9 validation images have a twin in training, 8 of them changed a little; accuracy without them: "
+            "sgd_linear 0.5000",
+            "7 images look more like another class",
+        ),
+    ],
+)
+def test_the_summary_says_what_neighbors_tell(num_twins, of, twins, labels):
+    found = {"num_twins": num_twins, "num_near_twins": 8, "of": of, "num_suspects": 7}
+    neighbors = {**found, "accuracy_without_twins": {"sgd_linear": 0.5}}
+    lines = summary(run_with({"sgd_linear": confusion_of([50, 60])}, neighbors=neighbors)).splitlines()
+    assert f"twins      no images with the same pixels; {twins}" in lines
+    assert f"labels     {labels} (suspects.parquet)" in lines
 
 
 def test_the_summary_of_twelve_classes_shows_the_five_worst_and_the_five_best():

@@ -118,7 +118,8 @@ class Lanes:
         for shard in np.unique(shards_N):
             rows_R, keys = self._keys[firsts_S[shard]]
             chosen_N = np.flatnonzero(shards_N == shard)
-            keys_N[chosen_N] = keys.take(pa.array(np.searchsorted(rows_R, rows_N[chosen_N]))).to_pylist()
+            # One by one: Arrow's own way loads pyarrow.compute.
+            keys_N[chosen_N] = [keys[place].as_py() for place in np.searchsorted(rows_R, rows_N[chosen_N]).tolist()]
         return keys_N
 
     def _positions(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

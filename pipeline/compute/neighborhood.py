@@ -195,7 +195,8 @@ class Neighborhood:
 
     def _pairs(self, part: int, rows_N: npt.NDArray[np.int64]) -> list[Pair]:
         stored, twins = self._parts[part], self._stacked(part, "twins")
-        keys, labels_N, listed_N = stored.keys().take(pa.array(rows_N)).to_pylist(), stored.labels(), stored.positions()
+        labels_N, listed_N = stored.labels(), stored.positions()
+        keys = stored.keys_of(listed_N[rows_N])
         distance_N, ratio_N = self._twin_distances(part)
         return [
             Pair(

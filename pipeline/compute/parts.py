@@ -85,8 +85,8 @@ class Part:
 
     def keys_of(self, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
         """Give the keys, str, of the images at these positions."""
-        places_N = np.cumsum(self._is_filled_M)[positions_N] - 1
-        return np.array(self.keys().take(pa.array(places_N)).to_pylist(), object)
+        keys, places_N = self.keys(), np.cumsum(self._is_filled_M)[positions_N] - 1
+        return np.array([keys[place].as_py() for place in places_N.tolist()], object)
 
     def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
