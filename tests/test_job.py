@@ -578,7 +578,9 @@ def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
         "confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json",
         "skipped.parquet", "suspects.parquet",
     ]  # fmt: skip
-    assert {row["classifier"] for row in run["metrics"]} == {"majority_class", "nearest_mean_l1", "nearest_mean_rms"}
+    assert {row["classifier"] for row in run["metrics"]} == {
+        "majority_class", "nearest_mean_l1", "nearest_mean_rms", "knn_1", "knn_5",
+    }  # fmt: skip
     assert run["stopped_by"] is None
 
 
