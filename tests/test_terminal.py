@@ -9,8 +9,8 @@ from pipeline.results.tables import metrics_table
 from pipeline.results.terminal import Progress, StatusLine, print_summary, progress_line, progress_parts, summary
 
 TWO = """\
-classifier       accuracy     95 % interval  mean of classes           right
-nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511  1,939 of 2,038
+classifier       accuracy     95 % interval  mean of classes  mean F1           right
+nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511   0.9513  1,939 of 2,038
 
 accuracy by class
 class  images  nearest_mean_l1
@@ -19,7 +19,7 @@ class  images  nearest_mean_l1
 
 images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 1 .csv, 1 .txt
 decoded    to 28x28 L, 12,345 a second
-twins      none with the same pixels
+twins      no images with the same pixels; 0 validation images have a twin in training
 seconds    4.7 (start 3.2, decode 1.2, train 0.2)
 computed   on 2 x cpu
 results    /somewhere/results
@@ -68,6 +68,7 @@ def run_with(confusions, classes=None, **fields):
         "num_skipped_by_reason": {"damaged": 1},
         "num_resized": 3,
         "duplicates": {"num_exact_groups": 0, "num_exact_images": 0, "num_exact_twins": 0, "num_conflicts": 0},
+        "neighbors": None,
         "images_per_s": 12_345.4,
         "options": {"cache": None},
         "num_shards": 1_234,
@@ -77,6 +78,15 @@ def run_with(confusions, classes=None, **fields):
         "results_sha256": "0123abc",
     }
     return {**run, **fields}
+
+
+def test_the_top_5_are_shown_where_they_are_counted():
+    names = [f"class {label}" for label in range(12)]
+    counts_KK = confusion_of([50] * 12)
+    rows = accuracies("majority_class", names, counts_KK) + accuracies("sgd_linear", names, counts_KK, 900)
+    header, *lines = summary(run_with({}, metrics=metrics_table(rows).to_pylist())).splitlines()[:3]
+    assert re.split("  +", header)[3] == "top 5"
+    assert [re.split("  +", line)[3] for line in lines] == ["-", "0.7500"]
 
 
 def class_lines(shares):
@@ -102,8 +112,8 @@ def test_the_summary_says_how_many_images_have_twins():
     counts = {"num_exact_groups": 5, "num_exact_images": 1_012, "num_exact_twins": 3, "num_conflicts": 4}
     lines = summary(run_with({"sgd_linear": confusion_of([50, 60])}, duplicates=counts)).splitlines()
     assert (
-        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 3 validation images have a "
-        "twin in training; 4 of several classes (suspects.parquet)"
+        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 4 of several classes "
+        "(suspects.parquet); 3 validation images have a twin in training"
     ) in lines
 
 

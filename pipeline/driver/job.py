@@ -249,7 +249,9 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
                 f"{counts.num_skipped} skipped; run again, and if it comes again report it"
             )
     rows = [
-        row for name, counts_KK in confusions.items() for row in figures.accuracies(name, listing.classes, counts_KK)
+        row
+        for name, counts_KK in confusions.items()
+        for row in figures.accuracies(name, listing.classes, counts_KK, counts.num_in_top.get(name))
     ]
     digests = {f"part-{part:05d}": digest for part, digest in counts.digests.items()}
     contents = {

@@ -185,7 +185,11 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
     from rich.text import Text
 
     console, best = _make_console(stream), _best_classifier(run["metrics"])
-    classifiers = _fit(_classifier_rows(run["metrics"]), console.width, ["mean of classes", "right", "95 % interval"])
+    classifiers = _fit(
+        _classifier_rows(run["metrics"]),
+        console.width,
+        ["mean F1", "mean of classes", "right", "95 % interval", "top 5"],
+    )
     console.print(_rich_table(classifiers, [row[0] == best for row in classifiers]), "")
     title, all_classes = _class_rows(run["metrics"])
     classes = _fit(all_classes, console.width, [name for name in all_classes[0][2:] if name != best])
@@ -219,13 +223,16 @@ def _best_classifier(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def _classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the table of classifiers, its header first."""
-    rows = [["classifier", "accuracy", "95 % interval", "mean of classes", "right"]]
     found = {(row["classifier"], row["scope"]): row for row in metrics if row["scope"] != "class"}
+    has_top = any(row["top5_accuracy"] is not None for row in found.values())
+    rows = [["classifier", "accuracy", "95 % interval", *["top 5"][:has_top], "mean of classes", "mean F1", "right"]]
     for name in _classifiers(metrics):
         total, mean = found[name, "all"], found[name, "mean_of_classes"]
         interval = f"{_figure(total['accuracy_low'])} to {_figure(total['accuracy_high'])}"
         right = f"{total['num_correct']:,} of {total['num_images']:,}"
-        rows.append([name, _figure(total["accuracy"]), interval, _figure(mean["accuracy"]), right])
+        top = [_figure(total["top5_accuracy"])][:has_top]
+        means = [_figure(mean["accuracy"]), _figure(mean["f1"])]
+        rows.append([name, _figure(total["accuracy"]), interval, *top, *means, right])
     return rows
 
 
@@ -336,6 +343,8 @@ def _rich_table(rows: Sequence[Sequence[str]], is_bold: Sequence[bool] = ()) -> 
 def _fit(rows: list[list[str]], width: int, droppable: Sequence[str]) -> list[list[str]]:
     """Leave out columns, by their headings, until a table fits a width; names in the first column can be folded."""
     for heading in droppable:
+        if heading not in rows[0]:
+            continue
         lines = [[rows[0][0], *map(_foldable, rows[0][1:])], *rows[1:]]
         widths = [max(_cell_width(cell) for cell in column) for column in zip(*lines, strict=True)]
         if min(widths[0], _MIN_NAME_WIDTH) + sum(widths[1:]) + _GAP * (len(widths) - 1) <= width:
