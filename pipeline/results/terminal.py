@@ -176,7 +176,7 @@ def summary(run: Mapping[str, Any]) -> str:
     """Format a finished run for a log: classifiers, accuracies by class, counts, times."""
     title, classes = _class_rows(run["metrics"])
     facts = [f"{label:<{_LABEL_WIDTH}}  {text}" for label, text in _facts(run)]
-    return "\n".join([*_plain_table(_classifier_rows(run["metrics"])), "", title, *_plain_table(classes), "", *facts])
+    return "\n".join([*plain_table(classifier_rows(run["metrics"])), "", title, *plain_table(classes), "", *facts])
 
 
 def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
@@ -186,7 +186,7 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
 
     console, best = _make_console(stream), _best_classifier(run["metrics"])
     classifiers = _fit(
-        _classifier_rows(run["metrics"]),
+        classifier_rows(run["metrics"]),
         console.width,
         ["mean F1", "mean of classes", "right", "95 % interval", "top 5"],
     )
@@ -221,8 +221,8 @@ def _best_classifier(metrics: Sequence[Mapping[str, Any]]) -> str:
     return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
-def _classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table of classifiers, its header first."""
+def classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of classifiers, its header first, from the rows of `metrics.parquet`."""
     found = {(row["classifier"], row["scope"]): row for row in metrics if row["scope"] != "class"}
     has_top = any(row["top5_accuracy"] is not None for row in found.values())
     rows = [["classifier", "accuracy", "95 % interval", *["top 5"][:has_top], "mean of classes", "mean F1", "right"]]
@@ -317,7 +317,8 @@ def _labels(neighbors: Mapping[str, Any]) -> str:
     return f"{neighbors['num_suspects']:,} {split} look more like another class (suspects.parquet)"
 
 
-def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align the columns of a table, the first one to the left; a line each, the header first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
