@@ -29,6 +29,7 @@ from benchmarks.request import Answer
 from benchmarks.store import stored
 from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise, write_runs
 from benchmarks.watch import INTERRUPTS, watch
+from commands import OneLineCommand
 
 _EVALUATES = ("evaluate", "evaluate_first", "evaluate_again", "evaluate_local")
 _ON_IMAGES = ("evaluate", *(name for name in PEERS if name != "client"))
@@ -185,9 +186,7 @@ def _expect_data(options: Options) -> Path:
         raise click.UsageError(f"--data: expected a folder for --workload {options.workload}, got none; give one")
     for split in datasets.SPLITS:
         if not (options.data / split).is_dir():
-            raise click.UsageError(
-                f"--data: expected train and valid in {options.data}, got no {split}; give another folder"
-            )
+            raise click.UsageError(f"--data: expected train and valid in {options.data}, got no {split}; give another")
     return options.data.resolve()
 
 
@@ -355,7 +354,7 @@ def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]
     return tuple(name for name in names if name not in lacks)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--workload", type=click.Choice(tuple(_DEFAULTS)), default="mnist", help="What is done.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; all but photos and driver.")
 @click.option(

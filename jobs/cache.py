@@ -11,17 +11,18 @@ import sys
 
 import click
 
+from commands import OneLineCommand
 from pipeline.decoding import cache
 from pipeline.decoding.cache import Cache, Usage
 from pipeline.errors import EvaluationError, without_secrets
 
 
-class _Commands(click.Group):
+class _Commands(OneLineCommand, click.Group):
     """Shows a user's mistake as one line, for every subcommand."""
 
-    def invoke(self, context: click.Context) -> object:
+    def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except EvaluationError as exc:
             click.echo(f"error: {exc}", err=True)
             sys.exit(1)

@@ -12,31 +12,22 @@ from __future__ import annotations
 import io
 import json
 import sys
-from typing import Any
 
 import click
 
+from commands import OneLineCommand
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.errors import EvaluationError, OptionError
 from pipeline.results.comparison_text import comparison_json, comparison_text
-from pipeline.results.finished import open_run
+from pipeline.results.predicted import open_run
 from pipeline.results.two_runs import compare_runs, write_comparison
 from pipeline.results.writing import Output
 
 
-class _Command(click.Command):
-    """A command whose errors are one line."""
-
-    def make_context(self, *args: Any, **settings: Any) -> click.Context:
-        """Parse the command line; if it cannot be parsed, end with one line that says why, and status 2."""
-        try:
-            return super().make_context(*args, **settings)
-        except click.UsageError as exc:
-            click.echo(f"error: {exc.format_message()}", err=True)
-            sys.exit(2)
+class _Command(OneLineCommand):
+    """Shows a user's mistake as one line: in an option with status 2, any other with 1."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Compare; a mistake in an option ends with status 2, any other with 1."""
         try:
             return super().invoke(ctx)
         except EvaluationError as exc:

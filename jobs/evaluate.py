@@ -103,9 +103,16 @@ class _Screen(logging.Handler):
         self.write(self.format(record))
 
     def write(self, message: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays, below what a library has begun."""
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason to end the job
-            self.write_to(self._stream, f"{message}\n")
+            self.write_to(self._stream, "\n" * self._is_inside_line + f"{message}\n")
+
+    def write_interrupted(self, left_undone: str) -> None:
+        """Write the last line of a job that was asked to end, and not behind the ^C that a terminal shows."""
+        with contextlib.suppress(OSError):
+            if self._signals.received == signal.SIGINT and self._stream.isatty():
+                self._stream.write("\r\x1b[2K" if self._is_terminal else "\n")
+        self.write(f"interrupted: {left_undone}")
 
     def write_to(self, stream: TextIO, text: str) -> int:
         """Write what a library prints; its line is not redrawn before it ends."""
@@ -176,7 +183,14 @@ def _parse(kind: Callable[[str], Number], value: str, expected: str) -> Number:
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in next(csv.reader([value], skipinitialspace=True))) if value else ()
+    if value is None:
+        return ()
+    try:
+        names = next(csv.reader([value], skipinitialspace=True))
+    except csv.Error as exc:
+        raise click.BadParameter(f"expected names and commas, got {value!r}; put such names in double quotes") from exc
+    # A blank at an end, which a class may have, is given in quotes.
+    return tuple(name if '"' in value else name.strip() for name in names) or ("",)
 
 
 class _Option(click.Option):
@@ -205,7 +219,8 @@ class _Command(click.Command):
         try:
             return super().make_context(*args, **settings)
         except click.UsageError as exc:
-            click.echo(f"error: {exc.format_message()}", err=True)
+            # As in commands.py, which `ray submit` leaves behind.
+            click.echo(f"error: {' '.join(exc.format_message().split()).rstrip('.')}; try --help", err=True)
             sys.exit(2)
 
 
@@ -292,8 +307,10 @@ def main(is_json: bool, **options: Any) -> None:
     # NumPy's own threads are not used here, and their start costs a tenth of a second in each process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        has_default = ("out", "scratch")  # that of Config, which differs from run to run
-        config = Config(**{name: given for name, given in options.items() if name not in has_default or given})
+        if options["resume"] and options["out"] is None:
+            raise OptionError("--resume: expected --out beside it, got none; name the folder of the unfinished run")
+        # Those that are left out are None, which is no value of some of them.
+        config = Config(**{name: given for name, given in options.items() if given is not None})
         # Imported here, after the signal handlers are set: while Ray loads, a Ctrl-C would end in a traceback.
         from pipeline.driver import job
         from pipeline.driver.imports import leave_pandas_out
@@ -313,7 +330,7 @@ def main(is_json: bool, **options: Any) -> None:
         screen.write(f"error: {exc}")
         sys.exit(1)
     except _Interrupted:
-        screen.write(f"interrupted: {_left_undone(screen.last, config)}")
+        screen.write_interrupted(_left_undone(screen.last, config))
         # Ray is left already; an orderly end can abort in a thread of compiled code, of Ray or of the listing.
         os._exit(_EXIT_CODES[signals.received])
     gc.freeze()  # a last collection at exit takes a tenth of a second
@@ -367,7 +384,8 @@ def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    has_epochs = config.resume or last.phase in ("neighbors", "score") or (last.epoch or 0) > 1
+    is_trained = last.phase in ("neighbors", "score", "duplicates") and config.epochs > 0
+    has_epochs = config.resume or is_trained or (last.epoch or 0) > 1
     out = without_secrets(config.out)
     again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"

@@ -7,11 +7,14 @@ that need the data or the cluster stand where these are known.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from os import PathLike
+from typing import Any
 
 from pipeline.errors import OptionError
 
@@ -19,8 +22,15 @@ INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
 MAX_NEIGHBORS = 1000
 DEVICES = ("auto", "cpu", "cuda")
-_MAY_BE_NONE = ("cache", "address", "label_column", "image_column")
 MODES = ("auto", "L", "RGB")
+# By a field's annotation, what it expects and how to give it.
+_TYPES = {
+    "str": ("a text", "give it as on the command line"),
+    "bool": ("True or False", "give one of them"),
+    "int": ("a whole number", "give it as a number"),
+    "float": ("a number", "give it as a number"),
+    "tuple[str, ...]": ("names of classes", "give them as a tuple"),
+}
 # One image of more pixels than this would weigh as much as a whole shard of small ones.
 MAX_SIDE = 4096
 _LARGEST_FLOAT32 = 3.4e38
@@ -78,26 +88,13 @@ class Config:
         self._check_shape_of_work()
 
     def _take_types(self) -> None:
-        """Take what stands for a text, as a path or a number; anything else is an error."""
-        for name in ("data", "out", "cache", "scratch", "size", "address", "label_column", "image_column"):
-            value = getattr(self, name)
-            if isinstance(value, (PathLike, int)) and not isinstance(value, bool):
-                object.__setattr__(self, name, str(value))
-            elif not isinstance(value, str) and not (value is None and name in _MAY_BE_NONE):
-                raise OptionError(f"{_option(name)}: expected a text, got {value!r}; give it as on the command line")
-        for name in ("classes", "exclude_classes"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Iterable):
-                raise OptionError(f"{_option(name)}: expected names of classes, got {value!r}; give them as a tuple")
-            object.__setattr__(self, name, tuple(map(str, value)))
+        """Take what stands for a text or a number, as a path or NumPy's own; anything else is an error."""
+        for each in fields(self):
+            value, (kind, *or_none) = getattr(self, each.name), str(each.type).split(" | ")
+            if not (value is None and or_none):
+                object.__setattr__(self, each.name, _as_type(_option(each.name), kind, value))
         if self.size.isascii() and self.size.isdigit():
             object.__setattr__(self, "size", f"{self.size}x{self.size}")
-        for field_ in fields(self):
-            value, default = getattr(self, field_.name), field_.default
-            if isinstance(default, (int, float)) and (
-                not isinstance(value, (int, float)) or isinstance(value, bool) != isinstance(default, bool)
-            ):
-                raise OptionError(f"{_option(field_.name)}: expected a number, got {value!r}; as {default}")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
@@ -112,17 +109,16 @@ class Config:
         return name not in self.exclude_classes and (not self.classes or name in self.classes)
 
     def _check_data(self) -> None:
-        names = ",".join(self.classes)
+        for name in ("cache", "scratch", "address", "label_column", "image_column"):
+            given = getattr(self, name)
+            _expect(given != "", f"{_option(name)}: expected a text, got nothing; leave it out for the default")
         _expect(bool(self.data), "--data: expected a name, folder or URI, got nothing; say what to evaluate")
         _expect(bool(self.out), "--out: expected a folder or URI, got nothing; say where the results go")
-        _expect(
-            len(set(self.classes)) == len(self.classes) and all(self.classes),
-            f"--classes: expected each class once, got {names}; name each one time, as 3,7",
-        )
-        _expect(
-            len(set(self.exclude_classes)) == len(self.exclude_classes) and all(self.exclude_classes),
-            f"--exclude-classes: expected each class once, got {','.join(self.exclude_classes)}; name each one time",
-        )
+        for option, names in (("--classes", self.classes), ("--exclude-classes", self.exclude_classes)):
+            _expect(
+                len(set(names)) == len(names) and all(names),
+                f"{option}: expected each class once, got {','.join(names) or 'nothing'}; name each one time, as 3,7",
+            )
         if both := [name for name in self.exclude_classes if name in self.classes]:
             raise OptionError(
                 f"--exclude-classes: expected no class of --classes, got {both[0]}; name it in one of them"
@@ -222,6 +218,12 @@ class Config:
             f"--address: expected the cluster's own address, got {address}, which is that of its dashboard or of Ray's "
             "client; give the one that `ray start` printed, as 10.0.0.1:6379",
         )
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 2**16
+        _expect(
+            address in ("", "auto", "local") or (is_port and host != "" and not re.search(r"\s", address)),
+            f"--address: expected auto, local or a host and a port, got {address!r}; as 10.0.0.1:6379",
+        )
         _expect(
             self.min_nodes >= 1,
             f"--min-nodes: expected 1 or more, got {self.min_nodes}; leave it out to take the cluster as it is",
@@ -238,6 +240,24 @@ class Config:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _as_type(option: str, kind: str, value: Any) -> Any:
+    """Return a value as the type that an annotation names."""
+    is_bool = isinstance(value, bool)
+    match kind:
+        case "str" if isinstance(value, (str, PathLike, Integral)) and not is_bool:
+            return str(value)
+        case "bool" if is_bool:
+            return value
+        case "int" if isinstance(value, Integral) and not is_bool:
+            return int(value)
+        case "float" if isinstance(value, Real) and not is_bool:
+            return value if isinstance(value, int) else float(value)
+        case "tuple[str, ...]" if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+            return tuple(_as_type(option, "str", name) for name in value)
+    expected, advice = _TYPES[kind]
+    raise OptionError(f"{option}: expected {expected}, got {value!r}; {advice}")
 
 
 def _is_size(text: str) -> bool:

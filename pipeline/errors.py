@@ -13,7 +13,8 @@
         └── ActorLostError an actor, or one that it waited for, died; the driver starts the actors anew
 
 Every message is one line, `<where>: expected <x>, got <y>; <what to do>`. Every class takes that one
-line alone, so that an error crosses Ray by pickle unchanged. No message holds the secret key that a URI carries.
+line alone, so that an error crosses Ray by pickle unchanged. No message holds the secret key that a URI carries, nor
+anything that a terminal would obey.
 """
 
 import re
@@ -33,11 +34,20 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub(r"\1\2\3***", text)
 
 
+def printable(text: str) -> str:
+    r"""Write what a terminal would not show, or would obey, as escapes: line ends, marks of direction, `\x1b`."""
+    if text.isprintable():
+        return text
+    # Joiners shape letters, of Persian and of pictures, and nothing else.
+    shown = (each if each.isprintable() or each in "\u200c\u200d" else f"{each!a}"[1:-1] for each in text)
+    return "".join(shown)
+
+
 class EvaluationError(Exception):
     """Base of all errors that a user meets."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(" ".join(message.split())))
+        super().__init__(printable(without_secrets(" ".join(message.split()))))
 
 
 class OptionError(EvaluationError):

@@ -22,6 +22,7 @@ class Throttle:
     def __init__(self, application):
         self.application = application
         self.num_refused = 0
+        self.refusals = {}  # by the end of an object's name, whether it is there or not: the status and the code
         self.num_requests = 0
         self.last_authorization = ""
 
@@ -33,6 +34,10 @@ class Throttle:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        for end, (status, code) in self.refusals.items():
+            if environ["PATH_INFO"].endswith(end):
+                start_response(f"{status} {code}", [("Content-Type", "application/xml")])
+                return [f"<Error><Code>{code}</Code><Message>No.</Message></Error>".encode()]
         return self.application(environ, start_response)
 
 

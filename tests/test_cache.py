@@ -354,3 +354,17 @@ def test_the_command_wants_a_cache(tmp_path, command):
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"error: {tmp_path}: expected a cache of this program, got none; check the name\n"
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show"], "Missing argument 'FOLDER'"),
+        (["clear", "a", "b"], "Got unexpected extra argument (b)"),
+        (["drop", "a"], "No such command 'drop'"),
+        (["--all"], "No such option '--all'"),
+    ],
+)
+def test_bad_usage_of_the_command_is_one_line(words, message):
+    result = click.testing.CliRunner().invoke(main, words)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}; try --help\n")

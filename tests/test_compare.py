@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(finished, args, status, message):
 
 def test_names_are_shown_in_any_encoding_and_without_ray_or_torch(finished):
     code = (
-        "import sys; sys.argv = ['compare', *sys.argv[1:]]; from jobs.compare import main; "
+        "import sys; sys.path.insert(0, 'jobs'); sys.argv = ['compare', *sys.argv[1:]]; from compare import main; "
         "main(standalone_mode=False); sys.exit(bool({'ray', 'torch', 'pandas'} & set(sys.modules)))"
     )
     process = subprocess.run(

@@ -3,6 +3,7 @@ import math
 import re
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from pipeline.config import MAX_SIDE, Config
@@ -14,18 +15,29 @@ RATE, BATCH = "auto, or a positive number", "a multiple of --lanes 8"
 BY_OPTION = [
     ("data", "a name, folder or URI", {"": "nothing"}),
     ("out", "a folder or URI", {"": "nothing"}),
-    ("classes", "each class once", {("3", "7", "3"): "3,7,3", ("3", "", "7"): "3,,7", ("",): ""}),
+    ("classes", "each class once", {("3", "7", "3"): "3,7,3", ("3", "", "7"): "3,,7", ("",): "nothing"}),
     ("train_split", FOLDER, {"": "''", "a/b": "'a/b'", ".": "'.'"}),
     ("valid_split", FOLDER, {"..": "'..'", "/": "'/'"}),
     ("valid_split", "another folder than --train-split", {"train": "train for both"}),
     ("exclude_classes", "each class once", {("3", "3"): "3,3"}),
     ("incomplete_classes", "error or drop", ("keep",)),
     ("address", "the cluster's own address", ("http://127.0.0.1:8265", "10.0.0.1:8265", "ray://h:10001", "h:10001")),
-    ("data", "a text", {None: "None", 1.5: "1.5"}),
+    ("address", "auto, local or a host and a port", {"10.0.0.1": "'10.0.0.1'", "h:99999": "'h:99999'", "h:x": "'h:x'"}),
+    ("address", "auto, local or a host and a port", {":6379": "':6379'", "h:1 ": "'h:1 '", "h:0": "'h:0'"}),
+    ("data", "a text", {None: "None", 1.5: "1.5", b"a": "b'a'", True: "True"}),
+    ("train_split", "a text", {None: "None", ("a", "b"): "('a', 'b')"}),
+    ("mode", "a text", {None: "None"}),
+    *((name, "a text", {"": "nothing"}) for name in ("cache", "scratch", "address", "label_column", "image_column")),
     ("size", "a text", {(28, 28): "(28, 28)"}),
-    ("classes", "names of classes", {"3": "'3'", 3: "3"}),
-    ("epochs", "a number", {"3": "'3'", None: "None"}),
-    ("overwrite", "a number", {1: "1"}),
+    ("classes", "names of classes", {"3": "'3'", 3: "3", None: "None", b"3": "b'3'"}),
+    ("exclude_classes", "a text", {("3", None): "None", ("3", 7.5): "7.5"}),
+    ("epochs", "a whole number", {"3": "'3'", None: "None", 2.5: "2.5", True: "True"}),
+    ("actors", "a whole number", {"2": "'2'", 2.0: "2.0"}),
+    ("valid_fraction", "a number", {"0.2": "'0.2'", True: "True", (0.2,): "(0.2,)"}),
+    ("learning_rate", "a number", {"auto": "'auto'"}),
+    ("learning_rate", RATE, (10**400,)),
+    ("cache_gib", "a number", {"1": "'1'"}),
+    ("overwrite", "True or False", {1: "1", "yes": "'yes'", None: "None"}),
     ("valid_fraction", SHARE, (0.0, 1.0, 20.0, -0.1, math.nan)),
     ("mode", "one of auto, L, RGB", ("CMYK", "rgb")),
     ("epochs", "0 or more", (-1,)),
@@ -56,6 +68,7 @@ REFUSED = [
 ]
 ACCEPTED = [
     {"classes": ("3", "7")}, {"classes": ("3",)}, {"address": "10.0.0.1:6379"}, {"address": "auto"},
+    {"address": "local"}, {"address": "head.example.org:6379"}, {"address": "[::1]:6379"}, {"address": "ray://h:6379"},
     {"train_split": "training", "valid_split": "holdout"},
     {"train_split": "valid", "valid_split": "train"}, {"valid_fraction": 1e-9}, {"valid_fraction": 0.999},
     {"mode": "L"}, {"mode": "RGB"}, {"epochs": 0}, {"learning_rate": 1e-300}, {"seed": 2**63 - 1},
@@ -119,4 +132,7 @@ def test_what_stands_for_a_text_is_taken(tmp_path):
     config = Config(data=tmp_path, out=tmp_path / "out", classes=[3, 7], size=28)
     assert (config.data, config.out, config.classes) == (str(tmp_path), str(tmp_path / "out"), ("3", "7"))
     assert config.height_width == (28, 28)
+    config = Config(epochs=np.int64(3), learning_rate=np.float32(0.5), size=np.int64(28), classes=np.array(["3", "7"]))
+    assert [type(value) for value in (config.epochs, config.learning_rate, *config.classes)] == [int, float, str, str]
+    assert (config.epochs, config.learning_rate, config.size) == (3, 0.5, "28x28")
     assert Config(size="28").height_width == (28, 28)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from pipeline.config import Config
 from pipeline.driver import duplicates, job, waiting
 from pipeline.errors import ActorLostError
 from pipeline.plan import Shard
-from pipeline.results.duplicates import exact_tables, merge_tables, number_groups
+from pipeline.results.duplicates import exact_tables, merge_duplicates
 from pipeline.results.tables import DUPLICATES_SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -106,7 +105,8 @@ def test_counts_and_conflicts_follow_from_the_groups(planted, reference):
         "num_exact_twins": sum(splits.count("valid") for splits in own_splits if "train" in splits),
         "num_conflicts": 5,
     }
-    assert [row["key"] for row in suspects] == sorted([*planted[1][0], *planted[1][1]], key=listed)
+    conflicts = sorted([*planted[1][0], *planted[1][1]], key=listed)
+    assert [row["key"] for row in suspects[: len(conflicts)]] == conflicts
     assert all(row["suggested_class"] == SUGGESTED[row["class"]] and row["score"] == 1 for row in suspects)
 
 
@@ -186,15 +186,16 @@ def test_the_most_frequent_of_the_other_classes_is_suggested(labels, suggested):
     assert counts["num_exact_twins"] == len(labels) - 2
 
 
-def test_groups_are_numbered_through_tables_and_kinds():
-    def table(kind, groups):
-        rows = [{"kind": kind, "group": group, "key": str(group), "distance": 0.0} for group in groups]
+def test_groups_of_all_tables_are_numbered_in_their_order():
+    def table(kind, groups, ratio=None):
+        rows = [{"kind": kind, "group": group, "key": str(group), "distance": 0.0, "ratio": ratio} for group in groups]
         return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
 
-    exact = merge_tables([table("exact", [2, 2, 9, 9]), table("exact", [0, 0, 5, 5, 5])], "group")
-    numbered = pa.concat_tables(number_groups([*exact, table("near", [9]), table("near", [9, 4, 4])])).to_pylist()
-    assert [row["group"] for row in numbered] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert Counter(row["key"] for row in numbered) == {"0": 2, "2": 2, "5": 3, "9": 4, "4": 2}
+    exact = [table("exact", [2, 2, 9, 9]), table("exact", [0, 0, 5, 5, 5])]
+    near = [table("near", [9, 9], 0.2), pa.concat_tables([table("near", [3, 3], 0.1), table("near", [4, 4], 0.2)])]
+    numbered = pa.concat_tables(merge_duplicates(exact, near)).to_pylist()
+    assert [row["group"] for row in numbered] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert [row["key"] for row in numbered] == list("002255599334499")
 
 
 def test_digests_that_are_lost_have_all_shards_fed_again():

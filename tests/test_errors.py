@@ -41,3 +41,18 @@ def test_every_error_is_an_evaluation_error_of_one_line(error_class):
 )  # fmt: skip
 def test_a_secret_key_is_in_no_error(text, shown):
     assert str(errors.EvaluationError(text)) == (shown or text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred", r"a\x1b[31mred"),
+        ("\u202eevil\x00", r"\u202eevil\x00"),
+        ("\ufeffcat", r"\ufeffcat"),
+        ("\udcff", r"\udcff"),
+        ("a'b\"c ä 猫 \u05d0", None),
+        ("\u0645\u06cc\u200c\u062e", None),
+    ],
+)
+def test_nothing_that_a_terminal_obeys_is_in_an_error(text, shown):
+    assert str(errors.EvaluationError(text)) == (shown or text)

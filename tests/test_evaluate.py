@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import termios
 import threading
 import uuid
+from types import SimpleNamespace
 
 import click.testing
 import numpy as np
@@ -22,8 +24,11 @@ from builders import ROOT, command, end_processes, processes_with
 from gate import Gate, gated_command
 from PIL import Image
 
+from jobs import evaluate
 from jobs.evaluate import main
 from pipeline import __version__
+from pipeline.config import Config
+from pipeline.results.terminal import Progress
 
 MARK = "IMAGE_BASELINE_TEST"
 
@@ -55,9 +60,18 @@ def last_line(text):
     [
         (["--size", "28x"], "--size: expected auto, or HxW"),
         (["--actors", "9"], "--actors: expected at most one for each of 8 lanes"),
-        (["--actors", "many"], "expected auto or a whole number"),
-        (["--epochs", "x"], "is not a valid integer"),
-        (["--no-such-option"], "No such option"),
+        (["--actors", "many"], "expected auto or a whole number, got many; leave it at auto; try --help"),
+        (["--epochs", "x"], "is not a valid integer; try --help"),
+        (["--no-such-option"], "No such option '--no-such-option'"),
+        (["--mode", "grey"], "is not one of 'auto', 'L', 'RGB'; try --help"),
+        (["--resume"], "--resume: expected --out beside it, got none"),
+        (["--out", ""], "--out: expected a folder or URI, got nothing"),
+        (["--scratch", ""], "--scratch: expected a text, got nothing"),
+        (["--classes", ""], "--classes: expected each class once, got nothing"),
+        (["--classes", "a\nb"], "expected names and commas, got 'a\\nb'; put such names in double quotes"),
+        (["--classes", '"a",a'], "--classes: expected each class once, got a,a"),
+        (["--classes", "a , a"], "--classes: expected each class once, got a,a"),
+        (["--classes", '"a","a "', "--epochs", "-1"], "--epochs: expected 0 or more"),
     ],
 )
 def test_bad_usage_exits_with_2_and_a_line(args, message):
@@ -186,19 +200,42 @@ def terminal_of(columns):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("columns", [100, 50])
+@pytest.mark.parametrize("columns", [100, 50, 20])
 def test_a_terminal_has_one_line_of_progress_and_then_tables(small_dataset, tmp_path, columns):
     terminal, finish = terminal_of(columns)
     options = ("--data", small_dataset, "--epochs", 3, "--out", tmp_path / "out")
     # A plain Ray would say so in a line above the progress.
-    process = start(*options, stdout=terminal, stderr=terminal, IMAGE_BASELINE_PLAIN_RAY="")
+    # COLUMNS is that of another terminal, as where a shell passed it on.
+    environment = {"IMAGE_BASELINE_PLAIN_RAY": "", "COLUMNS": "200"}
+    process = start(*options, stdout=terminal, stderr=terminal, **environment)
     os.close(terminal)
     assert process.wait(180) == 0
     progress, _, tables = finish().rpartition("\x1b[2K")  # the last that is erased
     assert "\n" not in progress
+    lines = re.split(r"\r\x1b\[2K", re.sub(r"\x1b\[[\d;]*m", "", progress.removesuffix("\r")))
+    assert max(map(len, lines)) < columns
     assert "\x1b[?25l" not in progress  # a hidden cursor stays hidden where the process is killed
-    assert "━━━" in progress
-    assert re.search("nearest_mean_rms", tables)
+    assert columns == 20 or "━━━" in progress
+    assert re.search("nearest_m", tables)
+    assert re.search("^ä ", tables, re.M)
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_no_message_stands_behind_another_text(monkeypatch, term):
+    terminal, finish = terminal_of(80)
+    monkeypatch.setenv("TERM", term)
+    with open(terminal, "w") as stream:  # noqa: PTH123 - a descriptor
+        monkeypatch.setattr(sys, "stderr", stream)
+        signals = SimpleNamespace(received=signal.SIGINT, check=lambda: None)
+        screen = evaluate._Screen(signals)
+        screen.write_to(stream, "half a line of a library")
+        screen.write("a message")
+        stream.write("^C")  # as the terminal shows it
+        screen.write_interrupted("nothing was evaluated")
+    left = [line.rpartition("\x1b[2K")[2].rstrip("\r") for line in finish().split("\n")]
+    assert [line for line in left if line != "^C"] == [
+        "half a line of a library", "a message", "interrupted: nothing was evaluated", ""
+    ]  # fmt: skip
 
 
 @pytest.mark.ray
@@ -234,7 +271,9 @@ except errors.ClusterError as exc:
     mark = str(uuid.uuid4())
     environment = {**os.environ, MARK: mark, "RAY_gcs_server_port_wait_time_s": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
-    assert re.fullmatch(r"--address local: expected Ray to start, got .*\n", done.stdout), done.stderr
+    assert re.fullmatch(r"Ray: expected it to start, got Timed out .*; see .*/logs, and end what .*\n", done.stdout), (
+        done.stderr
+    )
     assert processes_with(MARK, mark) == []
 
 
@@ -297,6 +336,17 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(
     assert left == []
     assert not (tmp_path / "out" / "run.json").exists()
     assert not list(tmp_path.glob("out/**/*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [(["--data", 'it\'s "a" $b', "--out=o p"], []), (["--overwrite", "--out", "x"], []), ([], ["--out", "now"])],
+)
+def test_the_command_that_goes_on_has_every_option_as_a_shell_needs_it(given, added, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *given])
+    words = shlex.split(evaluate._left_undone(Progress("score", 1, 2, 0.5), Config(out="now")).partition(" with ")[2])
+    kept = [word for word in given if word != "--overwrite"]
+    assert words == [sys.executable, "jobs/evaluate.py", *kept, *added, "--resume"]
 
 
 @pytest.mark.ray

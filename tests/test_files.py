@@ -88,11 +88,12 @@ def test_a_path_that_is_there_is_meant_even_if_it_reads_as_a_pattern(tmp_path, m
 
 @pytest.mark.parametrize(
     ("data", "found"),
-    [("gone", "nothing"), ("a.png", "a file"), ("dangling", "nothing"), ("loop", "nothing"), ("a.png/b", "nothing"),
+    [("gone", "nothing"), ("a.png", "a file that is no uncompressed .tar or .parquet"), ("dangling", "nothing"),
+     ("a.tar.gz", "a file that is no uncompressed .tar or .parquet"), ("loop", "nothing"), ("a.png/b", "nothing"),
      ("~no-such-user/x", ".+"), ("n" * 300, ".+"), ("nul\0", "nothing")],
 )  # fmt: skip
 def test_a_path_without_a_folder_is_refused(data, found, tmp_path, monkeypatch):
-    write_folder(tmp_path, ["a.png"])
+    write_folder(tmp_path, ["a.png", "a.tar.gz"])
     (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)

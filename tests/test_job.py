@@ -19,6 +19,7 @@ from builders import pack_tar, write_images
 from PIL import Image
 from sklearn.metrics import classification_report
 
+from pipeline import plan
 from pipeline.compute.classifiers import CLASSIFIERS, used_classifiers
 from pipeline.config import Config
 from pipeline.data import files
@@ -317,6 +318,23 @@ def test_another_seed_is_another_result(reference, small_dataset, tmp_path):
     assert run["results_sha256"] != reference["results_sha256"]
 
 
+def test_an_actor_killed_while_neighbors_are_searched_does_not_change_a_bit(
+    reference, small_dataset, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(plan, "_REQUEST_BYTES", 8 * 64)  # so that there is a middle
+    killed, earlier = [], set(actor_pids())
+
+    def on_progress(progress):
+        if progress.phase == "neighbors" and progress.done and not killed:
+            killed.append(max(set(actor_pids()) - earlier))
+            os.kill(killed[0], signal.SIGKILL)
+
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu", actors=2)
+    assert killed
+    assert "restarting all actors, to go on after epoch 3" in caplog.text
+    assert run["results_sha256"] == reference["results_sha256"]
+
+
 def kill_once_in_epoch(epoch, pids):
     """Return a progress function that kills one actor, by its id, while an epoch is trained."""
     killed, earlier = [], set(pids())  # those of a job before this one may still be ending
@@ -399,6 +417,17 @@ def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
         evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
 
 
+def test_an_interrupt_is_one_where_no_checkpoint_can_be_written(small_dataset, tmp_path, caplog):
+    def on_progress(progress):
+        if progress.phase == "score":
+            shutil.rmtree(tmp_path / "out")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=1, device="cpu")
+    assert "checkpoint.parquet: expected to write it, got No such file or directory" in caplog.messages[-1]
+
+
 def interrupt(data, out, phase="train", epoch=None):
     """Interrupt a job, as Ctrl-C does, in a phase, of training in an epoch."""
 
@@ -433,6 +462,46 @@ def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypa
     interrupt(small_dataset, tmp_path / "out", epoch=2)
     with pytest.raises(OutputError, match=r"--resume: expected --seed 0, .* got 5"):
         evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
+
+
+def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(small_dataset, tmp_path):
+    interrupt(small_dataset, tmp_path / "out", "score")
+    phases = set()
+    with pytest.raises(OutputError, match=r"--epochs: expected at least 3, .*, got 2; .* in place of --resume"):
+        evaluate(small_dataset, tmp_path / "out", lambda progress: phases.add(progress.phase), epochs=2, resume=True)
+    assert phases == {"start"}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "few"), [(9, "2 of 2 classes, {}: 8 of 7, 9 of 3"), (10, "1 of 2 classes, {}: 9 of 7")]
+)
+def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog, num_images, few):
+    sizes = {"train": 2, "valid": num_images}
+    data = write_images(tmp_path / "data", sizes, ("3", "7"), lambda label: np.full((2, 2), label, np.uint8))
+    (data / "valid" / "7" / "0.png").write_bytes(b"no image")
+    evaluate(data, tmp_path / "out", epochs=0)
+    said = [text for text in caplog.messages if text.startswith("validation images")]
+    words = few.format("whose accuracies say little")
+    assert said == [f"validation images: expected at least 10 of every class, got fewer of {words}"]
+
+
+@pytest.mark.parametrize("option", ["label_column", "image_column"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "package"])
+def test_a_column_is_of_parquet_files_alone(small_dataset, tmp_path, option, kind):
+    (tmp_path / "train.tar").write_bytes(pack_tar([("3/a.png", b"x")]))
+    data = {"folder": small_dataset, "tar": tmp_path / "train.tar", "package": "digits"}[kind]
+    with pytest.raises(
+        DataError, match=rf"^--{option.replace('_', '-')}: expected Parquet files in .*, got none; leave"
+    ):
+        evaluate(data, tmp_path / "out", **{option: "fine"})
+
+
+def test_classes_that_look_the_same_are_named(tmp_path, caplog):
+    sizes = {"train": 2, "valid": 2}
+    data = write_images(tmp_path / "data", sizes, ("cat", "cat "), lambda label: np.full((2, 2), label, np.uint8))
+    evaluate(data, tmp_path / "out", epochs=0)
+    said = [text for text in caplog.messages if text.startswith("classes: expected names that can be told apart")]
+    assert ["got 'cat' and 'cat ' look alike" in text for text in said] == [True]
 
 
 def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):

@@ -14,7 +14,7 @@ import ray
 from builders import ROOT, command, end_processes, processes_with
 from gate import Gate
 
-from pipeline.driver import connect, local_ray
+from pipeline.driver import local_ray, probe
 from pipeline.errors import ClusterError
 
 pytestmark = pytest.mark.ray
@@ -111,7 +111,7 @@ def test_what_only_shows_when_ray_starts_is_a_plain_ray_too(digest, tmp_path):
 
 _SHOW_REPLACED = """
 import pkgutil, sys, ray
-from pipeline.driver import connect, local_ray
+from pipeline.driver import connect, local_ray, probe
 names = [name.path for replacement in local_ray.REPLACEMENTS for name in replacement.names]
 originals = {path: pkgutil.resolve_name(path) for path in names}
 def watch(call):
@@ -121,8 +121,8 @@ def watch(call):
         return call(*arguments, **options)
     return watched
 ray.init, ray.shutdown = watch(ray.init), watch(ray.shutdown)
-with connect.connected(sys.argv[1] or None) as is_joined:
-    print(is_joined)
+with connect.connected(sys.argv[1] or None) as connection:
+    print(connection.is_joined)
 print([path for path, original in originals.items() if pkgutil.resolve_name(path) is not original])
 """
 
@@ -171,12 +171,12 @@ def named(tmp_path, monkeypatch):
 
 def test_a_cluster_that_is_gone_and_that_nobody_asked_for_is_not_waited_for(named, caplog):
     named.write_text("127.0.0.1:9")
-    assert connect._find_cluster(None) is None
+    assert probe.find_cluster(None) is None
     assert caplog.messages == [
         f"{named} names a cluster at 127.0.0.1:9 that does not answer ([Errno 111] Connection refused)"
     ]
     with pytest.raises(ClusterError, match=r"--address 127.0.0.1:9: expected a cluster that answers, got .*refused"):
-        connect._find_cluster("127.0.0.1:9")
+        probe.find_cluster("127.0.0.1:9")
 
 
 @pytest.mark.parametrize("asked_by", ["--address", "RAY_ADDRESS", "ray_current_cluster"])
@@ -187,10 +187,10 @@ def test_it_is_said_which_cluster_is_joined_and_why(named, monkeypatch, caplog, 
             monkeypatch.setenv("RAY_ADDRESS", address)
         elif asked_by == "ray_current_cluster":
             named.write_text(address)
-        assert connect._find_cluster(address if asked_by == "--address" else None) == address
+        assert probe.find_cluster(address if asked_by == "--address" else None) == address
     assert caplog.messages[0].startswith(f"joining the cluster at {address}, by ")
     assert asked_by in caplog.messages[0]
-    assert connect._find_cluster("local") is None
+    assert probe.find_cluster("local") is None
 
 
 @pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM])

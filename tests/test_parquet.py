@@ -102,7 +102,9 @@ def test_an_image_without_a_path_is_named_by_its_row(tmp_path, images, kind):
     assert rows == [("0", "a", b"0"), ("1", "b", b"1")]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 @pytest.mark.parametrize("column", ["label", "class", "cls", "labels"])
 def test_classes_may_be_text(tmp_path, kind, column):
     labels = pa.array(["c10", "c9", "c10", "a"], pa.string()).cast(kind)
@@ -143,6 +145,23 @@ def test_a_path_does_not_make_a_key_alone(tmp_path):
         (hugging_face([{"bytes": b"x"}] * 3, [0, 2, -1]), "got -1 with 3 names in row 2"),
         (hugging_face([{"bytes": b"x"}] * 2, [0, 3]), "got 3 with 3 names in row 1"),
         (plain([b"x"], [1.5]), "classes as integers or strings, got double"),
+        (plain([b"x"] * 3, ["a", "", "b"]), "a class in every row, got '' in row 1"),
+        (plain([b"x"] * 3, pa.array(["a", "b", " "]).dictionary_encode()), "a class in every row, got ' ' in row 2"),
+        (plain([b"x"], pa.nulls(1)), "classes as integers or strings, got null"),
+        (plain([b"x"], [b"cat"]), "classes as integers or strings, got binary"),
+        (plain(pa.nulls(1), ["a"]), r"a column of image files, .* got image \(null\)"),
+        (plain(pa.array([b"x"], pa.binary(1)), ["a"]), "a column of image files, .*fixed_size_binary"),
+        (
+            plain(pa.array([[1]], pa.list_(pa.uint8())), ["a"]),
+            "a column of image files, .*list<",
+        ),
+        (plain([{"path": "x"}], ["a"]), "a column of image files, .*struct<path"),
+        (pa.table([[b"x"], ["a"], ["b"]], ["image", "label", "label"]), "each column once, got image, label, label"),
+        (
+            pa.table({"a": [b"x"], "b": [b"x"], "label": ["c"]}),
+            "one column of image, got a, b, label; name it with --im",
+        ),
+        (pa.table({"image": [b"x"], "y": ["c"]}), "one column of label, got image, y; name it with --label-column"),
         (pa.table({"image": [b"x"], "name": ["a"]}), "one column of label, got image, name"),
         (pa.table({"photo": [b"x"], "label": ["a"]}), "one column of image, got photo, label"),
         (pa.table({"image": ["x"], "label": ["a"]}), r"a column of image files, .*, got image \(string\), label"),

@@ -43,6 +43,7 @@ def bucket(server, monkeypatch):
     throttle, query = server
     yield throttle, query
     throttle.num_refused = 0
+    throttle.refusals = {}
 
 
 @pytest.fixture
@@ -371,6 +372,39 @@ def test_a_server_that_refuses_and_cuts_off_changes_nothing_and_an_image_is_a_re
         asked = server.num_requests["GET"] - here["num_listed"] - 64
         assert (asked <= 12) if name == "good" else (12 < asked < 80), server.num_requests
         assert set(server.num_requests) == {"GET"}
+
+
+@pytest.mark.ray
+def test_an_object_that_cannot_be_had_is_one_unreadable_image(bucket, small_dataset, tmp_path):
+    throttle, query = bucket
+    s3.put_folder(query, small_dataset, "cold")
+    frozen = {"Key": "cold/valid/10/0.png", "Body": b"x", "StorageClass": "GLACIER"}
+    s3.client(query.rpartition("=")[2]).put_object(Bucket="bucket", **frozen)
+    throttle.refusals = {"train/2/1.png": (403, "AccessDenied"), "train/10/7.png": (404, "NoSuchKey")}
+    run = run_json("--data", f"s3://bucket/cold{query}", "--out", tmp_path / "out", "--epochs", 1, "--json")
+    skipped = pq.read_table(tmp_path / "out" / "skipped.parquet").to_pylist()
+    assert {row["key"]: (row["reason"], row["error"].partition(",")[0]) for row in skipped} == {
+        "train/2/1.png": ("unreadable", "AccessDenied"),
+        "train/10/7.png": ("unreadable", "No such file or directory"),
+        "valid/10/0.png": ("unreadable", "InvalidObjectState"),
+    }
+    assert (run["num_listed"], run["num_skipped"]) == (156, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("end", "code"), [(".png", "AccessDenied"), ("", "AccessDenied"), ("valid/2/7.png", "SignatureDoesNotMatch")]
+)
+def test_credentials_that_are_refused_are_one_line(bucket, small_dataset, tmp_path, end, code):
+    throttle, query = bucket
+    s3.put_folder(query, small_dataset, "denied")
+    throttle.refusals = {end: (403, code)}
+    begun = time.monotonic()
+    process = command("--data", f"s3://bucket/denied{query}", "--out", tmp_path / "out", IMAGE_BASELINE_PLAIN_RAY="")
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (1, "")
+    assert re.fullmatch(rf"error: .*expected .*{code}.*\n", stderr)
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.ray

@@ -175,6 +175,17 @@ def test_what_came_from_a_cache_is_told_where_there_is_one():
     assert "decoded    to 28x28 L, 12,345 a second, 1,233 of 1,234 shards from the cache\n" in text
 
 
+@pytest.mark.parametrize("name", ["a\nb", "t\tb", "\u202eevil", "\x1b[31mred", "\x00"])
+def test_a_class_of_any_name_is_one_row(name):
+    run = run_with({"sgd_linear": confusion_of([50, 60])}, classes=["dog", name])
+    stream = io.StringIO()
+    print_summary(run, stream)
+    shown = f"{name!a}"[1:-1]
+    for text in (summary(run), stream.getvalue()):
+        assert re.search(rf"^ *{re.escape(shown)} +100 +0.6000", text, re.M)
+        assert name not in text
+
+
 def test_devices_are_counted_by_name():
     run = run_with({"sgd_linear": confusion_of([50, 60])}, actors={"devices": ["A 100", "H 200", "A 100"]})
     assert "computed   on 2 x A 100, 1 x H 200\n" in summary(run)
@@ -195,6 +206,7 @@ def test_devices_are_counted_by_name():
         (Progress("train", 9, 97, 1.0, 2, 30, 0.0), "epoch 2 of 30, step 9 of 97, loss 0.0000"),
         (Progress("score", 0, 8, 1.0), "scored 0 of 8 prediction files"),
         (Progress("score", 2, 8, 1.0), "scored 2 of 8 prediction files, 2.0 a second, 3 s left"),
+        (Progress("duplicates", 0, 1, 1.0), "all images are scored, grouping those with the same pixels"),
     ],
 )
 def test_progress_is_one_line(progress, line):

@@ -8,7 +8,7 @@ import pytest
 from builders import write_finished
 
 from pipeline.errors import DataError, OptionError, OutputError
-from pipeline.results.finished import open_run, read_predictions
+from pipeline.results.predicted import open_run, read_predictions
 from pipeline.results.two_runs import compare_runs, write_comparison
 from pipeline.results.writing import Output, prepare
 

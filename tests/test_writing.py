@@ -1,8 +1,10 @@
 """Files of results: whole or not there, under the right folder, with digests that depend on their content alone."""
 
 import json
+import logging
 import os
 import pickle
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -163,10 +165,20 @@ def test_new_and_empty_folders_are_taken(tmp_path, options, is_there):
     assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == ["predictions"]
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.parquet", "notes.txt", ".hidden", "sub/deep/file"])
-def test_a_folder_that_holds_anything_is_refused_and_left_as_it_is(tmp_path, name):
-    before = tree_of(write_files(tmp_path, [name]))
-    with pytest.raises(OutputError, match=r"^--out .*: expected a new or empty folder, got one with 1 file"):
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["notes.txt"], "one with 1 files; choose another$"),
+        ([".hidden", "run.json"], "one with 2 files; choose another$"),
+        (["sub/deep/file"], "one with 1 files; choose another$"),
+        (["run.json", "metrics.parquet"], "a finished run; choose another, or replace it with --overwrite$"),
+        (["checkpoint.parquet"], "an unfinished run; go on with it by --resume, or start over by --overwrite$"),
+        (["predictions/part-00000.parquet"], "an unfinished run; go on with it by --resume"),
+    ],
+)
+def test_a_folder_that_holds_anything_is_refused_and_left_as_it_is(tmp_path, names, found):
+    before = tree_of(write_files(tmp_path, names))
+    with pytest.raises(OutputError, match=rf"^--out .*: expected a new or empty folder, got {found}"):
         prepare_at(tmp_path)
     assert tree_of(tmp_path) == before
 
@@ -195,11 +207,26 @@ def test_resume_keeps_the_checkpoint_alone(tmp_path):
     assert names_in(prepare_at(write_files(tmp_path, names), resume=True)) == ["checkpoint.parquet"]
 
 
+@pytest.mark.parametrize("names", [[], ["predictions/part-00000.parquet"]])
+def test_a_run_without_a_saved_epoch_begins_anew_and_says_so(tmp_path, names, caplog):
+    with caplog.at_level(logging.INFO):
+        prepare_at(write_files(tmp_path, names), resume=True)
+    assert caplog.messages == [f"--resume: no epoch is saved in {tmp_path}; beginning anew"]
+
+
 def test_a_finished_run_is_not_resumed(tmp_path):
     before = tree_of(write_files(tmp_path, ["run.json", "metrics.parquet"]))
     with pytest.raises(OutputError, match=r"^--out .*: expected an unfinished run to resume, got a finished one"):
         prepare_at(tmp_path, resume=True)
     assert tree_of(tmp_path) == before
+
+
+def test_a_folder_that_is_gone_is_said_in_the_system_s_words(output):
+    shutil.rmtree(output.root)
+    with pytest.raises(
+        OutputError, match=r"history\.parquet: expected to write it, got No such file or directory; free"
+    ):
+        write_table(output, "history", history_table(HISTORY))
 
 
 @pytest.mark.parametrize("below", [".", "out", "a/b"])
@@ -226,7 +253,7 @@ def test_a_uri_is_prepared_written_and_read_alike(memory_output):
     write_run(memory_output, {"a": 1})
     assert names_in(memory_output) == ["checkpoint.parquet", "history.parquet", "run.json"]
     assert read_checkpoint(memory_output, {}).history == HISTORY
-    with pytest.raises(OutputError, match="expected a new or empty folder, got one with 3 files"):
+    with pytest.raises(OutputError, match="expected a new or empty folder, got a finished run;"):
         prepare(memory_output, overwrite=False, resume=False)
     delete_checkpoint(memory_output)
     prepare(memory_output, overwrite=True, resume=False)

@@ -51,6 +51,11 @@ _XML_ERROR = re.compile(r"<Code>(.*?)</Code>\s*(?:<Message>(.*?)</Message>)?", r
 _JSON_ERROR = re.compile(r'"message": *"([^"]*)"')
 _CAUSE = re.compile(r'\b(?:message|error): "([^"]*)"')
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
+# Refusals of whoever asks, whatever object is asked for: of S3, of Azure, of Google.
+_BAD_CREDENTIALS = (
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed", "TokenRefreshRequired", "InvalidToken",
+    "AuthenticationFailed", "InvalidAuthenticationInfo", "Invalid Credentials",
+)  # fmt: skip
 
 
 # Once a process: a client keeps its connections, and looks for credentials, which can take a second.
@@ -238,7 +243,10 @@ def as_os_errors(path: str | bytes) -> Iterator[None]:
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         if isinstance(exc, (PermissionDeniedError, UnauthenticatedError)):
-            raise PermissionError(errno.EACCES, _words(exc)) from exc
+            words = _words(exc)
+            if any(code in words for code in _BAD_CREDENTIALS):
+                raise OSError(words) from exc
+            raise PermissionError(errno.EACCES, words) from exc
         if isinstance(exc, (BaseError, ValueError)):
             raise OSError(_words(exc)) from exc
         raise

@@ -27,9 +27,9 @@ import pyarrow as pa
 
 from pipeline.data import uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY, Admit, read_many
-from pipeline.data.formats import format_of
+from pipeline.data.formats import ENDINGS, format_of
 from pipeline.data.storage import LocalStore, NotAFileError, Store, TooLargeError, open_root, reason
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 
 # Sizes in bytes and times of the last change in nanoseconds, [N] each; -1 for what is not known.
 Stamps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -125,7 +125,7 @@ def locate(
         if folder.is_file() and format_of(folder.name):
             # Not resolved: what a link leads to may have a name of another kind, as in the caches of hubs.
             return Location("folder", os.path.abspath(folder), pattern, concurrency)  # noqa: PTH100 - keeps links
-        found = "a file" if folder.exists() else "nothing"
+        found = f"a file that is no uncompressed {' or '.join(ENDINGS)}" if folder.exists() else "nothing"
     except RuntimeError:
         found = "no such user"
     except OSError as exc:
@@ -256,7 +256,7 @@ def display(name: bytes) -> str:
 
 def enumerate_names(names: Sequence[str]) -> str:
     """Name up to ten, and count the others."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(map(printable, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def name_ignored(num_ignored: Mapping[str, int]) -> str:

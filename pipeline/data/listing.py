@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.data.columns import one_chunk
+from pipeline.data.classes import check_asked, check_classes, hold_out
 from pipeline.data.files import (
-    IMAGE_ENDINGS,
     Location,
     Stamps,
     display,
@@ -35,7 +32,7 @@ from pipeline.data.files import (
 )
 from pipeline.data.formats import ENDINGS
 from pipeline.data.formats.index import Archive, Scan
-from pipeline.data.splits import Split, are_held_out, hashes_of, natural_sort_key, valid_names
+from pipeline.data.splits import Split, valid_names
 from pipeline.errors import DataError
 
 _LABEL = pa.field("label", pa.int32())
@@ -138,18 +135,14 @@ def list_dataset(location: Location, config: Config) -> Listing:
         valid = _list_classes(location, os.fsencode(valid_split) + b"/", config, ignored, found_names)
         where = {"train": f"{config.train_split}/", "valid": f"{valid_split}/"}
     else:
-        if config.valid_fraction is None:
-            raise DataError(
-                f"{location.root}: expected a folder {config.train_split}/, got "
-                f"{enumerate_names([display(name) for name in folders]) or 'no folder at all'}; name it with "
-                "--train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
-            )
+        _check_level(location, folders, ignored, config)
         valid_split = config.valid_split
         ignored.clear()  # the root is listed again, as the folder of the classes
-        train, valid = _hold_out(_list_classes(location, b"", config, ignored, found_names), config.valid_fraction)
+        assert config.valid_fraction is not None
+        train, valid = hold_out(_list_classes(location, b"", config, ignored, found_names), config.valid_fraction)
         where = {"train": "the training share", "valid": "the held-out share"}
-    _check_asked("--exclude-classes", config.exclude_classes, found_names, location.root)
-    classes, dropped = _check_classes(location, train, valid, where, config, ignored)
+    check_asked("--exclude-classes", config.exclude_classes, found_names, location.root)
+    classes, dropped = check_classes(location, train, valid, where, config, ignored)
     if archived := sorted(ignored.keys() & set(ENDINGS)):
         raise DataError(
             f"{location.root}: expected either class folders of images or archives, got images and "
@@ -193,10 +186,10 @@ def list_archives(
             counts[split].update({name.encode(): number for name, number in num_images.items()})
     # Of classes that are left out nothing is counted, so all that are there are asked.
     known = {display(os.fsencode(name)) for _, scan, _ in found for name in scan.class_names}
-    _check_asked("--classes", config.classes, known, location.root)
-    _check_asked("--exclude-classes", config.exclude_classes, known, location.root)
+    check_asked("--classes", config.classes, known, location.root)
+    check_asked("--exclude-classes", config.exclude_classes, known, location.root)
     where = {split: f"the {split} split" for split in ("train", "valid")}
-    complete, dropped = _check_classes(location, counts["train"], counts["valid"], where, config, ignored)
+    complete, dropped = check_classes(location, counts["train"], counts["valid"], where, config, ignored)
     classes = tuple(display(name) for name in complete)
     numbers = {name: number for number, name in enumerate(classes)}
 
@@ -246,6 +239,45 @@ def _check_split_names(found: Sequence[tuple[Archive, Scan, Any]], config: Confi
     return valid[0] if valid else config.valid_split
 
 
+def _check_level(location: Location, folders: list[bytes], ignored: Counter[str], config: Config) -> None:
+    """See that a folder without a training split is one of classes to hold images out of, not one above or below it."""
+    inside = [display(name) for name in folders if not is_system_folder(name)]
+    advice = _advise_level(location, inside, config)
+    num_images = sum(number for name, number in ignored.items() if is_image_name(b"x" + name.encode()))
+    if not inside and not num_images:
+        advice = None
+    if config.valid_fraction is not None and (len(inside) > 1 or advice is None):
+        return
+    found = enumerate_names(inside) or (f"{num_images} images of one class" if num_images else "no folder at all")
+    if advice is None and len(inside) > 1:
+        advice = "name it with --train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
+    wanted = f"a folder {config.train_split}/" if config.valid_fraction is None else "at least two class folders"
+    raise DataError(
+        f"{location.root}: expected {wanted}, got {found}; "
+        + (advice or "give a folder with train and valid, or one of at least two class folders with --valid-fraction")
+    )
+
+
+def _advise_level(location: Location, inside: list[str], config: Config) -> str | None:
+    """Look for the dataset in the only folder inside, or above what is named as a split or lies in one."""
+    base, mark, query = location.root.partition("?") if location.kind == "uri" else (location.root, "", "")
+    nearby = [f"{base}/{name}" for name in inside if len(inside) == 1]
+    above, _, last = base.rpartition("/")
+    top, _, split = above.rpartition("/")
+    splits = (config.train_split, *valid_names(config))
+    nearby += [folder for folder, name in ((above, last), (top, split)) if folder and name in splits]
+    for each in nearby:
+        with suppress(DataError):  # it is not there, or not open to this user
+            found = list_folder(replace(location, root=each + mark + query), b"", Counter())
+            names = [display(name) for name in found]
+            valid = next((name for name in valid_names(config) if name in names), None)
+            if config.train_split in names and valid:
+                return f"give {each + mark + query}, which has {config.train_split}/ and {valid}/"
+    if inside or not above or above.endswith("/"):
+        return None
+    return f"give the folder of all classes, {above + mark + query} if it is that, with --valid-fraction 0.2"
+
+
 def _find_valid_split(location: Location, folders: list[bytes], config: Config) -> str:
     names = valid_names(config)
     for name in names:
@@ -253,7 +285,8 @@ def _find_valid_split(location: Location, folders: list[bytes], config: Config) 
             return name
     raise DataError(
         f"{location.root}: expected a folder {' or '.join(f'{name}/' for name in names)} beside "
-        f"{config.train_split}/, got {enumerate_names([display(name) for name in folders])}; name it with --valid-split"
+        f"{config.train_split}/, got {enumerate_names([display(name) for name in folders])}; name it with "
+        f"--valid-split, or point --data at {config.train_split}/ itself and hold images out with --valid-fraction 0.2"
     )
 
 
@@ -268,7 +301,7 @@ def _list_classes(
     folders = [name for name in found_folders if not is_system_folder(name)]
     ignored.update(f"{display(name)}/" for name in found_folders if is_system_folder(name))
     known = {display(name) for name in folders}
-    _check_asked("--classes", config.classes, known, f"{location.root}/{display(prefix)}")
+    check_asked("--classes", config.classes, known, f"{location.root}/{display(prefix)}")
     found_names |= known
     wanted = [os.fsencode(name) for name in config.classes] or folders
     names = [name for name in wanted if os.fsdecode(name) not in config.exclude_classes]
@@ -282,26 +315,6 @@ def _list_classes(
             ignored.update(counter)
             listed[name] = _list_class(files, stamps, ignored, is_cached=config.cache is not None)
     return listed
-
-
-def _check_asked(option: str, names: Collection[str], known: Collection[str], where: str) -> None:
-    """See that the classes that an option names are there."""
-    if missing := [display(os.fsencode(name)) for name in names if display(os.fsencode(name)) not in known]:
-        shown = enumerate_names(sorted(known, key=lambda name: natural_sort_key(name.encode())))
-        raise DataError(
-            f"{option}: expected classes of {where}, got {enumerate_names(missing)}, which is not there; "
-            f"there are {shown}{_invisible_difference([*missing, *known])}"
-        )
-
-
-def _invisible_difference(names: Collection[str]) -> str:
-    """Name two names that look the same: by Unicode's form, by blanks at an end, or by a byte order mark."""
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(unicodedata.normalize("NFC", name).strip(" \t\ufeff\u200b"), name)
-        if other != name:
-            return f"; {other!a} and {name!a} look alike and differ in Unicode form, blanks or a mark"
-    return ""
 
 
 def _list_class(files: list[bytes], stamps: Stamps | None, ignored: Counter[str], *, is_cached: bool) -> pa.Table:
@@ -318,108 +331,6 @@ def _list_class(files: list[bytes], stamps: Stamps | None, ignored: Counter[str]
         if is_cached:
             columns["time_ns"] = pa.array(stamps[1][order])
     return pa.table(columns)
-
-
-def _hold_out(listed: dict[bytes, pa.Table], fraction: float) -> tuple[dict[bytes, pa.Table], dict[bytes, pa.Table]]:
-    """Cut each class in two; of two images or more, at least one comes to each side."""
-    train, valid = {}, {}
-    for name, rows in listed.items():
-        hashes = hashes_of((key.as_py() for key in rows["key"]), len(rows))
-        is_valid = are_held_out(hashes, fraction)
-        if len(rows) > 1 and not is_valid.any():
-            is_valid[hashes.argmin()] = True
-        elif len(rows) > 1 and is_valid.all():
-            is_valid[hashes.argmax()] = False
-        train[name], valid[name] = _filter(rows, ~is_valid), _filter(rows, is_valid)
-    return train, valid
-
-
-def spread_over_splits(archives: Sequence[Archive], scans: Sequence[Scan]) -> dict[int, Archive]:
-    """Find classes that a share held out left wholly on one side, and the image of each that is to change sides.
-
-    It is the one with the lowest hash, or of those held out with the highest, as in class folders.
-
-    Returns:
-        By number, the archives that are to be scanned again, with what is to be moved.
-    """
-    totals: dict[Split, Counter[str]] = {"train": Counter(), "valid": Counter()}
-    extremes: dict[str, tuple[int, int]] = {}
-    for scan in scans:
-        for split, counts in scan.num_images.items():
-            totals[split].update(counts)
-        for name, (lowest, highest) in scan.extremes.items():
-            known = extremes.get(name, (lowest, highest))
-            extremes[name] = min(lowest, known[0]), max(highest, known[1])
-    moved = {}
-    for name, (lowest, highest) in extremes.items():
-        num_train, num_valid = totals["train"][name], totals["valid"][name]
-        if num_train + num_valid > 1 and not (num_train and num_valid):
-            moved[name] = lowest if num_train else highest
-    again = {}
-    for number, (archive, scan) in enumerate(zip(archives, scans, strict=True)):
-        own = tuple((name, found) for name, found in moved.items() if found in scan.extremes.get(name, ()))
-        if own:
-            again[number] = replace(archive, moved=own)
-    return again
-
-
-def _filter(rows: pa.Table, is_kept: npt.NDArray[np.bool_]) -> pa.Table:
-    # Column by column: a table's own filter adds bitmaps, which would be another digest of the same listing.
-    return pa.table({name: one_chunk(rows[name]).filter(pa.array(is_kept)) for name in rows.column_names})
-
-
-def _check_classes(
-    location: Location,
-    train: Mapping[bytes, Any],
-    valid: Mapping[bytes, Any],
-    where: Mapping[str, str],
-    config: Config,
-    ignored: Mapping[str, int],
-) -> tuple[list[bytes], list[bytes]]:
-    """Check classes by what there is of each, keys or a number, and sort them.
-
-    Returns:
-        Those with images in both splits, and those without, if the options say that these are to be left out.
-    """
-    root = display(os.fsencode(location.root))
-    is_there = [_count(each) > 0 for listed in (train, valid) for each in listed.values()]
-    if not any(is_there):
-        beside = sum(number for name, number in ignored.items() if is_image_name(b"x" + name.encode()))
-        found = f"{beside} images beside them" if beside else "none"
-        raise DataError(
-            f"{root}: expected image files in class folders, got {found}; give every class a folder of its own; "
-            f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
-        )
-    classes = sorted(train.keys() | valid.keys(), key=natural_sort_key)
-    lacking = {
-        where[split]: [name for name in classes if not _count(listed.get(name, 0))]
-        for split, listed in (("train", train), ("valid", valid))
-    }
-    is_lacking = {name for names in lacking.values() for name in names}
-    incomplete = [name for name in classes if name in is_lacking]
-    if incomplete and config.incomplete_classes != "drop":
-        faults = [
-            f"of {enumerate_names([display(name) for name in names])} in {split}"
-            for split, names in lacking.items()
-            if names
-        ]
-        raise DataError(
-            f"{root}: expected images of every class in both splits, got none {' and none '.join(faults)}; add images, "
-            "or go on without these classes with --incomplete-classes drop"
-            + _invisible_difference([display(name) for name in incomplete])
-        )
-    complete = [name for name in classes if name not in is_lacking]
-    if len(complete) < 2:
-        found = f"only {display(complete[0])}" if complete else "none"
-        raise DataError(
-            f"{root}: expected at least two classes with images in both splits, got {found}; "
-            "a classifier needs something to tell apart"
-        )
-    return complete, incomplete
-
-
-def _count(images: Any) -> int:
-    return images if isinstance(images, int) else len(images)
 
 
 def _to_table(classes: list[bytes], listed: dict[bytes, pa.Table]) -> pa.Table:

@@ -290,7 +290,9 @@ def temporary_beside(path: str) -> Path:
 
 def reason(exc: OSError) -> str:
     """Say what went wrong in the system's words."""
-    return exc.strerror or str(exc)
+    words = exc.strerror or str(exc)
+    # Arrow has them behind its own.
+    return words.rpartition("Detail: [errno ")[2].partition("] ")[2] or words
 
 
 def _open_regular(path: str | bytes) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from pipeline.data.formats.index import Archive
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import Decoded, Fault, Header, decode_images, read_header
+from pipeline.errors import DataError
 from pipeline.plan import LaneAssignment, Shard, Target
 
 
@@ -76,8 +77,8 @@ def load_shard(
         file: The archive; None for class folders.
 
     Returns:
-        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation, or where
-        they are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of each
+        Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and, for validation or where they
+        are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of each
         skipped image the key, the class and the reason; and the outcome as a whole.
 
     Raises:
@@ -105,7 +106,11 @@ def load_shard(
 
 
 def sample_headers(location: Location, rows: pa.Table, file: ShardFile | None, sampled: Sequence[int]) -> list[Header]:
-    """Look at the headers of some images of a listing or of an archive's index, leaving out what has none."""
+    """Look at the headers of some images of a listing or of an archive's index, leaving out what has none.
+
+    Raises:
+        DataError: If none of the files can be read, as then the fault is hardly that of one file after another.
+    """
     # Row by row, as to take them all at once loads pyarrow.compute, which is longer than a sample takes.
     chosen = pa.concat_tables([rows.slice(row, 1) for row in sampled])
     archive = file.archive if file else None
@@ -115,6 +120,12 @@ def sample_headers(location: Location, rows: pa.Table, file: ShardFile | None, s
         sizes = np.minimum(chosen["size"].to_numpy(), files.HEAD_BYTES)
         heads = chosen.set_column(chosen.column_names.index("size"), "size", pa.array(sizes))
         begins = list(_read(location, heads, one_chunk(chosen["key"]), archive))
+    faults = [begin for begin in begins if isinstance(begin, ReadFault)]
+    if len(faults) == len(begins):
+        raise DataError(
+            f"{location.root}: expected to read images, got {faults[0].error} for each of {len(faults)} that were "
+            "looked at; check the rights to read them"
+        )
     headers = [read_header(begin) for begin in begins]
     # Some formats say their size farther behind, or in a file that is whole only.
     cut = [row for row, begin in enumerate(begins) if headers[row] is None and _is_cut(begin)]

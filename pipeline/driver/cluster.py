@@ -149,7 +149,9 @@ def _wait_for(
         remove_placement_group(group)
 
 
-def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes], output: Output) -> None:
+def check_paths(
+    nodes: Sequence[Node], location: Location, names: Sequence[bytes], output: Output, on_tick: Callable[[], None]
+) -> None:
     """See that every node finds the same files under a local `--data`, and the driver's under a local `--out`.
 
     Args:
@@ -157,6 +159,7 @@ def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes
         location: The dataset.
         names: Some of its files, below a local root; none for a URI.
         output: Where the results go.
+        on_tick: Called several times a second.
 
     Raises:
         DataError: If a node lacks images of the dataset.
@@ -174,7 +177,9 @@ def check_paths(nodes: Sequence[Node], location: Location, names: Sequence[bytes
                 raise OutputError(
                     f"--out {output.root}: expected to write there, got {exc.strerror}; choose another"
                 ) from exc
-        answers = _ask(nodes, "a look at the files", _see_files, location, names, str(marker) if marker else None)
+        answers = _ask(
+            nodes, "a look at the files", on_tick, _see_files, location, names, str(marker) if marker else None
+        )
         for node, (seen_sizes, sees_marker) in answers:
             if seen_sizes != sizes:
                 raise DataError(
@@ -195,7 +200,9 @@ def _see_files(location: Location, names: Sequence[bytes], marker: str | None) -
     return files.file_sizes(location, names), marker is None or os.path.exists(marker)  # noqa: PTH110 - no Path for one look
 
 
-def measure_capacities(nodes: Sequence[Node], allocation: Allocation, scratch: str) -> list[NodeCapacity]:
+def measure_capacities(
+    nodes: Sequence[Node], allocation: Allocation, scratch: str, on_tick: Callable[[], None]
+) -> list[NodeCapacity]:
     """Ask the nodes that actors may run on for the memory and disk that images can take.
 
     Raises:
@@ -208,7 +215,7 @@ def measure_capacities(nodes: Sequence[Node], allocation: Allocation, scratch: s
     if len(nodes) == 1:  # this one: no process need be started for it
         answers = [(chosen[0], _measure_capacity(scratch))]
     else:
-        answers = _ask(chosen, "a look at the nodes' memory and disks", _measure_capacity, scratch)
+        answers = _ask(chosen, "a look at the nodes' memory and disks", on_tick, _measure_capacity, scratch)
     capacities = []
     for node, (memory_bytes, disk_bytes) in answers:
         if disk_bytes is None:
@@ -221,7 +228,9 @@ def measure_capacities(nodes: Sequence[Node], allocation: Allocation, scratch: s
     return capacities
 
 
-def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: object) -> list[tuple[Node, Any]]:
+def _ask(
+    nodes: Sequence[Node], what: str, on_tick: Callable[[], None], function: Callable[..., Any], *args: object
+) -> list[tuple[Node, Any]]:
     """Call a function on every node; one that dies meanwhile gives no answer."""
     task: Any = ray.remote(num_cpus=0)(function)
     asked = {}
@@ -231,6 +240,7 @@ def _ask(nodes: Sequence[Node], what: str, function: Callable[..., Any], *args: 
     answers = []
     deadline = time.monotonic() + STALL_SECONDS
     while asked:
+        on_tick()
         ready, _ = ray.wait(list(asked), num_returns=1, timeout=_TICK_SECONDS)
         living = {node.node_id for node in living_nodes()}
         for ref in ready:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,20 @@ import psutil
 import ray
 import ray.exceptions
 
-from pipeline.driver import local_ray
-from pipeline.driver.cluster import STORE_SHARE, memory_limit
+from pipeline.driver import local_ray, session
+from pipeline.driver.probe import find_cluster, make_error, probe
+from pipeline.driver.watch import Watch, find_raylet
 from pipeline.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 5.0
 _GRACE_SECONDS = 1.0
 _END_SECONDS = 10.0
 _POLL_SECONDS = 0.01
-_PROBE_SECONDS = 20.0
-# The least that Ray takes for its object store, and the least share of /dev/shm that it is content with before it
-# refuses a store that does not fit.
-_LEAST_STORE_BYTES = 80 * 2**20
-_SHARED_MEMORY = Path("/dev/shm")
+_TICK_SECONDS = 0.05
+# Ray itself waits 30 s for its first process, and as long for the second.
+_RETRY_SECONDS = 15.0
+_WORKER_SECONDS = 45.0
 # Read by all of Ray's processes that are started here, unless the user says otherwise.
 _SETTINGS = {
     # Only there for the dashboard to show.
@@ -56,136 +53,117 @@ _SETTINGS = {
     # Ray's own way to pickle tables loads pyarrow.compute, 20 ms of every process. It is made for slices, with which
     # Arrow's way sends all that they were cut from; what is sent here is none.
     "RAY_DISABLE_CUSTOM_ARROW_DATA_SERIALIZATION": "1",
+    # Else `ray.init` waits for the first workers itself: without limit, deaf to signals, and holding Python's lock.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
+@dataclass(frozen=True)
+class Connection:
+    """A connection to Ray.
+
+    Attributes:
+        is_joined: Whether this is a cluster that was there before, which may grow, and no Ray started for this job.
+        check: To be called several times a second; raises a `ClusterError` once the cluster is gone.
+    """
+
+    is_joined: bool
+    check: Callable[[], None]
+
+
 @contextmanager
-def connected(address: str | None, on_wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
+def connected(address: str | None, on_wait: Callable[[], None] = lambda: None) -> Iterator[Connection]:
     """Connect to Ray, starting it here if there is none, and leave nothing of it behind.
 
     Where the caller is connected already, that connection is used and kept.
 
     Args:
         address: Of the cluster, or None.
-        on_wait: Called several times a second while a cluster's answer is waited for; what it raises ends the wait.
+        on_wait: Called several times a second while Ray is waited for; what it raises ends the wait.
 
     Yields:
-        Whether this is a cluster that was there before, which may grow, and no Ray started for this job.
+        The connection.
 
     Raises:
         ClusterError: If there is no cluster at `address`, or Ray cannot be started.
     """
     if ray.is_initialized():
-        yield True
+        yield Connection(is_joined=True, check=lambda: None)
         return
     others = set(psutil.Process().children())
-    joined, is_fast = _find_cluster(address), False
+    joined, is_fast, watch, folder = find_cluster(address), False, None, ""
     if joined:
-        _probe(joined, on_wait)
+        probe(joined, on_wait)
+    else:
+        folder = _prepare_start()
     try:
         with _terminated_later():
-            try:
-                if joined:
-                    _initialize(joined)
-                else:
-                    is_fast = _start(others)
-            except Exception as exc:  # Ray raises plain ones too
-                where = f"--address {joined or address}" if joined or address else "Ray"
-                if not joined:
-                    raise ClusterError(
-                        f"{where}: expected Ray to start, got {exc}; see the newest session's logs, by default "
-                        "/tmp/ray/session_latest/logs"
-                    ) from exc
-                raise ClusterError(f"{where}: expected a cluster that answers, got {exc}; check that it runs") from exc
-        # By what was started, whatever Ray made of the address.
-        yield joined is not None and all(child in others for child in psutil.Process().children())
+            if joined:
+                _join(joined)
+            else:
+                is_fast = _start(folder, others)
+        started = [child for child in psutil.Process().children() if child not in others]
+        is_joined = joined is not None and not started  # by what was started, whatever Ray made of the address
+        head = str(ray.get_runtime_context().gcs_address) if is_joined else None
+        watch = Watch(find_raylet() if is_joined else started, head, partial(_end, others))
+        if not is_joined:
+            _wait_for_workers(folder, on_wait, watch.check)
+        yield Connection(is_joined, watch.check)
+    except Exception as exc:
+        if watch:
+            watch.replace(exc)
+        raise
     finally:
         # A second Ctrl-C at this point would leave Ray's processes behind.
         with _blocked({signal.SIGINT, signal.SIGTERM}):
+            if watch:
+                watch.end(is_left=False)
             _leave_ray(others, is_fast=is_fast)
+            if watch:
+                watch.end(is_left=True)
 
 
-def _find_cluster(address: str | None) -> str | None:
-    """Find the cluster to join, by the rules that `ray.init` documents, and say which and why; None for none.
-
-    Raises:
-        ClusterError: If the one that was asked for does not answer.
-    """
-    why = "--address"
-    if address in (None, "auto"):
-        named = os.environ.get("RAY_ADDRESS")
-        why = "RAY_ADDRESS" if named else why
-        address = named or address
-    if address == "local":
-        return None
-    if address is None:
-        latest = Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "ray_current_cluster")
-        address, why = latest.read_text().strip() if latest.exists() else "", str(latest)
-        # A cluster that is gone leaves its name: where nobody asked for it, it is not missed.
-        if address and (fault := _try_port(address)):
-            logger.warning("%s names a cluster at %s that does not answer (%s)", latest, address, fault)
-            return None
-    elif fault := _try_port(address):
-        raise ClusterError(f"--address {address}: expected a cluster that answers, got {fault}; check that it runs")
-    if address:
-        logger.info(
-            "joining the cluster at %s, by %s; --address local would start Ray for this job alone", address, why
-        )
-    return address or None
+def _join(address: str) -> None:
+    try:
+        _initialize(address)
+    except Exception as exc:  # Ray raises plain ones too
+        raise make_error(address, exc) from exc
 
 
-def _try_port(address: str) -> OSError | None:
-    """Try a cluster's port: Ray itself would try for minutes, and could not be interrupted. Say what went wrong."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-        except OSError as exc:
-            return exc
-    return None
+def _prepare_start() -> str:
+    """See that Ray can start here, and return the folder for its files."""
+    session.check_paths()
+    session.check_limits()
+    folder, why = session.choose_folder()
+    if why:
+        logger.info(why)
+    return folder
 
 
-def _probe(address: str, on_wait: Callable[[], None]) -> None:
-    """Ask a cluster anything, in a process that can be ended: Ray itself would wait for minutes, and hear no signal.
-
-    Raises:
-        ClusterError: If there is no answer.
-    """
-    if ":" not in address or address.startswith("ray://"):
-        return
-    command = [sys.executable, "-c", local_ray.PROBE, address]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            deadline = time.monotonic() + _PROBE_SECONDS
-            while process.poll() is None and time.monotonic() < deadline:
-                on_wait()
-                time.sleep(_POLL_SECONDS)
-        finally:
-            process.kill()
-        found = "none"
-        if process.returncode and process.stderr:
-            found = ([line for line in process.stderr.read().splitlines() if line.strip()] or [found])[-1]
-    if process.returncode:
-        found = f"none in {_PROBE_SECONDS:.0f} s" if process.returncode < 0 else found
-        raise ClusterError(f"--address {address}: expected an answer of a Ray cluster, got {found}; check that it runs")
-
-
-def _start(others: set[psutil.Process]) -> bool:
+def _start(folder: str, others: set[psutil.Process]) -> bool:
     """Start Ray here, as fast as this version of it allows, and say whether that was fast.
 
     Args:
+        folder: For Ray's files.
         others: Processes that this one had started before.
+
+    Raises:
+        ClusterError: If it cannot be started.
     """
+    options = {"object_store_memory": session.choose_store_bytes(), "_temp_dir": folder}
     unset = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     os.environ.update(unset)
+    began = time.monotonic()
     try:
         reason = local_ray.find_reason_for_plain()
         if reason is None:
             try:
                 with local_ray.started_fast():
-                    _initialize("local", object_store_memory=_choose_store_bytes())
-            except Exception as exc:  # noqa: BLE001 - whatever another version makes of the replacements
+                    _initialize("local", **options)
+            except Exception as exc:
                 _leave_ray(others, is_fast=False)
+                if time.monotonic() - began > _RETRY_SECONDS:  # for a wait in vain, what is replaced is no reason
+                    raise
                 reason = (
                     f"Ray {ray.__version__}: expected to start with fewer services, got {' '.join(str(exc).split())}"
                 )
@@ -194,11 +172,35 @@ def _start(others: set[psutil.Process]) -> bool:
         logger.warning(
             "%s; Ray is started as it comes, which takes longer and listens on this machine's network", reason
         )
-        _initialize("local", object_store_memory=_choose_store_bytes())
+        _initialize("local", **options)
         return False
+    except Exception as exc:  # Ray raises plain ones too
+        raise ClusterError(f"Ray: expected it to start, got {session.explain(folder, exc)}") from exc
     finally:
         for name in unset:
             os.environ.pop(name, None)
+
+
+def _wait_for_workers(folder: str, *on_wait: Callable[[], None]) -> None:
+    """Have as many workers started as Ray's node manager would start by itself, and wait for them.
+
+    Raises:
+        ClusterError: If there is not even one in time.
+    """
+    num_cpus = int(ray.cluster_resources().get("CPU", 0))
+    # Beside one for each CPU, which decodes, one for an actor, which takes none.
+    shares = [1] * num_cpus + [0]
+    asked = [ray.remote(num_cpus=share)(lambda: None).remote() for share in shares]
+    deadline = time.monotonic() + _WORKER_SECONDS
+    done: list[Any] = []
+    # For all: who asks for more before they are up has more of them started than there is work for.
+    while len(done) < len(asked) and (not done or time.monotonic() < deadline):
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=_TICK_SECONDS)
+        for each in on_wait:
+            each()
+        if not done and time.monotonic() > deadline:
+            fault = f"no worker within {_WORKER_SECONDS:.0f} s"
+            raise ClusterError(f"Ray: expected it to start a worker, got {session.explain(folder, fault)}")
 
 
 def _initialize(address: str | None, **options: Any) -> None:
@@ -251,21 +253,6 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def _choose_store_bytes() -> int | None:
-    """Choose the size of the object store; None where Ray knows as well.
-
-    Of control groups Ray sees none but the outermost, and would take a share of memory that this process has not.
-    """
-    memory = psutil.virtual_memory()
-    limit = memory_limit()
-    if limit >= memory.total:
-        return None
-    share = STORE_SHARE * min(limit, memory.available)
-    # A store of more than 10 GB that does not fit /dev/shm is an error of Ray's; a smaller one goes to the disk.
-    most = max(10e9, 0.95 * shutil.disk_usage(_SHARED_MEMORY).free)
-    return max(_LEAST_STORE_BYTES, int(min(share, most)))
-
-
 def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
     """Disconnect, and end whatever this process started except `others`."""
     started = [child for child in psutil.Process().children() if child not in others]
@@ -273,11 +260,7 @@ def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
     ended = set(_family(started))
 
     def end_at_once() -> None:
-        for child in started:
-            with suppress(psutil.NoSuchProcess):
-                child.suspend()  # so that it starts no other while its own are looked for
-        ended.update(_family(started))
-        _kill(ended)
+        ended.update(_end(others))
 
     # Ray's services do not hear that they are asked to end, see above; and what died by itself can keep Ray waiting.
     kill_timer = threading.Timer(_GRACE_SECONDS, end_at_once)
@@ -296,6 +279,17 @@ def _leave_ray(others: set[psutil.Process], *, is_fast: bool) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _end(others: set[psutil.Process]) -> list[psutil.Process]:
+    """End at once whatever this process started except `others`, and return it."""
+    started = [child for child in psutil.Process().children() if child not in others]
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.suspend()  # so that it starts no other while its own are looked for
+    ended = _family(started)
+    _kill(ended)
+    return ended
+
+
 def _is_living(process: psutil.Process) -> bool:
     """Say whether a process may yet do anything; a dead one stays listed until its parent, or init, reaps it."""
     try:
@@ -308,8 +302,18 @@ def _family(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     family = list(processes)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            family += process.children(recursive=True)
+            family += process.children(recursive=True) if _is_living(process) else _find_orphans(process)
     return family
+
+
+def _find_orphans(raylet: psutil.Process) -> list[psutil.Process]:
+    """Find the workers of a node manager that died: init is their parent now, and they notice it late or never."""
+    orphans = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.ppid() == 1 and process.environ().get("RAY_RAYLET_PID") == str(raylet.pid):
+                orphans.append(process)
+    return orphans
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

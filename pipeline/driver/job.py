@@ -17,6 +17,7 @@ from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
+from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
@@ -42,6 +43,8 @@ from pipeline.results.writing import Output
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
+# Of fewer images, the interval of an accuracy is more than half as wide as all that it can be.
+_FEW_IMAGES = 10
 
 
 def evaluate(
@@ -83,33 +86,42 @@ def evaluate(
     wait([pending], timeout=0.03)  # a small folder's faults need not wait for Ray
     if pending.done():
         pending.result()
-    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as is_joined:
-        on_progress(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
-        nodes = _meet_nodes(config, on_progress, is_joined=is_joined)
+    with connect.connected(config.address, lambda: on_progress(Progress("start", 0, 1, 0.0))) as connection:
+
+        def show(progress: Progress) -> None:
+            connection.check()
+            on_progress(progress)
+
+        show(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
+        nodes = _meet_nodes(config, show, is_joined=connection.is_joined)
         allocation = _allocate(config, nodes)
         actors = _start_actors(config, allocation)  # which import torch while the listing is read
         try:
-            listed = scan.finish_listing(pending, location, config, nodes, output, clock, on_progress)
-            _say_what_is_left_out(listed[0])
+            listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
+            _say_what_may_surprise(listed[0])
             plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
-            kept_in = _choose_storage(config, plan, allocation, nodes)
+            kept_in = _choose_storage(config, plan, allocation, nodes, show)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
-                shards = scan.name_entries(listed[0], plan, shards, on_progress)
+                shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, on_progress)
+            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
             return Run(_run(job, actors))
         finally:
             end_actors(actors)
 
 
-def _say_what_is_left_out(listing: Listing) -> None:
+def _say_what_may_surprise(listing: Listing) -> None:
     if listing.dropped:
         logger.warning(
             "%d classes are left out for want of images in one split: %s", len(listing.dropped),
             files.enumerate_names(listing.dropped),
         )  # fmt: skip
+    if found := look_alike(listing.classes):
+        logger.warning(
+            "classes: expected names that can be told apart, got %s; they are taken for different ones", found
+        )
     num_ignored = sum(listing.num_ignored.values())
     if num_ignored > listing.num_images:
         logger.warning(
@@ -117,6 +129,17 @@ def _say_what_is_left_out(listing: Listing) -> None:
             "endings that are read",
             without_secrets(listing.location.root), num_ignored, files.name_ignored(listing.num_ignored),
             listing.num_images,
+        )  # fmt: skip
+
+
+def _say_where_images_are_few(listing: Listing, counts: ImageCounts) -> None:
+    confusion_KK = next(iter(counts.confusions.values()))
+    found = [(int(number), name) for number, name in zip(confusion_KK.sum(axis=1), listing.classes, strict=True)]
+    if few := sorted(each for each in found if each[0] < _FEW_IMAGES):
+        logger.warning(
+            "validation images: expected at least %d of every class, got fewer of %d of %d classes, whose accuracies "
+            "say little: %s", _FEW_IMAGES, len(few), len(found),
+            files.enumerate_names([f"{number} of {name}" for number, name in few]),
         )  # fmt: skip
 
 
@@ -142,8 +165,15 @@ def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
     return start_actors(allocation, node_ids)
 
 
-def _choose_storage(config: Config, plan: Plan, allocation: Allocation, nodes: list[Node]) -> Storage:
-    chosen = choose_storage(plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch))
+def _choose_storage(
+    config: Config, plan: Plan, allocation: Allocation, nodes: list[Node], on_progress: Callable[[Progress], None]
+) -> Storage:
+    def tick() -> None:
+        on_progress(Progress("start", 0, 1, 0.0))
+
+    chosen = choose_storage(
+        plan, allocation.num_actors, cluster.measure_capacities(nodes, allocation, config.scratch, tick)
+    )
     if chosen == "disk":
         logger.info(
             "%.1f GiB of images do not fit the memory; they are kept on disk in %s", plan.held_bytes / 2**30,
@@ -161,7 +191,7 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
     if len(training.history) > job.config.epochs:
         raise OutputError(
             f"--epochs: expected at least {len(training.history)}, which {job.output.root} has had, got "
-            f"{job.config.epochs}; give more, or --overwrite"
+            f"{job.config.epochs}; give more, or start over by --overwrite in place of --resume"
         )
     num_deaths = 0
     while True:
@@ -183,7 +213,10 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             logger.warning("%s; restarting all actors, to go on after epoch %d", exc, len(training.history))
             job = _reallocate(job)
         except BaseException:  # an interrupt above all: what is trained so far is what --resume goes on from
-            train.save(job, training, fingerprint)
+            try:
+                train.save(job, training, fingerprint)
+            except OutputError as exc:  # which would stand in the place of what ended the job
+                logger.warning("%s", exc)
             raise
         finally:
             # At once: a reference in somebody's traceback would keep them, and their GPUs, from the next job.
@@ -212,7 +245,7 @@ def _reallocate(job: Job) -> Job:
     if job.allocation.gpus_per_actor > 0 and allocation.gpus_per_actor == 0:
         logger.warning("the GPUs are gone: going on on the CPU, whose sums differ from a GPU's in their last bits")
     # Once on disk, on disk: how much of it actors that are ending still take is not to be told.
-    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes)
+    kept_in = "disk" if job.storage == "disk" else _choose_storage(job.config, job.plan, allocation, nodes, show)
     return replace(job, allocation=allocation, storage=kept_in, node_ids=frozenset(node.node_id for node in nodes))
 
 
@@ -249,6 +282,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
                 f"({counts.train_counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
                 f"{counts.num_skipped} skipped; run again, and if it comes again report it"
             )
+    _say_where_images_are_few(listing, counts)
     rows = [
         row
         for name, counts_KK in confusions.items()

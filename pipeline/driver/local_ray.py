@@ -16,7 +16,7 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,25 @@ def _find_parameters(path: str) -> tuple[str, ...] | None:
         return tuple(inspect.signature(pkgutil.resolve_name(path)).parameters)
     except (ImportError, AttributeError, TypeError, ValueError):
         return None
+
+
+def has_token() -> bool:
+    """Say whether the user has a token for clusters, in a variable or in the home folder."""
+    loader = _find("ray._raylet.AuthenticationTokenLoader")
+    return bool(loader and loader.instance().has_token(ignore_auth_mode=True))
+
+
+def use_token() -> None:
+    """Have this process, which was started without, show the user's token to a cluster."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if settings := _find("ray._raylet.Config"):  # where they were read before
+        settings.initialize("")
+
+
+def _find(path: str) -> Any:
+    with suppress(ImportError, AttributeError):
+        return pkgutil.resolve_name(path)
+    return None
 
 
 @contextmanager

@@ -38,14 +38,18 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
     for rank, number in enumerate(num_pending):
         doubtful += [(rank, request) for request in plan.requests("doubtful", {0: number})]
     _ask(job, actors, doubtful)
+
+    def show() -> bool:
+        return job.show("neighbors", 1, 1)
+
     histograms = [actor.call.remote("neighborhood.histogram") for actor in actors]
-    median = _median(sum(wait_all(histograms, "distances", lambda: False)))
+    median = _median(sum(wait_all(histograms, "distances", show)))
     split_names = job.config.train_split, job.listing.valid_split
     answers = [
         actor.call.options(num_returns=3).remote("neighborhood.judge", job.listing.classes, split_names, median)
         for actor in actors
     ]
-    counts = wait_all([answer[2] for answer in answers], "near-duplicates and doubtful labels", lambda: False)
+    counts = wait_all([answer[2] for answer in answers], "near-duplicates and doubtful labels", show)
     num_twins, num_same, num_suspects = (sum(numbers) for numbers in zip(*counts, strict=True))
     near, suspects = [answer[0] for answer in answers], [answer[1] for answer in answers]
     return NeighborCounts(median, num_twins, num_same, num_suspects, near, suspects)

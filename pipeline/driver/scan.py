@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import archives
 from pipeline.data import listing as listings
+from pipeline.data.classes import spread_over_splits
 from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
@@ -30,6 +31,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
+from pipeline.errors import DataError, without_secrets
 from pipeline.plan import Plan, Shard, Target
 from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
@@ -37,6 +39,8 @@ from pipeline.results.writing import Output
 # Archives that are indexed, or wait for it, at one time.
 _MAX_SCANS = 256
 _TICK_SECONDS = 0.2
+# Requests to a store have limits of their own; this is for a disk that does not answer, and more files than anyone has.
+LISTING_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,19 @@ def finish_listing(
     on_progress: Callable[[Progress], None],
 ) -> tuple[Listing, Target]:
     """Wait for the listing, check that all nodes have the same files, and have archives indexed."""
+    deadline = time.monotonic() + LISTING_SECONDS
     while not pending.done():
         on_progress(Progress("start", 0, 1, 0.0))
         wait([pending], timeout=_TICK_SECONDS)
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"{without_secrets(location.root)}: expected its listing within {LISTING_SECONDS:.0f} s, got none; "
+                "look whether the storage answers, or use archives, which are listed much faster"
+            )
     first = pending.result()
     if len(nodes) > 1:
-        cluster.check_paths(nodes, location, _some_files(location, first), output)
+        names = _some_files(location, first)
+        cluster.check_paths(nodes, location, names, output, lambda: on_progress(Progress("start", 0, 1, 0.0)))
     if isinstance(first, FoundArchives):
         clock.enter("scan")
         return list_archives(location, config, first, on_progress)
@@ -91,11 +102,17 @@ def finish_listing(
 
 def _list_first(location: Location, config: Config) -> FirstListing:
     """List class folders and settle the images' size and mode from a sample; archives are found, but not yet opened."""
+    ignored: Counter[str] = Counter()
+    found = []
     if location.kind != "package":
-        ignored: Counter[str] = Counter()
-        store, root = location.store
-        if found := archives.find_archives(store, root, location.pattern, config, ignored):
-            return FoundArchives(found, ignored)
+        found = archives.find_archives(*location.store, location.pattern, config, ignored)
+    for option, name in (("--label-column", config.label_column), ("--image-column", config.image_column)):
+        if name is not None and not any(archive.kind == "parquet" for archive in found):
+            raise DataError(
+                f"{option}: expected Parquet files in {location.root}, which alone have columns, got none; leave it out"
+            )
+    if found:
+        return FoundArchives(found, ignored)
     listing = listings.list_dataset(location, config)
     rows = sample_rows(len(listing.train))
     return listing, choose_target(config, sample_headers(location, listing.train, None, rows))
@@ -146,7 +163,7 @@ def list_archives(
         return listings.list_archives(location, parts, found.num_ignored, config)
 
     scan(range(len(all_archives)), config)
-    again = listings.spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
+    again = spread_over_splits(all_archives, [scans[number] for number in range(len(all_archives))])
     for number, archive in again.items():
         all_archives[number] = archive
     scan(again, config)

@@ -67,16 +67,21 @@ def get_result(ref: Ref, what: str = "a task") -> Any:
     Raises:
         ActorLostError: If its actor died.
         ClusterError: If a task was lost more often than it is repeated.
+        StalledError: If it is not here in `STALL_SECONDS`.
         EvaluationError: As the task or actor raised it.
     """
     if not isinstance(ref, ray.ObjectRef):
         return ref
     try:
-        return ray.get(ref)
+        return ray.get(ref, timeout=STALL_SECONDS)
     except ray.exceptions.RayTaskError as exc:
         if (known := _known_cause(exc.cause, what)) is None:
             raise
         raise known from exc
+    except ray.exceptions.GetTimeoutError as exc:  # it was finished, and is on its way from another node
+        raise StalledError(
+            f"{what}: expected its result, got none for {STALL_SECONDS:.0f} s; check the network between the nodes"
+        ) from exc
     except ray.exceptions.ObjectLostError as exc:  # with the node that held it
         raise ActorLostError(f"{what}: expected its result, got {_first_line(exc)}") from exc
     except ray.exceptions.ActorUnschedulableError as exc:  # its node died before it was up

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.errors import without_secrets
+from pipeline.errors import printable, without_secrets
 from pipeline.results.comparison import Paired
 from pipeline.results.terminal import plain_table
 from pipeline.results.two_runs import Comparison, Pair
@@ -84,8 +84,9 @@ def _changed(pair: Pair, change: str, most: int) -> list[dict[str, Any]]:
 def _heading(comparison: Comparison) -> list[str]:
     a, b = comparison.a, comparison.b
     if a is b:
-        return [f"two classifiers, A and B, of {without_secrets(a.given)}: {comparison.num_images:,} validation images"]
-    lines = [f"{name}  {without_secrets(run.given)}" for name, run in (("A", a), ("B", b))]
+        where = printable(without_secrets(a.given))
+        return [f"two classifiers, A and B, of {where}: {comparison.num_images:,} validation images"]
+    lines = [f"{name}  {printable(without_secrets(run.given))}" for name, run in (("A", a), ("B", b))]
     lines.append(
         f"{comparison.num_images:,} validation images in both, {comparison.num_only_in_a:,} only in A, "
         f"{comparison.num_only_in_b:,} only in B"
@@ -130,7 +131,10 @@ def _class_lines(pair: Pair) -> list[str]:
         shown = sorted(rows, key=lambda row: row.p_value or 0.0)[:_MAX_CLASSES]
         title += f"; the {_MAX_CLASSES} that differ most"
     header = ["class", "A", "B", "B - A", "95 % interval", "only A", "only B", "p (Holm)"]
-    return [title, *plain_table([header, *([str(row.class_name), *_figures(row, row.p_value_holm)] for row in shown)])]
+    return [
+        title,
+        *plain_table([header, *([printable(str(row.class_name)), *_figures(row, row.p_value_holm)] for row in shown)]),
+    ]
 
 
 def _change_lines(pair: Pair) -> list[str]:
@@ -146,7 +150,7 @@ def _change_lines(pair: Pair) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else printable(str(value))
 
 
 def _difference_lines(comparison: Comparison) -> list[str]:
@@ -158,5 +162,5 @@ def _difference_lines(comparison: Comparison) -> list[str]:
 
 def _short(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        return printable(",".join(map(str, value))) or "none"
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else printable(str(value))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.data.files import name_ignored
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,6 +146,7 @@ class StatusLine:
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
+        _fit_to_terminal(self._console)  # whose size may have changed
         space = self._console.width - 1  # in the last column, terminals wrap
         kept = list(parts)
         while len(kept) > 1 and len(", ".join(kept)) > space:
@@ -192,7 +195,7 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
     )
     console.print(_rich_table(classifiers, [row[0] == best for row in classifiers]), "")
     title, all_classes = _class_rows(run["metrics"])
-    classes = _fit(all_classes, console.width, [name for name in all_classes[0][2:] if name != best])
+    classes = _fit(all_classes, console.width, [*(name for name in all_classes[0][2:] if name != best), "images"])
     if len(classes[0]) < len(all_classes[0]):
         title += "; other classifiers in metrics.parquet"
     console.print(Text(title), _rich_table(classes), "")
@@ -209,7 +212,16 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
 def _make_console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    return Console(file=stream, force_terminal=True, markup=False, emoji=False, highlight=False)
+    console = Console(file=stream, force_terminal=True, markup=False, emoji=False, highlight=False)
+    _fit_to_terminal(console)
+    return console
+
+
+def _fit_to_terminal(console: Console) -> None:
+    """Take the width of the stream's own terminal: COLUMNS, which `rich` prefers, may be that of another one."""
+    with suppress(OSError):
+        if columns := os.get_terminal_size(console.file.fileno()).columns:
+            console.width = columns
 
 
 def _classifiers(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -256,7 +268,7 @@ def _class_rows(metrics: Sequence[Mapping[str, Any]]) -> tuple[str, list[list[st
         shown = [*shown[:_ENDS], *shown[-_ENDS:]]
     rows = [
         [
-            name,
+            printable(name),
             f"{by_class[name][best]['num_images']:,}",
             *(_figure(by_class[name][each]["accuracy"]) for each in names),
         ]
@@ -290,7 +302,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("labels", _labels(run["neighbors"]))] if run["neighbors"] else []),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
-        ("results", run["out"]),
+        ("results", printable(run["out"])),
         ("sha256", run["results_sha256"]),
     ]
 

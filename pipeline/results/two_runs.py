@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.results.comparison import Paired, compare, margins, match_keys
-from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
+from pipeline.results.predicted import FinishedRun, Predictions, read_predictions, read_scores
 from pipeline.results.writing import Output, write_table
 
 COMPARISON, CHANGES = "comparison", "changes"

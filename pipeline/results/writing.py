@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,27 +64,20 @@ def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:
     try:
         files = [entry.path[len(root.rstrip("/")) + 1 :] for entry in store.entries(root, recursive=True)]
         foreign = [name for name in files if not _is_result(name)]
-        if CHECKPOINT_FILE in files and RUN_FILE not in files and not (overwrite or resume):
-            raise OutputError(
-                f"--out {output.root}: expected a new or empty folder, got an unfinished run; go on with it by "
-                "--resume, or start over by --overwrite"
-            )
-        if files and not (overwrite or resume):
-            raise OutputError(
-                f"--out {output.root}: expected a new or empty folder, got one with {len(files)} files; "
-                "choose another, or give --overwrite or --resume"
-            )
-        if foreign:
+        if foreign and (overwrite or resume):
             raise OutputError(
                 f"--out {output.root}: expected only results of this job, got {foreign[0]}; choose another folder"
             )
+        if files and not (overwrite or resume):
+            found, advice = _what_is_there(files, foreign)
+            raise OutputError(f"--out {output.root}: expected a new or empty folder, got {found}; {advice}")
         if resume and RUN_FILE in files:
             raise OutputError(
                 f"--out {output.root}: expected an unfinished run to resume, got a finished one; "
                 "give --overwrite to run it anew"
             )
-        if resume and not files:
-            logger.info("--resume: nothing to go on with in %s; beginning anew", without_secrets(output.root))
+        if resume and CHECKPOINT_FILE not in files:
+            logger.info("--resume: no epoch is saved in %s; beginning anew", without_secrets(output.root))
         # run.json first: from here on the folder is unfinished. What is resumed from stays.
         for name in sorted(files, key=lambda name: name != RUN_FILE):
             if not (resume and name == CHECKPOINT_FILE):
@@ -171,6 +164,15 @@ def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], obje
         raise OutputError(
             f"{output.root}/{name}: expected to write it, got {reason(exc)}; free disk space or choose another --out"
         ) from exc
+
+
+def _what_is_there(files: Collection[str], foreign: Collection[str]) -> tuple[str, str]:
+    """Say what a folder holds that is neither to be replaced nor gone on with, and what to do."""
+    if foreign:
+        return f"one with {len(files)} files", "choose another"
+    if RUN_FILE in files:
+        return "a finished run", "choose another, or replace it with --overwrite"
+    return "an unfinished run", "go on with it by --resume, or start over by --overwrite"
 
 
 def _is_result(name: str) -> bool:

@@ -40,6 +40,7 @@ from pipeline.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "png", "jpg")
 LABEL_COLUMNS = ("label", "class", "cls", "labels")
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _SCAN_ROWS = 2**16
 # Decoded at a time: some images, so that a row group of any size passes through a bounded memory.
 _BATCH_BYTES, _MAX_BATCH_ROWS = 2**23, 4096
@@ -273,7 +274,7 @@ def _find_column(archive: Archive, what: str, declared: list[str], usual: list[s
         return named[0]
     raise DataError(
         f"{archive.path}: expected one column of {what}, got {', '.join(named or schema.names) or 'no column'}; "
-        f"write the file with one that is called {what}"
+        f"name it with --{what}-column, or write the file with one that is called {what}"
     )
 
 
@@ -287,6 +288,10 @@ def _find_image(archive: Archive, schema: pa.Schema) -> tuple[str, bool]:
             return index >= 0 and _is_bytes(kind.field(index).type)
         return _is_bytes(kind)
 
+    if len(set(schema.names)) < len(schema.names):
+        raise DataError(
+            f"{archive.path}: expected each column once, got {', '.join(schema.names)}; write the file with other names"
+        )
     fitting = [name for name in schema.names if holds_images(name)]
     if not fitting:
         columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names) or "no column"
@@ -344,7 +349,7 @@ def _read_labels(
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    is_text = any(is_kind(column.type) for is_kind in _IS_TEXT)
     if not is_text and not pa.types.is_integer(column.type):
         raise DataError(
             f"{archive.path}: expected classes as integers or strings, got {column.type}; write the file with these"
@@ -362,6 +367,8 @@ def _read_labels(
         return np.zeros(0, np.int32), ()
     found = encoded.chunk(0).dictionary.to_pylist()
     order = sorted(range(len(found)), key=lambda label: natural_sort_key(found[label].encode()))
+    if blank := [name for name in found if not name.strip()]:
+        raise _bad_label(archive, pc.equal(column, pa.scalar(blank[0], column.type)), f"{blank[0]!r}")
     ranks = np.argsort(np.asarray(order)).astype(np.int32)
     indices = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
     return ranks[indices], tuple(found[label] for label in order)

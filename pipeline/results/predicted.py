@@ -1,4 +1,4 @@
-"""A finished run, read again from its folder or URI.
+"""What the classifiers of a finished run predict, read again from its folder or URI.
 
 Input: what `--out` of a run was. Output: what `run.json` holds, and columns of the predictions. Invariant: only the
 columns that are asked for are read, one prediction file after another; whatever is not a whole run is one line.
