@@ -34,6 +34,7 @@ from pipeline.results.tables import (
     predictions_table,
     weights_table,
 )
+from pipeline.results.writing import write_run, write_table
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -251,6 +252,25 @@ def make_tables():
         "duplicates": pa.table(duplicates, schema=DUPLICATES_SCHEMA),
         "suspects": pa.table(suspects, schema=SUSPECTS_SCHEMA),
     }
+
+
+def write_finished(output, keys, labels, predictions, scores=None, **fields):
+    """Write a finished run of three classes as `compare` reads it: predictions in two files, and `run.json`."""
+    classes, middle = RESULT_CLASSES, len(keys) // 2
+    labels_N = np.array(labels)
+    for part, rows in enumerate((slice(None, middle), slice(middle, None))):
+        table = predictions_table(
+            classes,
+            pa.array(keys[rows], pa.string()),
+            labels_N[rows],
+            {name: np.array(own)[rows] for name, own in predictions.items()},
+            {name: np.array(own, np.float32)[rows] for name, own in (scores or {}).items()},
+        )
+        write_table(output, f"predictions/part-{part:05d}", table)
+    metrics = [{"classifier": name} for name in predictions]
+    run = {"dataset": {"root": "/data", "classes": classes}, "metrics": metrics, "num_valid": len(keys), "options": {}}
+    write_run(output, {**run, **fields})
+    return output.root
 
 
 # Processes

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
+from sklearn.metrics import classification_report
 
 from pipeline.config import Config
 from pipeline.results.figures import (
@@ -98,7 +99,37 @@ def test_a_class_without_images_has_no_accuracy_and_does_not_count_for_the_mean(
     rows = accuracies("nearest_mean_rms", ["a", "b", "c"], confusion_KK)
     assert rows[1] == Metric("nearest_mean_rms", "class", "b", 0, 0, None, None, None)
     assert [row.accuracy for row in rows] == [0.75, None, 0.5, 8 / 14, 0.625]
+    assert [row.precision for row in rows] == [1.0, None, 1.0, None, 1.0]
     assert mean_class_accuracy(confusion_KK) == 0.625
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 40])
+@pytest.mark.filterwarnings("ignore:Precision is ill-defined")  # which it says where a class is never predicted
+def test_precision_recall_and_f1_are_those_of_scikit_learn(num_classes):
+    random = np.random.default_rng(num_classes)
+    # Squared, so that some classes are rare, some are missing and some are never predicted.
+    labels_N, predictions_N = (num_classes * random.random((2, 60)) ** 2).astype(int)
+    confusion_KK = np.zeros((num_classes, num_classes), int)
+    np.add.at(confusion_KK, (labels_N, predictions_N), 1)
+    names = [str(label) for label in range(num_classes)]
+    *rows, _, mean = accuracies("sgd_linear", names, confusion_KK)
+    present = np.unique(labels_N)
+    expected = classification_report(labels_N, predictions_N, labels=present, output_dict=True)
+    for row in (rows[label] for label in present):
+        got = {"precision": row.precision, "recall": row.accuracy, "f1-score": row.f1, "support": row.num_images}
+        assert got == pytest.approx(expected[row.class_name], abs=1e-12)
+    got = {"precision": mean.precision, "recall": mean.accuracy, "f1-score": mean.f1, "support": len(labels_N)}
+    assert got == pytest.approx(expected["macro avg"], abs=1e-12)
+
+
+def test_a_class_that_is_never_predicted_has_a_precision_and_f1_of_0():
+    rows = accuracies("majority_class", ["3", "7"], np.array([[4, 0], [2, 0]]))
+    assert [(row.precision, row.f1) for row in rows] == [(4 / 6, 0.8), (0.0, 0.0), (None, None), (2 / 6, 0.4)]
+
+
+def test_the_share_in_the_top_5_stands_in_the_row_of_all():
+    rows = accuracies("sgd_linear", ["3", "7"], CONFUSION, num_in_top=2000)
+    assert [row.top5_accuracy for row in rows] == [None, None, 2000 / 2038, None]
 
 
 def test_figures_are_plain_numbers_that_json_takes():

@@ -17,9 +17,10 @@ import pytest
 import ray
 from builders import pack_tar, write_images
 from PIL import Image
+from sklearn.metrics import classification_report
 
 from pipeline import plan
-from pipeline.compute.classifiers import CLASSIFIERS
+from pipeline.compute.classifiers import CLASSIFIERS, used_classifiers
 from pipeline.config import Config
 from pipeline.data import files
 from pipeline.data.listing import list_dataset
@@ -560,6 +561,43 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
     with pytest.raises(ClusterError, match="shard 3: expected enough memory") as caught:
         waiting.get_result(ray.remote(num_cpus=0)(fill).remote(), "shard 3")
     assert not isinstance(caught.value, ActorLostError)
+
+
+@pytest.mark.parametrize("data", ["digits", "small_dataset", "noisy_dataset"])
+@pytest.mark.filterwarnings("ignore:Precision is ill-defined")  # of a class that is never predicted
+def test_the_figures_of_classes_are_those_of_scikit_learn(request, data, tmp_path):
+    root = data if data == "digits" else request.getfixturevalue(data)
+    run = evaluate(root, tmp_path / "out", epochs=2)
+    predictions = pq.read_table(tmp_path / "out" / "predictions").to_pydict()
+    for name in dict.fromkeys(row["classifier"] for row in run["metrics"]):
+        expected = classification_report(predictions["class"], predictions[f"{name}_prediction"], output_dict=True)
+        means = accuracy(run, name, "mean_of_classes")
+        got = {row["class"]: row for row in run["metrics"] if (row["classifier"], row["scope"]) == (name, "class")}
+        for label, row in {**got, "macro avg": means}.items():
+            figures = [row["precision"], row["accuracy"], row["f1"]]
+            assert figures == pytest.approx(list(expected[label].values())[:3], abs=1e-12)
+        assert {label: row["num_images"] for label, row in got.items()} == {
+            label: expected[label]["support"] for label in got
+        }
+
+
+def test_of_many_classes_the_top_5_are_those_of_the_scores(tmp_path):
+    random = np.random.default_rng(1)
+    write_images(
+        tmp_path / "data", {"train": 6, "valid": 5}, [str(label) for label in range(12)],
+        lambda label: random.integers(8 * label, 160 + 8 * label, (4, 4), dtype=np.uint8),
+    )  # fmt: skip
+    run = evaluate(tmp_path / "data", tmp_path / "out", epochs=2, actors=2, shard_images=7)
+    rows = read(tmp_path / "out", "predictions/part-00000")
+    for classifier in used_classifiers(run["neighbors"]["number"], has_training=True):
+        got = accuracy(run, classifier.name)["top5_accuracy"]
+        if not classifier.has_scores:
+            assert got is None
+            continue
+        sign = 1 if classifier.has_distances else -1
+        ranked = [np.argsort(sign * np.array(row[f"{classifier.name}_scores"]), kind="stable")[:5] for row in rows]
+        labels = [run["dataset"]["classes"].index(row["class"]) for row in rows]
+        assert got == np.mean([label in top for label, top in zip(labels, ranked, strict=True)])
 
 
 def test_every_image_is_in_one_table(small_dataset, tmp_path):

@@ -4,9 +4,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import click.testing
 import duckdb
 import pytest
 
+from jobs.compare import main as compare
 from pipeline.config import Config
 from pipeline.driver import job
 from pipeline.results.terminal import summary
@@ -27,6 +29,11 @@ def results_folder(local_ray, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def default_run(local_ray, tmp_path_factory):
+    return job.evaluate(Config(out=str(tmp_path_factory.mktemp("default") / "out")))
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("query", QUERIES, ids=[re.search(r"out/(\w+)", query)[1] for query in QUERIES])
 def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
@@ -36,10 +43,31 @@ def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
 
 
 @pytest.mark.ray
-def test_the_first_command_prints_what_the_first_screen_shows(local_ray, tmp_path):
+def test_the_first_command_prints_what_the_first_screen_shows(default_run):
     shown = re.search(r"```\n(classifier .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    printed = summary(job.evaluate(Config(out=str(tmp_path / "out"))))
-    assert printed.startswith(shown)
+    assert summary(default_run).startswith(shown)
+
+
+@pytest.mark.ray
+def test_a_comparison_prints_what_is_shown(default_run, results_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").symlink_to(default_run["out"])
+    Path("b").symlink_to(results_folder / "out")
+    shown = re.search(r"```\n(A  a\n.*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert click.testing.CliRunner().invoke(compare, ["a", "b"]).stdout.startswith(f"{shown}\n\n")
+
+
+@pytest.mark.ray
+def test_the_python_example_runs_as_it_stands(local_ray, tmp_path, monkeypatch, capsys):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert "starting to decode 1,797 images" in lines
+    assert lines[-6:-3] == ["majority_class 0.1012", "nearest_mean_l1 0.8521", "nearest_mean_rms 0.8754"]
+    assert "<td>nearest_mean_rms</td><td>0.8754</td>" in names["run"]._repr_html_()
 
 
 def test_there_is_a_query_for_every_table():

@@ -14,7 +14,8 @@ from pipeline.results.writing import write_table
 SCHEMAS = {
     "metrics": {
         "classifier": "string", "scope": "string", "class": "string", "num_images": "int64", "num_correct": "int64",
-        "accuracy": "double", "accuracy_low": "double", "accuracy_high": "double",
+        "accuracy": "double", "accuracy_low": "double", "accuracy_high": "double", "precision": "double",
+        "f1": "double", "top5_accuracy": "double",
     },
     "confusion": {
         "classifier": "string", "true_class": "string", "predicted_class": "string", "num_images": "int64",
@@ -91,7 +92,7 @@ def test_the_mean_of_classes_has_no_class_counts_or_interval():
     rows = make_tables()["metrics"].to_pylist()
     assert [row["scope"] for row in rows] == ["class", "class", "class", "all", "mean_of_classes"] * 3
     nulls = {name for name, value in rows[4].items() if value is None}
-    assert nulls == {"class", "num_images", "num_correct", "accuracy_low", "accuracy_high"}
+    assert nulls == {"class", "num_images", "num_correct", "accuracy_low", "accuracy_high", "top5_accuracy"}
 
 
 def test_confusion_has_the_pairs_that_occur():

@@ -9,8 +9,8 @@ from pipeline.results.tables import metrics_table
 from pipeline.results.terminal import Progress, StatusLine, print_summary, progress_line, progress_parts, summary
 
 TWO = """\
-classifier       accuracy     95 % interval  mean of classes           right
-nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511  1,939 of 2,038
+classifier       accuracy     95 % interval  mean of classes  mean F1           right
+nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511   0.9513  1,939 of 2,038
 
 accuracy by class
 class  images  nearest_mean_l1
@@ -78,6 +78,15 @@ def run_with(confusions, classes=None, **fields):
         "results_sha256": "0123abc",
     }
     return {**run, **fields}
+
+
+def test_the_top_5_are_shown_where_they_are_counted():
+    names = [f"class {label}" for label in range(12)]
+    counts_KK = confusion_of([50] * 12)
+    rows = accuracies("majority_class", names, counts_KK) + accuracies("sgd_linear", names, counts_KK, 900)
+    header, *lines = summary(run_with({}, metrics=metrics_table(rows).to_pylist())).splitlines()[:3]
+    assert re.split("  +", header)[3] == "top 5"
+    assert [re.split("  +", line)[3] for line in lines] == ["-", "0.7500"]
 
 
 def class_lines(shares):

@@ -18,6 +18,7 @@ import torch
 from pipeline.compute.block import Block, Trained
 from pipeline.compute.classifiers import Classifier
 from pipeline.compute.parts import Part
+from pipeline.results.figures import TOP, has_top
 from pipeline.results.tables import NeighborColumns
 
 
@@ -31,6 +32,8 @@ class ScoredPart:
         predictions: By classifier, int64 [N].
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
         confusions: By classifier, int64 [K, K].
+        num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
+            of the `TOP` best scores.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
         num_twins: How many have one.
         neighbors: What is said of neighbors, where they were searched for.
@@ -41,6 +44,7 @@ class ScoredPart:
     predictions: dict[str, npt.NDArray[np.int64]]
     scores: dict[str, npt.NDArray[np.float32]]
     confusions: dict[str, npt.NDArray[np.int64]]
+    num_in_top: dict[str, int]
     num_twins_correct: dict[str, int]
     num_twins: int
     neighbors: NeighborColumns | None
@@ -74,8 +78,11 @@ def score_part(
     neighbor_labels_NJ = torch.from_numpy(
         np.zeros((len(labels_N), 0), int) if neighbors is None else neighbors.labels_NJ
     )
+    num_classes = len(trained.counts_K)
+    num_in_top = dict.fromkeys(scores, 0) if has_top(num_classes) else {}
+    has_distances = {classifier.name: classifier.has_distances for classifier in classifiers}
     start = 0
-    for images_ND, _ in part.blocks(device):
+    for images_ND, block_labels_N in part.blocks(device):
         rows = slice(start, start + len(images_ND))
         start = rows.stop
         block = Block(images_ND, trained, num_threads, neighbor_labels_NJ[rows].to(device))
@@ -84,8 +91,10 @@ def score_part(
             predictions[name].append(predictions_N)
             if scores_NK is not None:
                 scores[name].append(scores_NK)
+                if name in num_in_top:
+                    ranked_NK = -scores_NK if has_distances[name] else scores_NK
+                    num_in_top[name] += count_in_top(ranked_NK, block_labels_N)
     all_predictions = {name: torch.cat(blocks).cpu() for name, blocks in predictions.items()}
-    num_classes = len(trained.counts_K)
     return ScoredPart(
         keys=part.keys(),
         labels=labels_N.numpy(),
@@ -95,6 +104,7 @@ def score_part(
             name: confusion(labels_N, predictions_N, num_classes).numpy()
             for name, predictions_N in all_predictions.items()
         },
+        num_in_top=num_in_top,
         num_twins_correct={
             name: int((predictions_N == labels_N)[is_twin_N].sum()) if is_twin_N is not None else 0
             for name, predictions_N in all_predictions.items()
@@ -102,6 +112,21 @@ def score_part(
         num_twins=0 if is_twin_N is None else int(is_twin_N.sum()),
         neighbors=neighbors,
     )
+
+
+def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
+    """Count the images whose class is among those of the `TOP` highest scores; of equal scores the first class counts.
+
+    Not by `topk`, which leaves the order of equal scores open.
+
+    Args:
+        scores_NK: float32.
+        labels_N: int64.
+    """
+    own_N1 = scores_NK.gather(1, labels_N[:, None])
+    is_before_NK = torch.arange(scores_NK.shape[1], device=scores_NK.device) < labels_N[:, None]
+    num_better_N = (scores_NK > own_N1).sum(1) + ((scores_NK == own_N1) & is_before_NK).sum(1)
+    return int((num_better_N < TOP).sum())
 
 
 def confusion(labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int) -> torch.Tensor:

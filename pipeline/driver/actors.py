@@ -42,11 +42,13 @@ class PartRecord:
         digest: Of its content.
         confusions: By classifier, int64 [K, K].
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
+        num_in_top: By classifier with scores, of many classes, how many images have theirs among the best scores.
     """
 
     digest: str
     confusions: dict[str, npt.NDArray[np.int64]]
     num_twins_correct: dict[str, int] = field(default_factory=dict)
+    num_in_top: dict[str, int] = field(default_factory=dict)
 
 
 class ActorProcess:
@@ -92,7 +94,7 @@ class ActorProcess:
             classes, scored.keys, scored.labels, scored.predictions, scored.scores, scored.neighbors
         )
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
-        return PartRecord(digest, scored.confusions, scored.num_twins_correct)
+        return PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
 
 
 def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]:

@@ -34,6 +34,7 @@ from pipeline.errors import ActorLostError, ClusterError, ImageCountError, Optio
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
+from pipeline.results.notebook import Run
 from pipeline.results.run import RunRecord, run_json
 from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
 from pipeline.results.terminal import Progress
@@ -50,7 +51,7 @@ def evaluate(
     config: Config,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_download: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Run the whole job and write its results.
 
     Ray is started, or a running cluster joined, and left again; where the caller is connected already, that
@@ -62,7 +63,7 @@ def evaluate(
         on_download: Called with the bytes done and in all while a dataset known by name is fetched.
 
     Returns:
-        What `run.json` holds.
+        What `run.json` holds, a dictionary that a notebook shows as the table of classifiers.
 
     Raises:
         EvaluationError: One of the tree in `errors`, for everything that a user can correct.
@@ -106,7 +107,7 @@ def evaluate(
                 shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
             job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
-            return _run(job, actors)
+            return Run(_run(job, actors))
         finally:
             end_actors(actors)
 
@@ -283,7 +284,9 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
             )
     _say_where_images_are_few(listing, counts)
     rows = [
-        row for name, counts_KK in confusions.items() for row in figures.accuracies(name, listing.classes, counts_KK)
+        row
+        for name, counts_KK in confusions.items()
+        for row in figures.accuracies(name, listing.classes, counts_KK, counts.num_in_top.get(name))
     ]
     digests = {f"part-{part:05d}": digest for part, digest in counts.digests.items()}
     contents = {

@@ -115,6 +115,7 @@ class ImageCounts:
         digests: Of the written prediction files, by part.
         confusions: Counts of all of them together, by classifier, int64 [K, K].
         num_twins_correct: Of the validation images with a twin in training, those predicted right, by classifier.
+        num_in_top: Validation images whose class is among those of the best scores, by classifier, where it is counted.
         neighbors: What the search for neighbors came to, where there was one.
         devices: What the actors compute on.
         stores: Where they keep their images: `gpu`, `memory` or `disk`.
@@ -131,6 +132,7 @@ class ImageCounts:
     digests: dict[int, str] = field(default_factory=dict)
     confusions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     num_twins_correct: Counter[str] = field(default_factory=Counter)
+    num_in_top: Counter[str] = field(default_factory=Counter)
     neighbors: NeighborCounts | None = None
     devices: list[str] = field(default_factory=list)
     stores: list[str] = field(default_factory=list)
@@ -141,6 +143,7 @@ class ImageCounts:
         for name, confusion_KK in record.confusions.items():
             self.confusions[name] = self.confusions.get(name, 0) + confusion_KK
         self.num_twins_correct.update(record.num_twins_correct)
+        self.num_in_top.update(record.num_in_top)
 
     @property
     def num_skipped(self) -> int:

@@ -1,4 +1,4 @@
-"""Counts to accuracies.
+"""Counts to accuracies, precisions and F1.
 
 Input: confusion counts and epoch sums, all of them whole numbers or sums by lane and part. Output: figures with their
 intervals. Invariant: the same counts give the same figures, in whatever order they were added.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from pipeline.config import Config
 
 # The 0.975 quantile of the standard normal distribution, for an interval of 95 %.
 _Z = 1.959963984540054
+# Among the classes of the best scores, so many, the true class is looked for where there are more than twice as many.
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,18 @@ class Metric:
 
     Attributes:
         classifier: Its name.
-        scope: `class`, `all`, or `mean_of_classes`, the plain mean of the class accuracies.
+        scope: `class`, `all`, or `mean_of_classes`, the plain mean over the classes that have images.
         class_name: For scope `class`.
         num_images: Validation images; None for `mean_of_classes`, as the other counts and the interval.
         num_correct: Of these, predicted right.
-        accuracy: 0 to 1; None where there is no image.
+        accuracy: 0 to 1; None where there is no image. That of a class is its recall.
         accuracy_low: Lower end of the 95 % interval.
         accuracy_high: Upper end.
+        precision: Of the images that are predicted to be of the class, the share that is, 0 to 1; 0 where none is
+            predicted. None for a class without images, and for `all`, where it is the accuracy.
+        f1: The harmonic mean of precision and recall, 0 to 1; None likewise.
+        top5_accuracy: For `all`, the share of images whose class is among those of the five best scores; None where
+            there are ten classes or fewer, or no scores.
     """
 
     classifier: str
@@ -42,6 +49,9 @@ class Metric:
     accuracy: float | None
     accuracy_low: float | None
     accuracy_high: float | None
+    precision: float | None = None
+    f1: float | None = None
+    top5_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,28 +115,56 @@ def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
     return low, high
 
 
-def accuracies(classifier: str, classes: Sequence[str], confusion_KK: npt.NDArray[np.int64]) -> list[Metric]:
+def has_top(num_classes: int) -> bool:
+    """Say whether it tells anything that a class is among the `TOP` best: of ten, half of all guesses are."""
+    return num_classes > 2 * TOP
+
+
+def accuracies(
+    classifier: str, classes: Sequence[str], confusion_KK: npt.NDArray[np.int64], num_in_top: int | None = None
+) -> list[Metric]:
     """Turn one classifier's confusion counts into its rows of figures.
+
+    Precision, recall (the accuracy of a class), F1 and their means are those of scikit-learn's `classification_report`
+    with `labels` the classes that have images: of a class without any there is nothing to say, and it counts for no
+    mean.
 
     Args:
         classifier: Its name.
         classes: Names of the K classes.
         confusion_KK: Images by true class (rows) and predicted class (columns).
+        num_in_top: Images whose class is among those of the `TOP` best scores; None where these are not looked at.
     """
-    rows = [
-        _metric(classifier, "class", name, int(confusion_KK[label].sum()), int(confusion_KK[label, label]))
-        for label, name in enumerate(classes)
-    ]
+    num_predicted_K = confusion_KK.sum(0)
+    rows = []
+    for label, name in enumerate(classes):
+        num_images, num_correct = int(confusion_KK[label].sum()), int(confusion_KK[label, label])
+        row = _metric(classifier, "class", name, num_images, num_correct)
+        if num_images > 0:
+            num_predicted = int(num_predicted_K[label])
+            # Without a prediction precision is 0 / 0, and as in scikit-learn 0; F1 is 2 / (1 / precision + 1 / recall).
+            precision = num_correct / num_predicted if num_predicted else 0.0
+            row = replace(row, precision=precision, f1=2 * num_correct / (num_images + num_predicted))
+        rows.append(row)
     total = _metric(classifier, "all", None, int(confusion_KK.sum()), int(np.trace(confusion_KK)))
-    mean = mean_class_accuracy(confusion_KK)
-    return [*rows, total, Metric(classifier, "mean_of_classes", None, None, None, mean, None, None)]
+    if num_in_top is not None and total.num_images:
+        total = replace(total, top5_accuracy=num_in_top / total.num_images)
+    accuracy, precision, f1 = (
+        _mean([value for row in rows if (value := getattr(row, name)) is not None])
+        for name in ("accuracy", "precision", "f1")
+    )
+    mean = Metric(classifier, "mean_of_classes", None, None, None, accuracy, None, None, precision, f1)
+    return [*rows, total, mean]
 
 
 def mean_class_accuracy(confusion_KK: npt.NDArray[np.int64]) -> float:
     """Average the accuracies of the classes that have images."""
     counts_K = confusion_KK.sum(1)
     has_images_K = counts_K > 0
-    shares = (np.diag(confusion_KK)[has_images_K] / counts_K[has_images_K]).tolist()
+    return _mean((np.diag(confusion_KK)[has_images_K] / counts_K[has_images_K]).tolist())
+
+
+def _mean(shares: Sequence[float]) -> float:
     return math.fsum(shares) / len(shares)
 
 

@@ -54,7 +54,8 @@ def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
     schema = pa.schema(
         [("classifier", pa.string()), ("scope", pa.string()), ("class", pa.string()), ("num_images", pa.int64()),
          ("num_correct", pa.int64()), ("accuracy", pa.float64()), ("accuracy_low", pa.float64()),
-         ("accuracy_high", pa.float64())]
+         ("accuracy_high", pa.float64()), ("precision", pa.float64()), ("f1", pa.float64()),
+         ("top5_accuracy", pa.float64())]
     )  # fmt: skip
     columns = [[row["class_name" if name == "class" else name] for row in rows] for name in schema.names]
     return pa.table(columns, schema=schema)

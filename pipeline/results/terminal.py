@@ -179,7 +179,7 @@ def summary(run: Mapping[str, Any]) -> str:
     """Format a finished run for a log: classifiers, accuracies by class, counts, times."""
     title, classes = _class_rows(run["metrics"])
     facts = [f"{label:<{_LABEL_WIDTH}}  {text}" for label, text in _facts(run)]
-    return "\n".join([*_plain_table(_classifier_rows(run["metrics"])), "", title, *_plain_table(classes), "", *facts])
+    return "\n".join([*plain_table(classifier_rows(run["metrics"])), "", title, *plain_table(classes), "", *facts])
 
 
 def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
@@ -188,7 +188,11 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
     from rich.text import Text
 
     console, best = _make_console(stream), _best_classifier(run["metrics"])
-    classifiers = _fit(_classifier_rows(run["metrics"]), console.width, ["mean of classes", "right", "95 % interval"])
+    classifiers = _fit(
+        classifier_rows(run["metrics"]),
+        console.width,
+        ["mean F1", "mean of classes", "right", "95 % interval", "top 5"],
+    )
     console.print(_rich_table(classifiers, [row[0] == best for row in classifiers]), "")
     title, all_classes = _class_rows(run["metrics"])
     classes = _fit(all_classes, console.width, [*(name for name in all_classes[0][2:] if name != best), "images"])
@@ -229,15 +233,18 @@ def _best_classifier(metrics: Sequence[Mapping[str, Any]]) -> str:
     return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
-def _classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table of classifiers, its header first."""
-    rows = [["classifier", "accuracy", "95 % interval", "mean of classes", "right"]]
+def classifier_rows(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of classifiers, its header first, from the rows of `metrics.parquet`."""
     found = {(row["classifier"], row["scope"]): row for row in metrics if row["scope"] != "class"}
+    has_top = any(row["top5_accuracy"] is not None for row in found.values())
+    rows = [["classifier", "accuracy", "95 % interval", *["top 5"][:has_top], "mean of classes", "mean F1", "right"]]
     for name in _classifiers(metrics):
         total, mean = found[name, "all"], found[name, "mean_of_classes"]
         interval = f"{_figure(total['accuracy_low'])} to {_figure(total['accuracy_high'])}"
         right = f"{total['num_correct']:,} of {total['num_images']:,}"
-        rows.append([name, _figure(total["accuracy"]), interval, _figure(mean["accuracy"]), right])
+        top = [_figure(total["top5_accuracy"])][:has_top]
+        means = [_figure(mean["accuracy"]), _figure(mean["f1"])]
+        rows.append([name, _figure(total["accuracy"]), interval, *top, *means, right])
     return rows
 
 
@@ -322,7 +329,8 @@ def _labels(neighbors: Mapping[str, Any]) -> str:
     return f"{neighbors['num_suspects']:,} {split} look more like another class (suspects.parquet)"
 
 
-def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align the columns of a table, the first one to the left; a line each, the header first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -348,6 +356,8 @@ def _rich_table(rows: Sequence[Sequence[str]], is_bold: Sequence[bool] = ()) -> 
 def _fit(rows: list[list[str]], width: int, droppable: Sequence[str]) -> list[list[str]]:
     """Leave out columns, by their headings, until a table fits a width; names in the first column can be folded."""
     for heading in droppable:
+        if heading not in rows[0]:
+            continue
         lines = [[rows[0][0], *map(_foldable, rows[0][1:])], *rows[1:]]
         widths = [max(_cell_width(cell) for cell in column) for column in zip(*lines, strict=True)]
         if min(widths[0], _MIN_NAME_WIDTH) + sum(widths[1:]) + _GAP * (len(widths) - 1) <= width:
