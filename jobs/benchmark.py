@@ -239,7 +239,7 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
         if name in _EVALUATES:
             command = [python, str(jobs / "evaluate.py"), *case.options, "--json", "--out", str(results)]
         else:
-            tables = {"benchmarks.peers": PEERS, "benchmarks.search": SEARCHES}
+            tables: dict[str, Mapping[str, object]] = {"benchmarks.peers": PEERS, "benchmarks.search": SEARCHES}
             module = next((module for module, table in tables.items() if name in table), "benchmarks.parts")
             command = [python, "-m", module, name, json.dumps(case.request)]
         if name == "evaluate_first":
