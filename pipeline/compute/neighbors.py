@@ -150,7 +150,8 @@ class _Tile:
         """Meet the images of a block: int8, with their `squares`."""
         products_NT = products(self._images_ND, others_TD)
         values_NT = torch.sub(squares_T.to(products_NT.dtype), products_NT, alpha=2)
-        far = torch.iinfo(values_NT.dtype).max
+        # `pad` takes a float64, which has not every int64.
+        far = min(torch.iinfo(values_NT.dtype).max, 2**62)
         self._leave_out(values_NT, far, block)
         near, column, value = self._candidates(values_NT, far)
         if len(near):

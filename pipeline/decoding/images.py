@@ -50,8 +50,9 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 # What the pixels depend on beside the file, the target and Pillow: raise it when the same bytes decode to others.
 DECODE_VERSION = 2
 _NUM_SAMPLED = 64
-# `auto` keeps a common size up to this many pixels a side: beyond it a linear model gains nothing but cost.
-_MAX_AUTO_SIDE = 512
+# `auto` keeps a common size up to this many pixels a side: beyond it these classifiers gain nothing but cost. Measured on
+# crops of two photographs, 16 classes, 240x320: from 24 to 192 pixels a side all accuracies stay within 0.02.
+_MAX_AUTO_SIDE = 64
 _FALLBACK_SIDE = 64
 
 
@@ -93,7 +94,7 @@ def sample_rows(num_images: int) -> list[int]:
 def choose_target(config: Config, headers: Sequence[Header]) -> Target:
     """Settle what `auto` leaves open from the headers of some images.
 
-    The size is that of at least half of them, if no side is longer than 512, else 64x64; the mode is L if all are
+    The size is that of at least half of them, if no side is longer than 64, else 64x64; the mode is L if all are
     grey, else RGB.
 
     Args:
