@@ -276,6 +276,8 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_results_option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
 @_results_option("--overwrite", is_flag=True, help="Replace the results in --out.")
 @_results_option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
+@_results_option("--report/--no-report", default=_DEFAULTS.report, help="Write a page with pictures, report.html.")
+@_results_option("--example", default=None, help="Key of the image that the page shows as numbers.")
 @_results_option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.version_option(__version__, prog_name="image-baseline", message="%(prog)s %(version)s")
 def main(is_json: bool, **options: Any) -> None:

@@ -19,7 +19,7 @@ INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
 MAX_NEIGHBORS = 1000
 DEVICES = ("auto", "cpu", "cuda")
-_MAY_BE_NONE = ("cache", "address", "label_column", "image_column")
+_MAY_BE_NONE = ("cache", "address", "label_column", "image_column", "example")
 MODES = ("auto", "L", "RGB")
 # One image of more pixels than this would weigh as much as a whole shard of small ones.
 MAX_SIDE = 4096
@@ -68,6 +68,8 @@ class Config:
     cache_gib: float | None = None
     read_concurrency: int | None = None
     scratch: str = field(default_factory=tempfile.gettempdir)
+    report: bool = True
+    example: str | None = None
     overwrite: bool = False
     resume: bool = False
 
@@ -79,7 +81,17 @@ class Config:
 
     def _take_types(self) -> None:
         """Take what stands for a text, as a path or a number; anything else is an error."""
-        for name in ("data", "out", "cache", "scratch", "size", "address", "label_column", "image_column"):
+        for name in (
+            "data",
+            "out",
+            "cache",
+            "scratch",
+            "size",
+            "address",
+            "label_column",
+            "image_column",
+            "example",
+        ):
             value = getattr(self, name)
             if isinstance(value, (PathLike, int)) and not isinstance(value, bool):
                 object.__setattr__(self, name, str(value))

@@ -77,8 +77,8 @@ def load_shard(
 
     Returns:
         Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and for validation, or where
-        they are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of each
-        skipped image the key, the class and the reason; and the outcome as a whole.
+        they are wanted, `key`: one for each of the training images' `shard_owners`, or one of all validation images; of
+        each skipped image the key, the class and the reason; and the outcome as a whole.
 
     Raises:
         DataError: If the storage itself fails.
