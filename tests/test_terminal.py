@@ -9,6 +9,8 @@ from pipeline.results.tables import metrics_table
 from pipeline.results.terminal import Progress, StatusLine, print_summary, progress_line, progress_parts, summary
 
 TWO = """\
+best: nearest_mean_l1 0.9514 (0.9412 to 0.9599)
+
 classifier       accuracy     95 % interval  mean of classes           right
 nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511  1,939 of 2,038
 
@@ -19,7 +21,7 @@ class  images  nearest_mean_l1
 
 images     14,435 listed: 12,396 to train on, 2,038 to validate on, 1 skipped (1 damaged; see skipped.parquet); 3 resized; other files ignored: 1 .csv, 1 .txt
 decoded    to 28x28 L, 12,345 a second
-twins      none with the same pixels
+twins      no images with the same pixels; 0 validation images have a twin in training
 seconds    4.7 (start 3.2, decode 1.2, train 0.2)
 computed   on 2 x cpu
 results    /somewhere/results
@@ -69,7 +71,10 @@ def run_with(confusions, classes=None, **fields):
         "num_resized": 3,
         "duplicates": {"num_exact_groups": 0, "num_exact_images": 0, "num_exact_twins": 0, "num_conflicts": 0},
         "images_per_s": 12_345.4,
-        "options": {"cache": None},
+        "options": {"cache": None, "report": False},
+        "neighbors": None,
+        "stopped_by": None,
+        "last_epoch": None,
         "num_shards": 1_234,
         "num_shards_from_cache": 0,
         "actors": {"devices": ["cpu", "cpu"]},
@@ -81,7 +86,7 @@ def run_with(confusions, classes=None, **fields):
 
 def class_lines(shares):
     lines = summary(run_with({"sgd_linear": confusion_of(shares)})).splitlines()
-    return lines[5 : lines.index("", 3)]
+    return lines[7 : lines.index("", 5)]
 
 
 def on_terminal(run, monkeypatch, columns, encoding="utf-8"):
@@ -102,8 +107,8 @@ def test_the_summary_says_how_many_images_have_twins():
     counts = {"num_exact_groups": 5, "num_exact_images": 1_012, "num_exact_twins": 3, "num_conflicts": 4}
     lines = summary(run_with({"sgd_linear": confusion_of([50, 60])}, duplicates=counts)).splitlines()
     assert (
-        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 3 validation images have a "
-        "twin in training; 4 of several classes (suspects.parquet)"
+        "twins      1,012 images in 5 groups with the same pixels (duplicates.parquet); 4 of several classes "
+        "(suspects.parquet); 3 validation images have a twin in training"
     ) in lines
 
 
@@ -133,10 +138,10 @@ def test_of_many_classes_those_with_images_are_shown_once_each(num_filled):
 def test_classifiers_are_compared_in_their_order():
     shares = {"majority_class": [100, 0], "nearest_mean_l1": [60, 80], "sgd_linear": [50, 60]}
     lines = summary(run_with({name: confusion_of(own) for name, own in shares.items()})).splitlines()
-    assert [line.split()[:2] for line in lines[1:4]] == [
+    assert [line.split()[:2] for line in lines[3:6]] == [
         ["majority_class", "0.5000"], ["nearest_mean_l1", "0.7000"], ["sgd_linear", "0.5500"]
     ]  # fmt: skip
-    assert lines[7].split()[2:] == ["100", "1.0000", "0.6000", "0.5000"]
+    assert lines[9].split()[2:] == ["100", "1.0000", "0.6000", "0.5000"]
 
 
 @pytest.mark.parametrize("columns", [120, 80, 50, 30])
@@ -148,7 +153,7 @@ def test_a_terminal_shows_the_figures_of_the_log_as_far_as_they_fit(monkeypatch,
     assert lines[-2] == f"results    /tmp/{'x' * 90}"
     figures = re.compile(r"\d\.\d{4}")
     assert set(figures.findall("".join(lines))) <= set(figures.findall(summary(run)))
-    assert [line.split()[:2] for line in lines[:9] if line.startswith(names)] == [[name, "0.4770"] for name in names]
+    assert [line.split()[:2] for line in lines[2:14] if line.startswith(names)] == [[name, "0.4770"] for name in names]
 
 
 def test_a_class_name_is_text_in_any_encoding(monkeypatch):
@@ -161,7 +166,7 @@ def test_a_class_name_is_text_in_any_encoding(monkeypatch):
 def test_what_came_from_a_cache_is_told_where_there_is_one():
     run = run_with({"sgd_linear": confusion_of([50, 60])}, num_shards_from_cache=1_233)
     assert "shards" not in summary(run)
-    text = summary({**run, "options": {"cache": "/somewhere"}})
+    text = summary({**run, "options": {"cache": "/somewhere", "report": False}})
     assert "decoded    to 28x28 L, 12,345 a second, 1,233 of 1,234 shards from the cache\n" in text
 
 

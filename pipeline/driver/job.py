@@ -117,7 +117,7 @@ def _write_report(job: Job, run: dict[str, Any]) -> dict[str, Any]:
     job.clock.enter("report")
     try:
         images = report.images_of(job.listing, job.config)
-        report.write_report(job.output, run, images, lambda: job.show("report", 0, 0), job.config.example)
+        report.write_report(job.output, images, lambda: job.show("report", 0, 0), job.config.example)
     except EvaluationError as exc:
         again = f"python jobs/report.py {without_secrets(job.output.root)}"
         logger.warning("the page could not be made: %s; the results are complete, make it by %s", exc, again)

@@ -70,7 +70,6 @@ def images_of(listing: Listing, config: Config) -> Images:
 
 def write_report(
     output: Output,
-    run: Mapping[str, Any],
     images: Images,
     on_tick: Callable[[], bool] = lambda: False,
     example: str | None = None,
@@ -79,7 +78,6 @@ def write_report(
 
     Args:
         output: Where the results are.
-        run: What `run.json` holds.
         images: Where the images are.
         on_tick: Called several times a second; what it raises ends the work.
         example: The image that is shown as numbers; None for the worst mistake.
@@ -87,6 +85,7 @@ def write_report(
     Raises:
         EvaluationError: If results cannot be read, or the page not be written.
     """
+    run = read_run(output)  # as it will be read when the page is made anew
     draft = open_draft(output, run, example)
     refs = [
         _find_mistakes.remote(output, name, part, draft.wanted) for part, name in enumerate(prediction_parts(output))
@@ -124,7 +123,7 @@ def remake(
     run = read_run(output)
     with connected(address):
         images = _locate_again(run, data)
-        return write_report(output, run, images, on_tick, example or run["options"].get("example"))
+        return write_report(output, images, on_tick, example or run["options"].get("example"))
 
 
 def _locate_again(run: Mapping[str, Any], data: str | None) -> Images:

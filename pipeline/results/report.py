@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _PICTURES_BYTES = 2_400_000
 _MAX_PICTURE_BYTES = 8_000
 _NUM_EPOCHS = 200
+# Categories of Unicode: controls, formats, halves of surrogate pairs, private or no characters, ends of lines.
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 _TEMPLATES = Path(__file__).with_name("page")
 
 
@@ -129,12 +131,12 @@ def visible(text: str) -> str:
     r"""Spell what cannot be seen in a text, or turns the text around it, as `\u202e` and the like."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        character.encode("ascii", "backslashreplace").decode()
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character != "\n"
-        else character
-        for character in text
-    ).replace("\n", "\\n")
+    return "".join(_spelled(each) if unicodedata.category(each) in _UNSEEN else each for each in text)
+
+
+def _spelled(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def breakable(name: str) -> Markup:

@@ -225,9 +225,8 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
         if label not in _COPIED:
             facts.add_row(label, Text(text))
     console.print(facts)
-    for label, text in (
-        row for row in rows if row[0] in _COPIED
-    ):  # left to the terminal to wrap, so that it can be copied
+    # Left to the terminal to wrap, so that it can be copied.
+    for label, text in (row for row in rows if row[0] in _COPIED):
         console.print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), f"  {text}"), soft_wrap=True)
 
 
