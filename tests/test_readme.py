@@ -37,7 +37,7 @@ def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
 
 @pytest.mark.ray
 def test_the_first_command_prints_what_the_first_screen_shows(local_ray, tmp_path):
-    shown = re.search(r"```\n(classifier .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    shown = re.search(r"```\n(best: .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     printed = summary(job.evaluate(Config(out=str(tmp_path / "out"))))
     assert printed.startswith(shown)
 

@@ -39,7 +39,6 @@ def line_chart(epochs: Sequence[int], lines: Sequence[tuple[str, Sequence[float]
     num_epochs = epochs[-1]
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
 
     def x_of(epoch: int) -> float:
         return round(LEFT + (RIGHT - LEFT) * ((epoch - 1) / (num_epochs - 1) if num_epochs > 1 else 0.5), 1)
@@ -60,7 +59,7 @@ def line_chart(epochs: Sequence[int], lines: Sequence[tuple[str, Sequence[float]
     x_ticks = [epoch for epoch in labels if epoch in (1, num_epochs) or step < epoch - 1 < num_epochs - 1 - step]
     return {
         "lines": drawn,
-        "y_ticks": [(y_of(tick), f"{tick:.{decimals}f}") for tick in ticks],
+        "y_ticks": [(y_of(tick), label) for tick, label in zip(ticks, _labels(ticks), strict=True)],
         "x_ticks": [(x_of(epoch), str(epoch)) for epoch in x_ticks],
     }
 
@@ -72,6 +71,15 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Write ticks with as many decimals as their distance has."""
+    step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
+    if not 1e-4 <= step <= largest < 1e6:
+        return [f"{tick:.2g}" for tick in ticks]
+    decimals = len(f"{step:.6g}".partition(".")[2])
+    return [f"{tick:.{decimals}f}" for tick in ticks]
 
 
 def level(share: float) -> int:
