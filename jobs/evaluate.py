@@ -369,8 +369,10 @@ def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
-    has_epochs = config.resume or last.phase in ("neighbors", "score") or (last.epoch or 0) > 1
     out = without_secrets(config.out)
+    if last.phase == "report":
+        return f"the results in {out} are complete; make the page with python jobs/report.py {out}"
+    has_epochs = config.resume or last.phase in ("neighbors", "score") or (last.epoch or 0) > 1
     again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"
 

@@ -300,7 +300,7 @@ def test_the_page_opens(request, chromium, tmp_path, run):
 def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
     page, _ = open_page(chromium, digits_run, 1280)
     path = os.environ.get("README_PICTURE", tmp_path / "report.png")
-    page.set_viewport_size({"width": 1280, "height": 1180})
+    page.set_viewport_size({"width": 1280, "height": 1280})
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'; location.hash = 'confusion'")
     page.screenshot(path=path)
     page.close()

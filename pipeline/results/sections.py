@@ -27,6 +27,7 @@ from pipeline.results.writing import Output
 # Of more classes a heat map cannot be read; their most confused pairs are listed.
 _MAX_MATRIX_CLASSES = 24
 _MAX_SHOWN_CLASSES = 24
+_MAX_TABLE_CLASSES = 2000
 _MAX_TABLE_SIDE = 32
 _NUM_DISTANCES = 12
 _NUM_POINTS = 300
@@ -85,9 +86,17 @@ def classes_table(run: Mapping[str, Any]) -> dict[str, Any]:
             "accuracies": [by_classifier[each][name]["accuracy"] for each in names],
             "further": [row[each] for each in further],
         }
-        for name, row in by_classifier[best].items()
+        for name, row in _lowest(by_classifier[best])
     ]
-    return {"names": names, "further": further, "rows": rows}
+    return {"names": names, "further": further, "rows": rows, "num_classes": len(by_classifier[best])}
+
+
+def _lowest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Choose the classes that a table has room for: all, or of very many those with the lowest accuracies."""
+    rows = list(metrics.items())
+    if len(rows) <= _MAX_TABLE_CLASSES:
+        return rows
+    return sorted(rows, key=lambda row: 2.0 if row[1]["accuracy"] is None else row[1]["accuracy"])[:_MAX_TABLE_CLASSES]
 
 
 def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
