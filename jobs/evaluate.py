@@ -291,6 +291,8 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_results_option("--out", default=None, help="Folder or URI for the results.  [default: results/<UTC time>]")
 @_results_option("--overwrite", is_flag=True, help="Replace the results in --out.")
 @_results_option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
+@_results_option("--report/--no-report", default=_DEFAULTS.report, help="Write a page with pictures, report.html.")
+@_results_option("--example", default=None, help="Key of the image that the page shows as numbers.")
 @_results_option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.version_option(__version__, prog_name="image-baseline", message="%(prog)s %(version)s")
 def main(is_json: bool, **options: Any) -> None:
@@ -384,9 +386,11 @@ def _print_run(run: Mapping[str, Any], *, is_json: bool) -> None:
 def _left_undone(last: Progress | None, config: Config) -> str:
     if last is None or last.phase == "start":
         return "nothing was evaluated"
+    out = without_secrets(config.out)
+    if last.phase == "report":
+        return f"the results in {out} are complete; make the page with python jobs/report.py {out}"
     is_trained = last.phase in ("neighbors", "score", "duplicates") and config.epochs > 0
     has_epochs = config.resume or is_trained or (last.epoch or 0) > 1
-    out = without_secrets(config.out)
     again = f"go on with {_command_to_resume(config)}" if has_epochs else "run again"
     return f"{progress_line(last)}; {out} is unfinished, {again}"
 

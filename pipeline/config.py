@@ -78,6 +78,8 @@ class Config:
     cache_gib: float | None = None
     read_concurrency: int | None = None
     scratch: str = field(default_factory=tempfile.gettempdir)
+    report: bool = True
+    example: str | None = None
     overwrite: bool = False
     resume: bool = False
 

@@ -44,7 +44,7 @@ def test_every_query_runs_as_it_stands(results_folder, monkeypatch, query):
 
 @pytest.mark.ray
 def test_the_first_command_prints_what_the_first_screen_shows(default_run):
-    shown = re.search(r"```\n(classifier .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    shown = re.search(r"```\n(best: .*?)\n\.\.\.\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert summary(default_run).startswith(shown)
 
 

@@ -9,6 +9,8 @@ from pipeline.results.tables import metrics_table
 from pipeline.results.terminal import Progress, StatusLine, print_summary, progress_line, progress_parts, summary
 
 TWO = """\
+best: nearest_mean_l1 0.9514 (0.9412 to 0.9599)
+
 classifier       accuracy     95 % interval  mean of classes  mean F1           right
 nearest_mean_l1    0.9514  0.9412 to 0.9599           0.9511   0.9513  1,939 of 2,038
 
@@ -70,7 +72,9 @@ def run_with(confusions, classes=None, **fields):
         "duplicates": {"num_exact_groups": 0, "num_exact_images": 0, "num_exact_twins": 0, "num_conflicts": 0},
         "neighbors": None,
         "images_per_s": 12_345.4,
-        "options": {"cache": None},
+        "options": {"cache": None, "report": False},
+        "stopped_by": None,
+        "last_epoch": None,
         "num_shards": 1_234,
         "num_shards_from_cache": 0,
         "actors": {"devices": ["cpu", "cpu"]},
@@ -84,14 +88,14 @@ def test_the_top_5_are_shown_where_they_are_counted():
     names = [f"class {label}" for label in range(12)]
     counts_KK = confusion_of([50] * 12)
     rows = accuracies("majority_class", names, counts_KK) + accuracies("sgd_linear", names, counts_KK, 900)
-    header, *lines = summary(run_with({}, metrics=metrics_table(rows).to_pylist())).splitlines()[:3]
+    header, *lines = summary(run_with({}, metrics=metrics_table(rows).to_pylist())).splitlines()[2:5]
     assert re.split("  +", header)[3] == "top 5"
     assert [re.split("  +", line)[3] for line in lines] == ["-", "0.7500"]
 
 
 def class_lines(shares):
     lines = summary(run_with({"sgd_linear": confusion_of(shares)})).splitlines()
-    return lines[5 : lines.index("", 3)]
+    return lines[7 : lines.index("", 5)]
 
 
 def on_terminal(run, monkeypatch, columns, encoding="utf-8"):
@@ -164,10 +168,10 @@ def test_of_many_classes_those_with_images_are_shown_once_each(num_filled):
 def test_classifiers_are_compared_in_their_order():
     shares = {"majority_class": [100, 0], "nearest_mean_l1": [60, 80], "sgd_linear": [50, 60]}
     lines = summary(run_with({name: confusion_of(own) for name, own in shares.items()})).splitlines()
-    assert [line.split()[:2] for line in lines[1:4]] == [
+    assert [line.split()[:2] for line in lines[3:6]] == [
         ["majority_class", "0.5000"], ["nearest_mean_l1", "0.7000"], ["sgd_linear", "0.5500"]
     ]  # fmt: skip
-    assert lines[7].split()[2:] == ["100", "1.0000", "0.6000", "0.5000"]
+    assert lines[9].split()[2:] == ["100", "1.0000", "0.6000", "0.5000"]
 
 
 @pytest.mark.parametrize("columns", [120, 80, 50, 30])
@@ -179,7 +183,7 @@ def test_a_terminal_shows_the_figures_of_the_log_as_far_as_they_fit(monkeypatch,
     assert lines[-2] == f"results    /tmp/{'x' * 90}"
     figures = re.compile(r"\d\.\d{4}")
     assert set(figures.findall("".join(lines))) <= set(figures.findall(summary(run)))
-    assert [line.split()[:2] for line in lines[:9] if line.startswith(names)] == [[name, "0.4770"] for name in names]
+    assert [line.split()[:2] for line in lines[2:14] if line.startswith(names)] == [[name, "0.4770"] for name in names]
 
 
 def test_a_class_name_is_text_in_any_encoding(monkeypatch):
@@ -192,7 +196,7 @@ def test_a_class_name_is_text_in_any_encoding(monkeypatch):
 def test_what_came_from_a_cache_is_told_where_there_is_one():
     run = run_with({"sgd_linear": confusion_of([50, 60])}, num_shards_from_cache=1_233)
     assert "shards" not in summary(run)
-    text = summary({**run, "options": {"cache": "/somewhere"}})
+    text = summary({**run, "options": {"cache": "/somewhere", "report": False}})
     assert "decoded    to 28x28 L, 12,345 a second, 1,233 of 1,234 shards from the cache\n" in text
 
 

@@ -167,7 +167,8 @@ def read_images(
         DataError: If the storage itself fails, so that no more file of it can be told good or bad.
     """
     if location.kind == "package":
-        return (_read_digits()[key] for key in keys.to_pylist())
+        missing = ReadFault("unreadable", "no such image in the package")
+        return (_read_digits().get(key, missing) for key in keys.to_pylist())
     store, paths = _paths(location, keys)
     if sizes_N is None:
         answers = read_many(store.read, paths, location.concurrency, is_local=store.is_local)

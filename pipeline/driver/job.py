@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.compute.classifiers import score_bytes
@@ -21,7 +21,7 @@ from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
-from pipeline.driver import cluster, connect, neighbors, scan, train
+from pipeline.driver import cluster, connect, neighbors, report, scan, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
@@ -30,7 +30,15 @@ from pipeline.driver.feed import feed, score
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
 from pipeline.driver.waiting import get_result
-from pipeline.errors import ActorLostError, ClusterError, ImageCountError, OptionError, OutputError, without_secrets
+from pipeline.errors import (
+    ActorLostError,
+    ClusterError,
+    EvaluationError,
+    ImageCountError,
+    OptionError,
+    OutputError,
+    without_secrets,
+)
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
@@ -63,7 +71,8 @@ def evaluate(
         on_download: Called with the bytes done and in all while a dataset known by name is fetched.
 
     Returns:
-        What `run.json` holds, a dictionary that a notebook shows as the table of classifiers.
+        What `run.json` holds, a dictionary that a notebook shows as the table of classifiers; its option `report` is
+        false if the page could not be made.
 
     Raises:
         EvaluationError: One of the tree in `errors`, for everything that a user can correct.
@@ -107,9 +116,23 @@ def evaluate(
                 shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
             job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
-            return Run(_run(job, actors))
+            run = _run(job, actors)
         finally:
             end_actors(actors)
+        return Run(_write_report(job, run) if config.report else run)
+
+
+def _write_report(job: Job, run: dict[str, Any]) -> dict[str, Any]:
+    """Make the page, after everything else: the results are complete, whatever becomes of it."""
+    job.clock.enter("report")
+    try:
+        images = report.images_of(job.listing, job.config)
+        report.write_report(job.output, images, lambda: job.show("report", 0, 0), job.config.example)
+    except EvaluationError as exc:
+        again = f"python jobs/report.py {without_secrets(job.output.root)}"
+        logger.warning("the page could not be made: %s; the results are complete, make it by %s", exc, again)
+        return {**run, "options": {**run["options"], "report": False}}
+    return run
 
 
 def _say_what_may_surprise(listing: Listing) -> None:
@@ -330,6 +353,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
             seconds=job.clock.read(),
             duplicates=duplicates.counts,
             neighbors=_describe_neighbors(job, counts),
+            last_epoch=asdict(training.history[-1]) if training.history else None,
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),
         )

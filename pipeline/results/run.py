@@ -46,6 +46,7 @@ class RunRecord:
         seconds: By phase, and `total`.
         duplicates: Counts of images with the same pixels.
         neighbors: What the search for neighbors came to; None without one.
+        last_epoch: The last row of `history.parquet`; None without SGD.
         metrics: The rows of `metrics.parquet`.
         results_sha256: The digest of all tables' content.
     """
@@ -71,6 +72,7 @@ class RunRecord:
     seconds: Mapping[str, float]
     duplicates: Mapping[str, int]
     neighbors: Mapping[str, Any] | None
+    last_epoch: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
     results_sha256: str
 
@@ -104,6 +106,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "num_shards_from_cache": record.num_shards_from_cache,
         "learning_rate": record.learning_rate,
         "stopped_by": record.stopped_by,
+        "last_epoch": None if record.last_epoch is None else dict(record.last_epoch),
         "num_nodes": record.num_nodes,
         "actors": {
             "number": record.num_actors,

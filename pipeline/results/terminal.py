@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.data.files import name_ignored
 from pipeline.errors import printable
+from pipeline.results.writing import REPORT_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,14 @@ _MAX_CLASSES = 10
 _ENDS = 5
 _BAR_STEP, _MAX_BAR = 10, 30
 _NO_FIGURE = "-"
+# Why training ended, by `stopped_by`.
+STOPS = {
+    "epochs": "as many as asked for",
+    "target_accuracy": "the target accuracy was reached",
+    "patience": "the validation accuracy got no better",
+    "max_seconds": "the time was over",
+}
+_COPIED = ("results", "sha256", "page")
 _LABEL_WIDTH, _MIN_NAME_WIDTH = 9, 16
 _GAP = 3  # between the columns of a table of `rich`
 
@@ -33,8 +42,8 @@ class Progress:
     """How far a phase is.
 
     Attributes:
-        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `neighbors`, `score` or
-            `duplicates`.
+        phase: `start`, `nodes`, `GPUs`, `scan`, `times`, `decode`, `means`, `train`, `neighbors`, `score`,
+            `duplicates` or `report`.
         done: Nodes or GPUs that are there, archives indexed, files whose times are known, images decoded or skipped,
             steps of the epoch, parts written, or buckets of digests grouped.
         total: Of how many.
@@ -63,13 +72,14 @@ class Progress:
     def share(self) -> float | None:
         """The share that is done, 0 to 1; None where it cannot be known."""
         done, total = self.units
-        return None if self.phase in ("start", "means", "duplicates") or total == 0 else done / total
+        return None if self.phase in ("start", "means", "duplicates", "report") or total == 0 else done / total
 
 
 # What is of an unknown length.
 _WAITS = {
     "means": ["all images are decoded", "computing the class means"],
     "duplicates": ["all images are scored", "grouping those with the same pixels"],
+    "report": ["the results are complete", "making the page"],
 }
 
 
@@ -104,7 +114,7 @@ def progress_parts(progress: Progress, first: Progress | None = None) -> list[st
             return [f"starting to decode {total} images"]
         case "decode":
             return [f"decoded {done} of {total} images", *_speed(progress, first)]
-        case "means" | "duplicates":
+        case "means" | "duplicates" | "report":
             return _WAITS[progress.phase]
         case "neighbors":
             return [f"searched the neighbors of {done} of {total} images", *_speed(progress, first)]
@@ -175,11 +185,26 @@ class StatusLine:
         self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
 
+def headline(run: Mapping[str, Any]) -> str:
+    """Say in one line which classifier is best, how good that is, and how the training went."""
+    totals = {row["classifier"]: row for row in run["metrics"] if row["scope"] == "all"}
+    best, guessing = totals[_best_classifier(run["metrics"])], totals.get("majority_class")
+    interval = f"{_figure(best['accuracy_low'])} to {_figure(best['accuracy_high'])}"
+    parts = [f"best: {best['classifier']} {_figure(best['accuracy'])} ({interval})"]
+    if guessing is not None:
+        parts.append(f"guessing {_figure(guessing['accuracy'])}")
+    if last := run["last_epoch"]:
+        epochs = f"{last['epoch']} epoch{'' if last['epoch'] == 1 else 's'} ({STOPS[run['stopped_by']]})"
+        parts.append(f"sgd_linear {_figure(last['train_accuracy'])} on training images after {epochs}")
+    return "; ".join(parts)
+
+
 def summary(run: Mapping[str, Any]) -> str:
-    """Format a finished run for a log: classifiers, accuracies by class, counts, times."""
+    """Format a finished run for a log: a headline, classifiers, accuracies by class, counts, times, the page."""
     title, classes = _class_rows(run["metrics"])
     facts = [f"{label:<{_LABEL_WIDTH}}  {text}" for label, text in _facts(run)]
-    return "\n".join([*plain_table(classifier_rows(run["metrics"])), "", title, *plain_table(classes), "", *facts])
+    table = plain_table(classifier_rows(run["metrics"]))
+    return "\n".join([headline(run), "", *table, "", title, *plain_table(classes), "", *facts])
 
 
 def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
@@ -188,6 +213,7 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
     from rich.text import Text
 
     console, best = _make_console(stream), _best_classifier(run["metrics"])
+    console.print(Text(headline(run), style="bold"), "")
     classifiers = _fit(
         classifier_rows(run["metrics"]),
         console.width,
@@ -201,11 +227,13 @@ def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
     console.print(Text(title), _rich_table(classes), "")
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", min_width=_LABEL_WIDTH)
-    *others, out, sha256 = _facts(run)
-    for label, text in others:
-        facts.add_row(label, Text(text))
+    rows = _facts(run)
+    for label, text in rows:
+        if label not in _COPIED:
+            facts.add_row(label, Text(text))
     console.print(facts)
-    for label, text in (out, sha256):  # left to the terminal to wrap, so that it can be copied
+    # Left to the terminal to wrap, so that it can be copied.
+    for label, text in (row for row in rows if row[0] in _COPIED):
         console.print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), f"  {text}"), soft_wrap=True)
 
 
@@ -304,6 +332,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
         ("results", printable(run["out"])),
         ("sha256", run["results_sha256"]),
+        *([("page", f"{run['out']}/{REPORT_FILE}")] if run["options"]["report"] else []),
     ]
 
 

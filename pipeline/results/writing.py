@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.parquet"
+REPORT_FILE = "report.html"
 PREDICTIONS = "predictions"
 _TABLES = ("metrics", "confusion", "means", "weights", "history", "skipped", "duplicates", "suspects")
 # Digests tell contents apart; these columns tell one run from another of the same content.
@@ -129,7 +130,7 @@ def _write_parquet(
                 writer.write_table(table)
                 note(table)
 
-    _write_file(output, f"{name}.parquet", write)
+    write_file(output, f"{name}.parquet", write)
 
 
 def write_run(output: Output, run: Mapping[str, Any]) -> None:
@@ -139,7 +140,7 @@ def write_run(output: Output, run: Mapping[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
     # A path whose bytes are not UTF-8 comes out as JSON escapes, and back from them unchanged.
     content = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False)
-    _write_file(output, RUN_FILE, lambda stream: stream.write(content.encode(errors="backslashreplace")))
+    write_file(output, RUN_FILE, lambda stream: stream.write(content.encode(errors="backslashreplace")))
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
@@ -156,7 +157,12 @@ def _update_digest(digest: hashlib._Hash, table: pa.Table) -> None:
     digest.update(sink.getvalue())
 
 
-def _write_file(output: Output, name: str, write: Callable[[pa.NativeFile], object]) -> None:
+def write_file(output: Output, name: str, write: Callable[[pa.NativeFile], object]) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
     store, root = output.store
     try:
         store.write(f"{root}/{name}", write)
@@ -181,4 +187,4 @@ def _is_result(name: str) -> bool:
         file = file[1:].rsplit(".", 2)[0]
     if folder == PREDICTIONS:
         return file.startswith("part-") and file.endswith(".parquet")
-    return not folder and file in (RUN_FILE, CHECKPOINT_FILE, *(f"{table}.parquet" for table in _TABLES))
+    return not folder and file in (RUN_FILE, CHECKPOINT_FILE, REPORT_FILE, *(f"{table}.parquet" for table in _TABLES))

@@ -1,0 +1,354 @@
+"""The page: what is on it equals the tables, it opens anywhere, and it is made whatever became of the images."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from builders import ROOT, command, encode
+from pages import launch, read_tables
+from runs import NUM_VALID, make_images, make_run
+from s3 import CREDENTIALS, client, s3_server
+
+from pipeline.config import Config
+from pipeline.driver import job, report
+from pipeline.errors import OutputError
+from pipeline.plan import Target
+from pipeline.results.finished import read_rows
+from pipeline.results.report import visible
+from pipeline.results.writing import Output
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+SECTIONS = [
+    "headline", "accuracies", "confusion", "mistakes", "doubtful", "duplicates", "means", "numbers", "training",
+    "skipped", "time", "options",
+]  # fmt: skip
+MAX_BYTES = 5_000_000
+NAMES = ("<script>alert(1)<script>", "a\"b'c&", "\u202egpj.exe", "\x07bell")
+
+
+def page_of(out):
+    return (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def three_classes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    make_images(folder, ("2", "10", "ä"))
+    out = make_run(folder, ("2", "10", "ä"), Target(4, 5, "RGB"))
+    report.remake(str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "out"
+    job.evaluate(Config(out=str(out)))
+    return out
+
+
+def test_the_figures_of_classifiers_and_classes_are_those_of_the_tables(three_classes):
+    tables, text = read_tables(page_of(three_classes))
+    first, by_class = (rows for place, rows in tables if place == "accuracies")
+    metrics = pq.read_table(three_classes / "metrics.parquet").to_pylist()
+    rows = {row["classifier"]: row for row in metrics if row["scope"] == "all"}
+    means = {row["classifier"]: row["accuracy"] for row in metrics if row["scope"] == "mean_of_classes"}
+    assert [[name, figure, interval, mean, right] for name, _, figure, interval, mean, right in first[1:]] == [
+        [name, f"{row['accuracy']:.4f}", f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}",
+         f"{means[name]:.4f}", str(row["num_correct"])]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    assert by_class[1:] == [
+        [name, str(NUM_VALID), *(f"{row['accuracy']:.4f}" for row in metrics if row["class"] == name)]
+        for name in ("2", "10", "ä")
+    ]
+    best = max(rows.values(), key=lambda row: row["accuracy"])
+    assert f"best: {best['classifier']} {best['accuracy']:.4f}" in text
+
+
+def test_the_confusion_is_that_of_the_table(three_classes):
+    tables, _ = read_tables(page_of(three_classes))
+    matrices = [rows for place, rows in tables if place == "confusion"]
+    counts = read_rows(Output.at(str(three_classes)), "confusion")
+    for name, matrix in zip(dict.fromkeys(row["classifier"] for row in counts), matrices, strict=True):
+        shown = {
+            (row[0], given): int(cell) for row in matrix[1:] for given, cell in zip(matrix[0][1:], row[1:], strict=True)
+        }
+        own = {
+            (row["true_class"], row["predicted_class"]): row["num_images"]
+            for row in counts
+            if row["classifier"] == name
+        }
+        assert {pair: number for pair, number in shown.items() if number} == own
+
+
+def test_distances_pixels_and_epochs_are_those_of_the_tables(three_classes):
+    tables, text = read_tables(page_of(three_classes))
+    distances, pixels = (rows for place, rows in tables if place == "numbers")
+    assert np.shape(pixels) == (4, 5)
+    assert sorted(row[0] for row in distances[1:]) == ["10", "2", "ä"]
+    history = next(rows for place, rows in tables if place == "training")
+    for row, shown in zip(read_rows(Output.at(str(three_classes)), "history"), history[1:], strict=True):
+        columns = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy")
+        assert shown[:5] == [str(row["epoch"]), *(f"{row[column]:.4f}" for column in columns)]
+    assert "damaged" in text
+    assert "1 validation image has a twin in training ; without it knn_5 gets 0.6250" in text
+
+
+def test_the_example_has_the_distances_of_its_own_pixels(tmp_path):
+    make_images(tmp_path, ("3", "7"), (4, 4), "PNG")
+    out = make_run(tmp_path, ("3", "7"))
+    report.remake(str(out), example="train/7/0.png")
+    tables, text = read_tables(page_of(out))
+    distances, pixels = (rows for place, rows in tables if place == "numbers")
+    values = np.array(pixels, int).ravel() / 255
+    expected = []
+    for row in read_rows(Output.at(str(out)), "means"):
+        apart = values - np.array(row["mean"])
+        expected.append([row["class"], f"{np.abs(apart).mean():.4f}", f"{np.sqrt((apart**2).mean()):.4f}"])
+    assert sorted(distances[1:]) == sorted(expected)
+    assert "The image was chosen with" in text
+
+
+def test_the_worst_mistakes_lead_by_most_whatever_the_parts(tmp_path):
+    pages = []
+    for num_parts in (1, 3):
+        folder = tmp_path / str(num_parts)
+        out = make_run(folder, [str(label) for label in range(30)], num_parts=num_parts)
+        report.remake(str(out))
+        pages.append(re.findall(r'id="mistake-2-\d+".*?<span class="key">(.*?)</span>', page_of(out), re.DOTALL))
+    wrong = []
+    for name in sorted((out / "predictions").iterdir()):
+        for row in pq.read_table(name).to_pylist():
+            given, predicted = int(row["class"]), int(row["sgd_linear_prediction"])
+            if given != predicted:
+                lead = row["sgd_linear_scores"][predicted] - row["sgd_linear_scores"][given]
+                wrong.append((-lead, row["key"]))
+    assert pages[0] == pages[1] == [key for _, key in sorted(wrong)[:12]]
+
+
+def test_hostile_names_are_text(tmp_path):
+    make_images(tmp_path, NAMES, (4, 4), "PNG")
+    out = make_run(tmp_path, NAMES)
+    report.remake(str(out))
+    page = page_of(out)
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;script&gt;" in page
+    assert "\u202e" not in page
+    assert "\x07" not in page
+    assert r"\u202egpj.exe" in page
+    assert r"\x07bell" in page
+    assert "no picture" not in page
+
+
+def test_a_name_that_is_no_utf_8_has_its_picture(tmp_path):
+    folder = os.fsencode(tmp_path / "data" / "train") + b"/\xff"
+    Path(os.fsdecode(folder)).mkdir(parents=True)
+    out = make_run(tmp_path, (r"\xff", "3"))
+    Path(os.fsdecode(folder + b"/0.png")).write_bytes(encode(np.zeros((4, 4), np.uint8)))
+    report.remake(str(out), example=r"train/\xff/0.png")
+    assert "as decoded" in page_of(out)
+
+
+def test_without_its_dataset_the_page_names_what_it_cannot_show(tmp_path):
+    make_images(tmp_path, ("3", "7"))
+    out = make_run(tmp_path, ("3", "7"))
+    shutil.rmtree(tmp_path / "data")
+    report.remake(str(out))
+    _, text = read_tables(page_of(out))
+    assert "no picture" in text
+    assert "The image cannot be decoded any more" in text
+    assert "valid/3/0.png" in text
+
+
+def test_what_a_run_left_out_is_said(tmp_path):
+    out = make_run(tmp_path, ("3", "7"), num_epochs=0, has_neighbors=False)
+    report.remake(str(out))
+    _, text = read_tables(page_of(out))
+    assert "the run left the linear model out" in text
+    assert "There is no linear model" in text
+    assert text.count("were not searched") >= 2
+
+
+def test_a_page_made_anew_is_the_same_but_for_its_date(small_dataset, tmp_path):
+    job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=2))
+    first = page_of(tmp_path / "out")
+    report.remake(str(tmp_path / "out"))
+    dates = re.compile("<time>.*?</time>")
+    assert dates.sub("", page_of(tmp_path / "out")) == dates.sub("", first)
+    assert first.count("data:image/") >= 8
+
+
+@pytest.mark.slow
+def test_a_page_made_anew_from_an_s3_run_is_the_same(small_dataset, tmp_path):
+    with s3_server() as (_, query):
+        out = f"s3://bucket/out{query}"
+        ran = command("--data", small_dataset, "--out", out, "--epochs", 1, **CREDENTIALS)
+        assert ran.communicate(timeout=120)[1] is not None
+        assert ran.returncode == 0
+        bucket = client(query.partition("endpoint_override=")[2])
+        read = lambda: bucket.get_object(Bucket="bucket", Key="out/report.html")["Body"].read().decode()  # noqa: E731
+        first = read()
+        again = [sys.executable, str(ROOT / "jobs" / "report.py"), out]
+        subprocess.run(again, check=True, env={**os.environ, **CREDENTIALS}, capture_output=True, timeout=120)
+        dates = re.compile("<time>.*?</time>")
+        assert dates.sub("", read()) == dates.sub("", first)
+
+
+def test_no_report_writes_none(small_dataset, tmp_path):
+    run = job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=0, report=False))
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert run["options"]["report"] is False
+
+
+def test_an_unfinished_run_is_one_line(tmp_path):
+    with pytest.raises(OutputError, match=r"expected a finished run, got a folder without run\.json"):
+        report.remake(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("plain", "plain"), ("日本", "日本"), ("a\u202eb", r"a\u202eb"), ("\x00", r"\x00"), ("\ud800", r"\ud800"),
+     ("a\nb", r"a\x0ab"), ("\u200b", r"\u200b")],
+)  # fmt: skip
+def test_what_cannot_be_seen_is_spelled(text, shown):
+    assert visible(text) == shown
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+def many_classes(tmp_path_factory, number):
+    folder = tmp_path_factory.mktemp(f"classes{number}")
+    classes = [f"class {label}" for label in range(number)]
+    make_images(folder, classes, (150, 200, 3))
+    out = make_run(folder, classes, Target(64, 64, "RGB"))
+    report.remake(str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def colour_120(tmp_path_factory):
+    return many_classes(tmp_path_factory, 120)
+
+
+@pytest.fixture(scope="module")
+def colour_1000(tmp_path_factory):
+    return many_classes(tmp_path_factory, 1000)
+
+
+@pytest.fixture(scope="module")
+def sample_run(mnist_sample, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sample") / "out"
+    job.evaluate(Config(data=str(mnist_sample), out=str(out), epochs=5, example="train/3/10000.png"))
+    return out
+
+
+def open_page(chromium, out, width, scheme="light"):
+    """Open a page; return it with what it wrote to the console and asked for."""
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    noticed = []
+    page.on("console", lambda message: noticed.append(message.text))
+    page.on("pageerror", lambda error: noticed.append(str(error)))
+    page.on("dialog", lambda dialog: noticed.append(dialog.message))
+    page.on("request", lambda request: noticed.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(f"file://{out}/report.html")
+    return page, noticed
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "run",
+    ["three_classes", "digits_run", "colour_120", "colour_1000", pytest.param("sample_run", marks=pytest.mark.data)],
+)
+def test_the_page_opens(request, chromium, tmp_path, run):
+    from axe_playwright_python.sync_playwright import Axe
+
+    out = request.getfixturevalue(run)
+    assert (out / "report.html").stat().st_size < MAX_BYTES
+    for width, scheme in [(1280, "light"), (390, "dark")]:
+        page, noticed = open_page(chromium, out, width, scheme)
+        assert noticed == [f"file://{out}/report.html"]
+        assert page.evaluate("[...document.querySelectorAll('main > section')].map(each => each.id)") == SECTIONS
+        assert page.evaluate("document.images.length") > 20
+        assert page.evaluate("[...document.images].filter(each => !each.naturalWidth).length") == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        faults = Axe().run(page).response["violations"]
+        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
+        page.screenshot(path=tmp_path / f"{run}-{width}-{scheme}.png", full_page=run == "digits_run")
+        page.close()
+
+
+@pytest.mark.browser
+def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
+    page, _ = open_page(chromium, digits_run, 1280)
+    path = os.environ.get("README_PICTURE", tmp_path / "report.png")
+    page.set_viewport_size({"width": 1280, "height": 1280})
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'; location.hash = 'confusion'")
+    page.screenshot(path=path)
+    page.close()
+    assert Path(path).stat().st_size < 300_000
+    assert (ROOT / ".github" / "report.png").stat().st_size < 300_000
+
+
+@pytest.mark.browser
+def test_everything_is_reached_by_keyboard(chromium, three_classes):
+    page, _ = open_page(chromium, three_classes, 1280)
+    reached = set()
+    describe = "document.activeElement.id || document.activeElement.textContent.trim().slice(0, 30)"
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate(describe))
+    assert {"Skip to the results", "Headline", "class", "c3", "m2"} <= reached | {"c3", "m2"}
+    page.locator("#c0").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("getComputedStyle(document.querySelector('.panel.c1')).display") == "block"
+    page.locator("table.sortable button").nth(1).focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('table.sortable th[aria-sort]').textContent") == "images"
+    page.close()
+
+
+@pytest.mark.browser
+def test_a_column_sorts_by_its_numbers(chromium, colour_120):
+    page, _ = open_page(chromium, colour_120, 1280)
+    column = "[...document.querySelectorAll('table.sortable tbody tr')].map(row => row.cells[0].textContent)"
+    page.locator("table.sortable button").first.click()
+    assert page.evaluate(column) == [f"class {label}" for label in range(120)]
+    page.locator("table.sortable button").first.click()
+    assert page.evaluate(column)[0] == "class 119"
+    page.close()
+
+
+@pytest.mark.browser
+def test_without_scripts_the_page_is_whole(chromium, three_classes):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{three_classes}/report.html")
+    assert page.locator("table.sortable button").count() == 0
+    assert page.locator(".panel.c0").is_visible() is False
+    page.locator("label[for=c0]").click()
+    assert page.locator(".panel.c0").is_visible()
+    context.close()
+
+
+def test_run_json_has_what_the_page_needs(digits_run):
+    run = json.loads((digits_run / "run.json").read_text())
+    assert run["last_epoch"]["epoch"] == 40
