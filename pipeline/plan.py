@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
+from pipeline.tree import lane_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,11 @@ class LaneAssignment:
     def lanes(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the lanes of rows of the listing, int64 [N]."""
         return rows_N // self.run_length % self.num_lanes
+
+    def owners(self, num_actors: int) -> npt.NDArray[np.int64]:
+        """Return the rank of the actor that has each lane, int64 [L]."""
+        sizes = [len(lanes) for lanes in lane_ranges(self.num_lanes, num_actors)]
+        return np.repeat(np.arange(num_actors), sizes)
 
     def rows(self, lane: int, offsets_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the rows of the listing that stand at these offsets of a lane, int64 [N]."""

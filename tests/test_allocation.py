@@ -37,11 +37,11 @@ def test_one_node_with_the_memory_alone_is_refused_where_another_needs_disk():
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .* --epochs 0"):
         choose_storage(plan_of()[0], 2, capacities)
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.2: expected "):
-        choose_storage(plan_of(epochs=0)[0], 2, [capacities[0], node(0, HELD, address="10.0.0.2")])
+        choose_storage(plan_of(epochs=0, neighbors=0)[0], 2, [capacities[0], node(0, HELD, address="10.0.0.2")])
 
 
 @pytest.mark.parametrize(
-    ("num_actors", "num_on_node", "share"), [(2, 1, 1 / 2), (4, 2, 1 / 2), (3, 1, 3 / 8), (3, 3, 1), (8, 1, 1 / 8)]
+    ("num_actors", "num_on_node", "share"), [(2, 1, 1 / 2), (4, 2, 1 / 2), (3, 1, 1 / 2), (3, 3, 1), (8, 1, 1 / 8)]
 )
 def test_a_node_holds_the_lanes_of_its_actors(num_actors, num_on_node, share):
     plan = plan_of()[0]
@@ -58,7 +58,7 @@ def test_images_that_fit_neither_memory_nor_disk_are_refused_with_what_there_is(
 
 
 def test_without_training_nothing_is_kept_on_disk_and_epochs_0_is_not_advised():
-    plan = plan_of(epochs=0)[0]
+    plan = plan_of(epochs=0, neighbors=0)[0]
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.1: expected .* in memory;") as caught:
         choose_storage(plan, 1, [node(0, 2**40)])
     assert "--epochs" not in str(caught.value)
@@ -66,7 +66,7 @@ def test_without_training_nothing_is_kept_on_disk_and_epochs_0_is_not_advised():
 
 def test_without_training_no_training_image_and_not_all_validation_images_are_held():
     # Each of the three parts is scored as soon as it is complete, and no more than two fill.
-    assert choose_storage(plan_of(epochs=0)[0], 1, [node(2 * 1667 * 784 / 0.8)]) == "memory"
+    assert choose_storage(plan_of(epochs=0, neighbors=0)[0], 1, [node(2 * 1667 * 784 / 0.8)]) == "memory"
 
 
 @pytest.mark.parametrize(("num_nodes", "num_actors"), [(1, 1), (3, 3), (8, 8), (20, 8)])

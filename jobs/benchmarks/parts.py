@@ -120,7 +120,7 @@ def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
     )
     made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
     lanes_N = plan.assignment.lanes(np.arange(len(labels_N)))
-    rows_M = np.flatnonzero(lanes_N % num_actors == rank)
+    rows_M = np.flatnonzero(plan.assignment.owners(num_actors)[lanes_N] == rank)
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
     labels = pa.array(labels_N[rows_M], pa.int32())
     made.add_train(0, pa.table({"row": pa.array(rows_M, pa.int32()), "class": labels, "image": tensors}))

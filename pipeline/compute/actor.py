@@ -30,6 +30,7 @@ from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.data.columns import one_chunk
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
+from pipeline.tree import lane_ranges
 
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
@@ -41,7 +42,7 @@ class LaneActor:
     Args:
         plan: The shape of the work.
         rank: This actor's number, from 0.
-        num_actors: How many there are; lane and part i belong to actor i modulo this.
+        num_actors: How many there are; part i belongs to actor i modulo this, lanes as `lane_ranges` says.
         is_on_gpu: Whether a GPU was given to this process.
         num_threads: Threads for distances on the CPU.
         scratch: The folder whose disk keeps the images; None where memory holds them. A GPU that holds them does.
@@ -72,7 +73,7 @@ class LaneActor:
         self._num_squares = torch.zeros((), dtype=torch.int64)
         self._counts_K = torch.zeros(num_classes, dtype=torch.int64, device=self._device)
         self._lane_counts_L = torch.zeros(plan.num_lanes, dtype=torch.int64)
-        self._lanes = list(range(rank, plan.num_lanes, num_actors))
+        self._lanes = lane_ranges(plan.num_lanes, num_actors)[rank]
         self._store_device, self._scratch = self._choose_store(scratch)
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
@@ -193,7 +194,7 @@ class LaneActor:
         lane_counts = self._lane_counts_L.tolist()
         num_steps = -(-max(lane_counts) // lane_rows)
         # Every actor sends as many lanes as the one that has most, so that all send alike.
-        num_sent = -(-plan.num_lanes // self._num_actors)
+        num_sent = max(map(len, lane_ranges(plan.num_lanes, self._num_actors)))
         gradients_ZP = sgd_linear.empty_gradients(num_sent, len(self._params_P), self._device)
         self._epoch = sums = EpochSums(self._lanes, num_steps, lane_rows, self._device)
         batches = self._train.batches(epoch, lane_rows, num_steps)

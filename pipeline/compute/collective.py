@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from pipeline.compute.exchange import TIMEOUT_SECONDS, Address, Exchange
 from pipeline.errors import ActorLostError
+from pipeline.tree import lane_ranges
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Collective:
     """One actor's part in what all compute together; alone, it answers at once.
 
     Args:
-        rank: This actor's number, from 0; lane l is the (l // A)-th of actor l % A.
+        rank: This actor's number, from 0.
         num_actors: A.
         num_lanes: L.
     """
@@ -96,7 +97,8 @@ class Collective:
             exchange = self._exchange
             gathered = self._call(lambda: exchange.gather(gradients_ZP.cpu().numpy()))
             all_AZP = torch.from_numpy(gathered).to(gradients_ZP.device)
-        return [all_AZP[lane % self._num_actors, lane // self._num_actors] for lane in range(self._num_lanes)]
+        ranges = lane_ranges(self._num_lanes, self._num_actors)
+        return [all_AZP[rank, place] for rank, lanes in enumerate(ranges) for place in range(len(lanes))]
 
     def close(self) -> None:
         """Close all connections."""
