@@ -143,7 +143,7 @@ def test_seconds_are_told_by_phase(reference):
     assert list(reference["seconds"]) == ["start", "decode", "means", "train", "score", "duplicates", "write", "total"]
 
 
-@pytest.mark.parametrize("num_actors", [2, 3, 4])
+@pytest.mark.parametrize("num_actors", [2, 3, 4, 8])
 def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
     run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
     assert run["results_sha256"] == reference["results_sha256"]
@@ -461,6 +461,15 @@ def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypa
     interrupt(small_dataset, tmp_path / "out", epoch=2)
     with pytest.raises(OutputError, match=r"--resume: expected --seed 0, .* got 5"):
         evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
+
+
+def test_resuming_what_was_trained_by_other_arithmetic_is_refused(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as before:
+        before.setattr(train, "_MODEL", "mean of all steps")
+        interrupt(small_dataset, tmp_path / "out", epoch=2)
+    with pytest.raises(OutputError, match=r"--resume: expected model mean of all steps, .* got .* as a tree"):
+        resume(small_dataset, tmp_path / "out")
 
 
 def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(small_dataset, tmp_path):

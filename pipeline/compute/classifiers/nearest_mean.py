@@ -8,11 +8,12 @@ Axes: N images, K classes, D values of one image (H·W·C). Pixels are 0 to 255,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import math
 from typing import TYPE_CHECKING
 
 import torch
+
+from pipeline.compute.threads import Threads
 
 if TYPE_CHECKING:
     from pipeline.compute.block import Block
@@ -39,10 +40,18 @@ def class_sums(images_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int
         Sums [K, D] and counts [K], both int64.
     """
     sums_KD = torch.zeros(num_classes, images_ND.shape[1], dtype=torch.int64, device=images_ND.device)
+    return sums_KD, add_class_sums(sums_KD, images_ND, labels_N)
+
+
+def add_class_sums(sums_KD: torch.Tensor, images_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Do as `class_sums`, adding to sums that there are; return the counts of these images, int64 [K]."""
     for block_ND, block_labels_N in zip(images_ND.split(_SUM_ROWS), labels_N.split(_SUM_ROWS), strict=True):
-        block_KD = torch.zeros(sums_KD.shape, device=sums_KD.device)
-        sums_KD += block_KD.index_add_(0, block_labels_N, block_ND.float()).long()
-    return sums_KD, torch.bincount(labels_N, minlength=num_classes)
+        # Only of the classes that there are: a shard of neighbours has few of many.
+        present_k, places_N = block_labels_N.unique(return_inverse=True)
+        block_kD = torch.zeros(len(present_k), sums_KD.shape[1], device=sums_KD.device)
+        block_kD.index_add_(0, places_N, block_ND.float())
+        sums_KD[present_k] += block_kD.long()
+    return torch.bincount(labels_N, minlength=len(sums_KD))
 
 
 def sum_squares(images_ND: torch.Tensor) -> int:
@@ -61,11 +70,14 @@ def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [K, D], 0 to 1.
     """
-    return (sums_KD.double() / (255 * counts_K.double())[:, None]).float()
+    means_KD = torch.empty(sums_KD.shape, device=sums_KD.device)
+    for mean_D, sum_D, count in zip(means_KD, sums_KD, counts_K.tolist(), strict=True):
+        mean_D.copy_(sum_D.double().div_(255 * count if count else math.nan))  # class by class, to take little memory
+    return means_KD
 
 
 def distances(
-    images_ND: torch.Tensor, means_KD: torch.Tensor, num_threads: int = 1
+    images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the distances of every image to every class mean, by broadcasting blocks of images.
 
@@ -75,7 +87,7 @@ def distances(
     Args:
         images_ND: uint8, 0 to 255.
         means_KD: float32, 0 to 1.
-        num_threads: Threads that share the blocks, on the CPU.
+        threads: They share the blocks, on the CPU.
 
     Returns:
         The mean absolute difference and the root of the mean squared one, each float32 [N, K], 0 to 1.
@@ -88,33 +100,21 @@ def distances(
     class_block = max(1, min(num_classes, block_values // num_values))
     image_block = max(1, min(num_images, block_values // (class_block * num_values)))
 
-    is_inference = torch.is_inference_mode_enabled()
+    def fill(start: int) -> None:
+        pixels_ND = images_ND[start : start + image_block].float().div_(255)
+        rows = slice(start, start + image_block)
+        buffer_NKD = torch.empty(len(pixels_ND), class_block, num_values, device=images_ND.device)
+        for first in range(0, num_classes, class_block):
+            classes = slice(first, first + class_block)
+            means_kD = means_KD[classes]
+            # [n, 1, D] - [1, k, D] -> [n, k, D]; one buffer for both distances, since |d|² = d².
+            differences_NKD = buffer_NKD[:, : len(means_kD)]
+            torch.sub(pixels_ND[:, None, :], means_kD[None, :, :], out=differences_NKD)
+            l1_NK[rows, classes] = differences_NKD.abs_().mean(2)
+            rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
 
-    @torch.inference_mode(is_inference)  # which is a thread's own
-    def fill(starts: Iterable[int]) -> None:
-        # Filled again for every block: memory that is new costs more than what is computed in it.
-        pixels_ND = torch.empty(image_block, num_values, device=images_ND.device)
-        buffer_NKD = torch.empty(image_block, class_block, num_values, device=images_ND.device)
-        for start in starts:
-            rows = slice(start, start + image_block)
-            num_rows = len(images_ND[rows])
-            block_ND = pixels_ND[:num_rows].copy_(images_ND[rows]).div_(255)
-            for first in range(0, num_classes, class_block):
-                classes = slice(first, first + class_block)
-                means_kD = means_KD[classes]
-                # [n, 1, D] - [1, k, D] -> [n, k, D]; one buffer for both distances, since |d|² = d².
-                differences_NKD = buffer_NKD[:num_rows, : len(means_kD)]
-                torch.sub(block_ND[:, None, :], means_kD[None, :, :], out=differences_NKD)
-                l1_NK[rows, classes] = differences_NKD.abs_().mean(2)
-                rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
-
-    starts = range(0, num_images, image_block)
-    num_threads = min(num_threads, len(starts))
-    if num_threads < 2 or images_ND.device.type != "cpu":
-        fill(starts)
-    else:
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(fill, (starts[thread::num_threads] for thread in range(num_threads))))
+    shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
+    shared.run(fill, range(0, num_images, image_block))
     return l1_NK, rms_NK
 
 
