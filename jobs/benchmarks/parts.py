@@ -44,12 +44,14 @@ class Task:
         batch_size: Images of a step.
         num_epochs: Timed epochs; one more, not timed, comes first.
         num_shards: Shards that the driver hands out.
+        num_threads: Threads of an actor, or of the loop that has several; two actors have as many together.
     """
 
     arrays: str = ""
     batch_size: int = 256
     num_epochs: int = 10
     num_shards: int = 0
+    num_threads: int = 1
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """Read one of the arrays."""
@@ -118,7 +120,7 @@ def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
         seed=_SEED,
         gpus_per_actor=1.0,
     )
-    made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
+    made = LaneActor(plan, rank, num_actors, is_on_gpu=False, num_threads=max(1, task.num_threads // num_actors))
     lanes_N = plan.assignment.lanes(np.arange(len(labels_N)))
     rows_M = np.flatnonzero(plan.assignment.owners(num_actors)[lanes_N] == rank)
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
@@ -149,12 +151,14 @@ def torch_loop(task: Task) -> Answer:
 
 
 def torch_loop_threads(task: Task) -> Answer:
-    """Do the same with torch's default number of threads."""
+    """Do the same with so many threads, or torch's default number."""
     import torch
 
     from pipeline.compute import tiles
     from pipeline.compute.classifiers import sgd_linear
 
+    if task.num_threads > 1:
+        torch.set_num_threads(task.num_threads)
     images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
     centre_D, rate = _centre_and_rate(task)

@@ -43,6 +43,15 @@ class _Rows:
     lane_counts: list[int]
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """One thread's memory as a tile of one shape needs it: all of it [k, c], two of them also [U, M]."""
+
+    first_UM: torch.Tensor
+    second_UM: torch.Tensor
+    matrices: list[torch.Tensor]
+
+
 class Descent:
     """One actor's part in the descent.
 
@@ -180,7 +189,7 @@ class Descent:
 
     def _step_tile(self, number: int, rows: _Rows) -> None:
         tile = self.params.tiles[number]
-        sum_UM = self._buffers()[0][: tile.size].view(tile.num_units, tile.unit_size)
+        sum_UM = self._buffers(tile).first_UM
         self._sum_lanes(number, sum_UM, rows)
         self._step_units(number, slice(0, tile.num_units), sum_UM)
 
@@ -215,19 +224,24 @@ class Descent:
     def _sum_lanes(self, number: int, sum_UM: torch.Tensor, rows: _Rows) -> None:
         """Write the sum of this actor's lanes' gradients of a tile."""
         tile = self.params.tiles[number]
-        sum_kc = tile.matrix(sum_UM)
-        if sum_kc.numel() < tile.size:
-            sum_UM.view(-1)[sum_kc.numel() :] = 0
-        buffers = [sum_kc, *(tile.matrix(buffer_N) for buffer_N in self._buffers()[1:])]
-        errors, inputs = rows.errors_KB[tile.classes], rows.inputs_BC[:, tile.columns]
-        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), buffers)
+        buffers = self._buffers(tile)
+        matrices = buffers.matrices
+        if sum_UM is not buffers.first_UM:
+            matrices = [tile.matrix(sum_UM), *matrices[1:]]
+        num_values = matrices[0].numel()
+        if num_values < tile.size:
+            sum_UM.view(-1)[num_values:] = 0
+        errors, inputs = rows.errors_KB, rows.inputs_BC
+        if len(self.params.tiles) > 1:
+            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
+        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
 
     def _step_units(self, number: int, units: slice, sum_UM: torch.Tensor) -> None:
         """Move some units of a tile, in place, against the sum of all lanes' gradients, and take them into the mean."""
         if not sum_UM.numel():
             return
         step, num_images = len(self._num_images) - 1, self._num_images[-1]
-        squares_UM = self._buffers()[1][: sum_UM.numel()].view(sum_UM.shape)
+        squares_UM = self._buffers(self.params.tiles[number]).second_UM[units]
         torch.mul(sum_UM, sum_UM, out=squares_UM)
         # On a GPU sums of several rows may be made otherwise than those of one, which another actor may have.
         size = len(sum_UM) if sum_UM.device.type == "cpu" else 1
@@ -239,14 +253,19 @@ class Descent:
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
         sgd_linear.average(self.mean.units[number][units], params_UM, self._num_steps_before + step + 1)
 
-    def _buffers(self) -> list[torch.Tensor]:
-        """Return buffers of the thread that asks, each for any tile."""
-        if not hasattr(self._of_thread, "buffers"):
+    def _buffers(self, tile: Tile) -> _Buffers:
+        """Return the buffers of the thread that asks, cut for a tile."""
+        if not hasattr(self._of_thread, "cut"):
             size = max(tile.size for tile in self.params.tiles)
-            buffers_N = torch.empty(self._num_buffers, size, device=self.params.device)
-            self._of_thread.buffers = list(buffers_N)
-        found: list[torch.Tensor] = self._of_thread.buffers
-        return found
+            self._of_thread.memory = torch.empty(self._num_buffers, size, device=self.params.device)
+            self._of_thread.cut = {}
+        cut: dict[tuple[int, ...], _Buffers] = self._of_thread.cut
+        key = (*tile.shape, tile.num_units)
+        if key not in cut:
+            first_UM, second_UM, *_ = self._of_thread.memory[:, : tile.size].unflatten(1, (tile.num_units, -1))
+            matrices = [tile.matrix(buffer_N[: tile.size]) for buffer_N in self._of_thread.memory]
+            cut[key] = _Buffers(first_UM, second_UM, matrices)
+        return cut[key]
 
     def _span(self, number: int, rank: int) -> slice:
         """Return the units of a tile that an actor steps; in another tile they are others', so that all do alike."""

@@ -35,6 +35,10 @@ class Threads:
             Exception: What a call raised, when no other call is under way any more.
         """
         num_helpers = min(self.number, len(tasks)) - 1
+        if num_helpers < 1:
+            for task in tasks:
+                function(task)
+            return
         left = iter(tasks)
         work = partial(_work, function, left, is_inference=torch.is_inference_mode_enabled())
         helping = [self._pool.submit(work) for _ in range(num_helpers)]

@@ -188,6 +188,11 @@ def write_logits(
         logits: Of each group, [R, K]; overwritten.
         threads: They share class blocks and groups.
     """
+    if len(params.tiles) == 1:
+        weights_CK = params.matrices[0].T
+        for logits_RK, inputs_RC in zip(logits, inputs, strict=True):
+            torch.mm(inputs_RC, weights_CK, out=logits_RK)
+        return
 
     def fill(task: tuple[list[int], slice]) -> None:
         numbers, groups = task
@@ -202,7 +207,7 @@ def write_logits(
                 else:
                     torch.addmm(logits_Rk, inputs_RC[:, columns], weights_ck, out=logits_Rk)
 
-    num_shares = 1 if len(params.tiles) == 1 else -(-threads.number // len(params.class_blocks))
+    num_shares = -(-threads.number // len(params.class_blocks))
     size = -(-len(inputs) // num_shares)
     shares = [slice(first, first + size) for first in range(0, len(inputs), size)]
     tasks = [(numbers, groups) for numbers in params.class_blocks for groups in shares]
