@@ -718,3 +718,13 @@ def test_a_dead_actor_is_told_from_other_faults():
 
     with pytest.raises(ActorLostError, match="an actor: expected it to live"):
         waiting.get_result(ray.remote(Dying).remote().die.remote())
+
+
+def test_the_best_scores_alone_are_those_of_all(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", scores="top")
+    assert run["metrics"] == reference["metrics"]
+    [part] = (tmp_path / "out" / "predictions").iterdir()
+    for row in pq.read_table(part).to_pylist():
+        for name in ("nearest_mean_l1", "sgd_linear"):
+            assert row[f"{name}_top_classes"][0] == row[f"{name}_prediction"]
+            assert row[f"{name}_class_score"] in row[f"{name}_top_scores"]

@@ -32,6 +32,7 @@ class Classifier:
         name: What columns and figures are called by.
         load: Imports and returns the function that scores a block.
         has_scores: Whether it has a score for each class.
+        has_distances: Whether these are distances, of which the smallest is the best.
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
         needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
     """
@@ -39,6 +40,7 @@ class Classifier:
     name: str
     load: Callable[[], Scorer]
     has_scores: bool = True
+    has_distances: bool = False
     needs_epochs: bool = False
     needs_neighbors: bool = False
 
@@ -82,8 +84,8 @@ def _sgd_linear() -> Scorer:
 # In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
     Classifier("majority_class", _majority_class, has_scores=False),
-    Classifier("nearest_mean_l1", _nearest_mean_l1),
-    Classifier("nearest_mean_rms", _nearest_mean_rms),
+    Classifier("nearest_mean_l1", _nearest_mean_l1, has_distances=True),
+    Classifier("nearest_mean_rms", _nearest_mean_rms, has_distances=True),
     Classifier("knn_1", _knn_first, needs_neighbors=True),
     Classifier("knn_{}", _knn, needs_neighbors=True),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
