@@ -53,5 +53,5 @@ class Block:
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distances to all class means by `l1` and `rms`, float32 [N, K] each: one pass over the pixels."""
+        """The distances to all class means by `l1` and `rms`, float32 [N, K] each."""
         return nearest_mean.distances(self.images_ND, self.trained.means_KD, self.threads)

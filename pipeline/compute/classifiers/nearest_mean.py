@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 # Sums of uint8 in float32 are exact up to 2^24, which 65,793 rows of 255 reach; fewer stay in the cache.
 _SUM_ROWS = 1024
-# The differences of a block should stay in a core's cache, but be so many that threads seldom wait for their turn in
-# Python; a GPU wants work enough for all its processors.
+# The differences of a block should stay in a core's cache, or nearly so; smaller ones cost more in calls than they save.
+# A GPU wants enough work for all its processors.
 _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+# Images that a thread takes at once.
+_MAX_TASK_IMAGES, _TASK_BYTES = 256, 2**23
+# Of a product in float64: 255 · 2^31 · 512 is below 2^53.
+_PRODUCT_COLUMNS, _PRODUCT_CLASSES = 512, 256
+_MIN_SQUARE = 2.0**-48
 
 
 def class_sums(images_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +84,7 @@ def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
 def distances(
     images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the distances of every image to every class mean, by broadcasting blocks of images.
+    """Compute the distances of every image to every class mean: `l1` by broadcasting, `rms` by products.
 
     With two classes, comparing these is the pixel-similarity baseline of "Deep Learning for Coders with fastai and
     PyTorch", chapter 4.
@@ -99,23 +104,52 @@ def distances(
     block_values = _BLOCK_BYTES[images_ND.device.type] // 4
     class_block = max(1, min(num_classes, block_values // num_values))
     image_block = max(1, min(num_images, block_values // (class_block * num_values)))
+    task_images = max(image_block, min(_MAX_TASK_IMAGES, _TASK_BYTES // (4 * num_values)))
 
     def fill(start: int) -> None:
-        pixels_ND = images_ND[start : start + image_block].float().div_(255)
-        rows = slice(start, start + image_block)
-        buffer_NKD = torch.empty(len(pixels_ND), class_block, num_values, device=images_ND.device)
+        pixels_ND = images_ND[start : start + task_images].float().div_(255)
+        buffer_NKD = torch.empty(image_block, class_block, num_values, device=images_ND.device)
+        # Some means stay in the cache while all images of the task pass.
         for first in range(0, num_classes, class_block):
-            classes = slice(first, first + class_block)
-            means_kD = means_KD[classes]
-            # [n, 1, D] - [1, k, D] -> [n, k, D]; one buffer for both distances, since |d|² = d².
-            differences_NKD = buffer_NKD[:, : len(means_kD)]
-            torch.sub(pixels_ND[:, None, :], means_kD[None, :, :], out=differences_NKD)
-            l1_NK[rows, classes] = differences_NKD.abs_().mean(2)
-            rms_NK[rows, classes] = differences_NKD.square_().mean(2).sqrt_()
+            means_kD = means_KD[first : first + class_block]
+            for row in range(0, len(pixels_ND), image_block):
+                some_nD = pixels_ND[row : row + image_block]
+                # [n, 1, D] - [1, k, D] -> [n, k, D]
+                differences_nkD = buffer_NKD[: len(some_nD), : len(means_kD)]
+                torch.sub(some_nD[:, None, :], means_kD[None, :, :], out=differences_nkD)
+                own_nk = l1_NK[start + row : start + row + len(some_nD), first : first + class_block]
+                torch.mean(differences_nkD.abs_(), 2, out=own_nk)
+        rms_NK[start : start + task_images] = _rms(images_ND[start : start + task_images], means_KD)
 
     shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
-    shared.run(fill, range(0, num_images, image_block))
+    shared.run(fill, range(0, num_images, task_images))
     return l1_NK, rms_NK
+
+
+def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor) -> torch.Tensor:
+    """Compute the root of the mean squared difference, float32 [N, K], as Σx² - 2 Σxm + Σm² by products.
+
+    With means as whole multiples of 2^-31, products of some columns are whole numbers below 2^53, which float64 adds
+    exactly in any order: so an image's distances do not depend on which images and classes are beside it. Columns are
+    then added block after block.
+    """
+    num_values = images_ND.shape[1]
+    products_NK = torch.zeros(len(images_ND), len(means_KD), dtype=torch.float64, device=images_ND.device)
+    squares_N, squares_K = products_NK.new_zeros(len(images_ND)), products_NK.new_zeros(len(means_KD))
+    for start in range(0, num_values, _PRODUCT_COLUMNS):
+        columns = slice(start, start + _PRODUCT_COLUMNS)
+        pixels_Nd = images_ND[:, columns].double()
+        squares_N += pixels_Nd.square().sum(1)
+        for first in range(0, len(means_KD), _PRODUCT_CLASSES):
+            classes = slice(first, first + _PRODUCT_CLASSES)
+            means_kd = means_KD[classes, columns].double().mul_(2**31).round_()
+            products_NK[:, classes] += pixels_Nd @ means_kd.T
+            squares_K[classes] += means_kd.mul_(2.0**-31).square_().sum(1)
+    squared_NK = products_NK.mul_(-2 / (255 * 2.0**31)).add_((squares_N / 255**2)[:, None]).add_(squares_K)
+    squared_NK /= num_values
+    # What is left of equal images: means are rounded to float32, and so is not seen.
+    squared_NK[squared_NK < _MIN_SQUARE] = 0
+    return squared_NK.sqrt_().float()
 
 
 def score_l1(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
