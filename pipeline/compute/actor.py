@@ -169,9 +169,7 @@ class LaneActor:
         self._learning_rate = plan.learning_rate or centre.safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
-        last_P, mean_P = (
-            (initial_P, initial_P.clone()) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
-        )
+        last_P, mean_P = (initial_P, initial_P) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
         if self._descent is None:
             self._descent = Descent(
                 plan.num_classes,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipeline.compute.block import Block
 
 # Sums of uint8 in float32 are exact up to 2^24, which 65,793 rows of 255 reach; fewer stay in the cache.
-_SUM_ROWS = 1024
-# The differences of a block should stay in a core's cache, or nearly so; smaller ones cost more in calls than they save.
+_SUM_ROWS, _SUM_COLUMNS = 1024, 1024
+# The differences of a block should nearly stay in a core's cache; smaller ones cost more in calls than they save.
 # A GPU wants enough work for all its processors.
 _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 # Images that a thread takes at once.
@@ -53,9 +53,9 @@ def add_class_sums(sums_KD: torch.Tensor, images_ND: torch.Tensor, labels_N: tor
     for block_ND, block_labels_N in zip(images_ND.split(_SUM_ROWS), labels_N.split(_SUM_ROWS), strict=True):
         # Only of the classes that there are: a shard of neighbours has few of many.
         present_k, places_N = block_labels_N.unique(return_inverse=True)
-        block_kD = torch.zeros(len(present_k), sums_KD.shape[1], device=sums_KD.device)
-        block_kD.index_add_(0, places_N, block_ND.float())
-        sums_KD[present_k] += block_kD.long()
+        for some_Kd, pixels_Nd in zip(sums_KD.split(_SUM_COLUMNS, 1), block_ND.split(_SUM_COLUMNS, 1), strict=True):
+            block_kd = torch.zeros(len(present_k), some_Kd.shape[1], device=sums_KD.device)
+            some_Kd[present_k] += block_kd.index_add_(0, places_N, pixels_Nd.float()).long()
     return torch.bincount(labels_N, minlength=len(sums_KD))
 
 
