@@ -25,7 +25,7 @@ import click
 
 import benchmarks.data as datasets
 from benchmarks.peers import PEERS
-from benchmarks.request import Answer
+from benchmarks.request import Answer, evaluate_answer
 from benchmarks.search import SEARCHES
 from benchmarks.store import stored
 from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise, write_runs
@@ -42,6 +42,7 @@ _DEFAULTS = {
     "photos": _ON_IMAGES,
     "sgd": ("actor", "actors_2", "torch_loop", "torch_loop_threads", "sklearn_sgd"),
     "neighbors": tuple(SEARCHES),
+    "scaling": ("actor", "actors_2", "torch_loop_threads"),
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
     "store": _ON_STORE,
@@ -49,10 +50,18 @@ _DEFAULTS = {
 }
 # The commands that --only can name.
 _KNOWN = {**_DEFAULTS, "many": _ON_IMAGES}
-_BASES = {"sgd": "actor", "neighbors": "search", "cache": "evaluate_again", "driver": "driver"}
+_BASES = {
+    "sgd": "actor",
+    "scaling": "torch_loop_threads",
+    "neighbors": "search",
+    "cache": "evaluate_again",
+    "driver": "driver",
+}
 _MADE_IMAGES = {"many": (250_000, 1_000_000), "photos": (2000,)}
 _PHOTO_SIDE = 64
 _BATCH_SIZES = {256: ("actor", "torch_loop", "torch_loop_threads", "sklearn_sgd"), 4096: ("actor", "actors_2")}
+# Classes, values of an image, and images of a step.
+_SCALES = ((1000, 12_288, 64), (1000, 12_288, 512), (100, 3072, 256), (10, 784, 256), (10, 784, 64))
 # Decoded in full and resized by Pillow, images are equal bit for bit, and so are the answers.
 _SAME_CHECKSUM = 1e-5
 # With a decoder at a reduced scale, or another resizer: the share of `valid` whose prediction may differ, and the
@@ -65,6 +74,7 @@ _LOOSE = {
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
     # Distances in float32, and ties as they come.
     "neighbors": frozenset(("faiss_flat", "sklearn_brute")),
+    "scaling": frozenset(("torch_loop_threads",)),
 }
 _LAST_LINES = 8
 # Nearest means and nothing else.
@@ -120,6 +130,8 @@ def make_cases(options: Options) -> list[Case]:
     if workload == "driver":
         title = f"driver, {options.num_shards:,} shards without decoding"
         return [Case(title, workload, options.names, {"num_shards": options.num_shards})]
+    if workload == "scaling":
+        return [_scaling_case(options, *shape) for shape in _SCALES]
     if workload.startswith("store"):
         return _store_cases(options)
     if workload == "photos":
@@ -152,6 +164,14 @@ def make_cases(options: Options) -> list[Case]:
             for number in options.num_images or _MADE_IMAGES["many"]
         ]
     return [_image_case(options, source)]
+
+
+def _scaling_case(options: Options, num_classes: int, num_values: int, batch_size: int) -> Case:
+    make = partial(datasets.make_noise, num_classes=num_classes, num_values=num_values)
+    arrays = datasets.make_once(options.work / f"noise-{num_classes}-{num_values}", make)
+    title = f"{num_classes:,} classes of {num_values:,} values, batch {batch_size}"
+    request = {"arrays": str(arrays), "batch_size": batch_size, "num_epochs": 2, "num_threads": 2}
+    return Case(title, options.workload, options.names, request)
 
 
 def _store_cases(options: Options) -> list[Case]:
@@ -251,29 +271,11 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
                 f"{name}: expected exit status 0, got {watched.exit_code}; see its standard error:\n{last}"
             )
         found = json.loads(out.read_text().splitlines()[-1])
-        answer = _evaluate_answer(found, results) if name in _EVALUATES else Answer(**found)
+        answer = evaluate_answer(found, results) if name in _EVALUATES else Answer(**found)
         stack.close()
         num_requests = sum(server.num_requests.values()) if server else None
     row = {key: value for key, value in {**asdict(watched), **asdict(answer)}.items() if key in Run.__annotations__}
     return Run(case=case.title, command=name, run=index, num_requests=num_requests, **row), answer
-
-
-def _evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
-    """Make an answer like the peers' from what `evaluate.py` printed and wrote."""
-    import pyarrow.parquet as pq
-
-    metric = next(row for row in run["metrics"] if (row["classifier"], row["scope"]) == ("nearest_mean_l1", "all"))
-    means = pq.read_table(results / "means.parquet", columns=["num_images", "mean"]).to_pylist()
-    total = sum(row["num_images"] * sum(row["mean"]) / len(row["mean"]) for row in means)
-    num_images = run["num_train"] + run["num_valid"]
-    return Answer(
-        num_images,
-        metric["num_correct"],
-        metric["num_images"],
-        checksum=total / run["num_train"],
-        phase_s=run["seconds"]["decode"],
-        num_units=num_images,
-    )
 
 
 def check_answers(answers: Mapping[str, Answer], loose: frozenset[str] = frozenset()) -> None:
@@ -366,7 +368,7 @@ def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]
 
 @click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--workload", type=click.Choice(tuple(_DEFAULTS)), default="mnist", help="What is done.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; all but photos and driver.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; most workloads need one.")
 @click.option(
     "--images", "num_images", callback=_numbers, help="For many, photos, store.  [default: 250000,1000000; 2000; all]"
 )

@@ -26,7 +26,7 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from pipeline import __version__
-from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, NEIGHBORS_OF, Config
+from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, NEIGHBORS_OF, SCORES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.results.terminal import (
     Progress,
@@ -262,12 +262,8 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_training_option(
     "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."
 )
-@_training_option(
-    "--neighbors-of",
-    type=click.Choice(NEIGHBORS_OF),
-    default=_DEFAULTS.neighbors_of,
-    help="Search neighbors, and doubtful labels, of the validation images or of all.",
-)
+@_training_option("--neighbors-of", type=click.Choice(NEIGHBORS_OF), default=_DEFAULTS.neighbors_of, help="For whom.")
+@_training_option("--scores", type=click.Choice(SCORES), default=_DEFAULTS.scores, help="Of an image: ten best or all.")
 @_training_option("--learning-rate", default="auto", callback=_real_or_auto, help="Step size of SGD.")
 @_training_option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
 @_training_option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")

@@ -20,6 +20,7 @@ from pipeline.errors import OptionError
 
 INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
+SCORES = ("auto", "top", "all")
 MAX_NEIGHBORS = 1000
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "L", "RGB")
@@ -60,6 +61,7 @@ class Config:
     epochs: int = 40
     neighbors: int | None = None
     neighbors_of: str = "auto"
+    scores: str = "auto"
     learning_rate: float | None = None
     batch_size: int = 64
     seed: int = 0
@@ -163,6 +165,7 @@ class Config:
             self.neighbors_of in NEIGHBORS_OF,
             f"--neighbors-of: expected one of {', '.join(NEIGHBORS_OF)}, got {self.neighbors_of}; choose one",
         )
+        _expect(self.scores in SCORES, f"--scores: expected one of {', '.join(SCORES)}, got {self.scores}; choose one")
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
         _expect(
             self.target_accuracy is None or 0 < self.target_accuracy <= 1,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
+from pipeline.tree import lane_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ _DEFAULT_NEIGHBORS = 5
 _MAX_PRODUCTS, _MAX_TRAIN_PRODUCTS = 4 * 10**12, 10**12
 # Of a core without instructions for int8.
 _PRODUCTS_PER_HOUR = 10**14
+# With more classes than these, results hold the best scores of an image.
+_MAX_SCORES = 100
 # Of the images that are searched for at once.
 _REQUEST_BYTES = 32 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
@@ -143,6 +146,11 @@ class LaneAssignment:
         """Return the lanes of rows of the listing, int64 [N]."""
         return rows_N // self.run_length % self.num_lanes
 
+    def owners(self, num_actors: int) -> npt.NDArray[np.int64]:
+        """Return the rank of the actor that has each lane, int64 [L]."""
+        sizes = [len(lanes) for lanes in lane_ranges(self.num_lanes, num_actors)]
+        return np.repeat(np.arange(num_actors), sizes)
+
     def rows(self, lane: int, offsets_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the rows of the listing that stand at these offsets of a lane, int64 [N]."""
         runs_N, places_N = np.divmod(offsets_N, self.run_length)
@@ -187,6 +195,7 @@ class Plan:
         gpus_per_actor: The share of a GPU that an actor has, where there are GPUs.
         num_neighbors: Nearest training images that are searched for every validation image; 0 for none.
         searches_train: Whether they are searched for every training image too.
+        keeps_all_scores: Whether results hold the scores of all classes, or of the best ones.
     """
 
     target: Target
@@ -200,6 +209,7 @@ class Plan:
     gpus_per_actor: float
     num_neighbors: int = 0
     searches_train: bool = False
+    keeps_all_scores: bool = True
 
     @property
     def num_lanes(self) -> int:
@@ -270,6 +280,7 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
         has_training=config.epochs > 0,
         num_neighbors=num_neighbors,
         searches_train=num_neighbors > 0 and _searches_train(config, len(listing.train), target.num_values),
+        keeps_all_scores=config.scores == "all" or (config.scores == "auto" and len(listing.classes) <= _MAX_SCORES),
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,

@@ -41,7 +41,7 @@ def test_one_node_with_the_memory_alone_is_refused_where_another_needs_disk():
 
 
 @pytest.mark.parametrize(
-    ("num_actors", "num_on_node", "share"), [(2, 1, 1 / 2), (4, 2, 1 / 2), (3, 1, 3 / 8), (3, 3, 1), (8, 1, 1 / 8)]
+    ("num_actors", "num_on_node", "share"), [(2, 1, 1 / 2), (4, 2, 1 / 2), (3, 1, 1 / 2), (3, 3, 1), (8, 1, 1 / 8)]
 )
 def test_a_node_holds_the_lanes_of_its_actors(num_actors, num_on_node, share):
     plan = plan_of()[0]

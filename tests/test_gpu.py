@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.compute import tiles
 from pipeline.compute.classifiers import nearest_mean, sgd_linear
+from pipeline.compute.collective import Collective
+from pipeline.compute.descent import Descent
 from pipeline.compute.scoring import confusion
+from pipeline.compute.threads import Threads
+from pipeline.tree import lane_ranges
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,18 +36,26 @@ def to_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
+def make_descent(params_P, num_values, num_lanes):
+    """A descent of one actor where the parameters are, that begins with them."""
+    num_classes, alone = len(params_P) // (num_values + 1), Collective(0, 1)
+    descent = Descent(num_classes, num_values, num_lanes, device=params_P.device, collective=alone, threads=Threads())
+    descent.load(params_P, params_P)
+    return descent
+
+
 def train_on_lanes(params_P, images_ND, labels_N, num_epochs):
-    """Train on four lanes where the tensors are; the moved parameters and the last losses."""
-    params_P, num_images = params_P.clone(), len(images_ND)
-    gradients_LP = torch.zeros(4, len(params_P), device=params_P.device)
+    """Train on four lanes where the tensors are; the moved parameters with their mean, and the last losses."""
+    descent = make_descent(params_P, images_ND.shape[1], 4)
     numbers = torch.Generator().manual_seed(0)
-    for _ in range(num_epochs):
-        for rows_B in torch.randperm(num_images, generator=numbers).split(64):
+    for epoch in range(num_epochs):
+        batches = torch.randperm(len(images_ND), generator=numbers).split(64)
+        descent.begin_epoch(len(batches), epoch * len(batches), 0.2)
+        for rows_B in batches:
             counts = [len(rows) for rows in rows_B.tensor_split(4)]
             rows_B = rows_B.to(params_P.device)
-            losses_B, _ = sgd_linear.lane_gradients(params_P, images_ND[rows_B], labels_N[rows_B], counts, gradients_LP)
-            sgd_linear.step(params_P, gradients_LP, len(rows_B), 0.2)
-    return params_P, losses_B
+            losses_B, _ = descent.step(images_ND[rows_B], labels_N[rows_B], counts, 0.0, len(rows_B))
+    return torch.from_numpy(descent.save()), losses_B
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -104,32 +117,48 @@ def test_confusion_is_that_of_the_cpu():
 
 @pytest.mark.parametrize(
     ("num_values", "num_classes", "lane_counts"),
-    [(784, 10, [16] * 8), (75, 37, [5, 16, 0, 7]), (786_432, 2, [2, 2])],
+    [(784, 10, [16] * 8), (75, 37, [5, 16, 0, 7]), (786_432, 2, [2, 2]), (3072, 6000, [4] * 8)],
 )
-def test_gradients_are_those_of_the_cpu(num_values, num_classes, lane_counts):
+def test_a_step_is_that_of_the_cpu(num_values, num_classes, lane_counts):
     images_BD, labels_B, _ = draw_tensors(sum(lane_counts), num_values, num_classes)
     params_P = random_params(num_classes, num_values)
-    expected_ZP, got_ZP = torch.zeros(2, len(lane_counts), len(params_P))
-    losses_B, is_correct_B = sgd_linear.lane_gradients(params_P, images_BD, labels_B, lane_counts, expected_ZP)
-    got_ZP = got_ZP.to(DEVICE)
-    on_gpu = sgd_linear.lane_gradients(*to_device(params_P, images_BD, labels_B), lane_counts, got_ZP)
-    # A gradient near zero is a difference of larger terms, of up to 1 for each row.
-    torch.testing.assert_close(got_ZP.cpu(), expected_ZP, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(on_gpu[0].cpu(), losses_B, rtol=1e-4, atol=1e-4)
-    assert torch.equal(on_gpu[1].cpu(), is_correct_B)
+    moved, answers, norms = [], [], []
+    for tensors in ([params_P, images_BD, labels_B], to_device(params_P, images_BD, labels_B)):
+        descent = make_descent(tensors[0], num_values, len(lane_counts))
+        descent.begin_epoch(1, 0, 0.1)
+        answers.append(descent.step(*tensors[1:], lane_counts, 0.0, len(labels_B)))
+        norms.append(descent.end_epoch())
+        moved.append(descent.save())
+    np.testing.assert_allclose(moved[1], moved[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answers[1][0].cpu(), answers[0][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(answers[1][1].cpu(), answers[0][1])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_a_lane_has_the_same_bits_whichever_lanes_stand_beside_it():
-    images_BD, labels_B, _ = draw_tensors(16 * 8, 784, 10)
-    images, labels = (tensor.split(16) for tensor in to_device(images_BD, labels_B))
-    params_P = random_params(10, 784).to(DEVICE)
-    together_ZP = torch.zeros(8, len(params_P), device=DEVICE)
-    sgd_linear.lane_gradients(params_P, torch.cat(images), torch.cat(labels), [16] * 8, together_ZP)
-    for chosen in ([0], [7], [1, 3, 5], [2, 6]):
-        alone_ZP = torch.zeros(len(chosen), len(params_P), device=DEVICE)
-        rows = (torch.cat([tensors[lane] for lane in chosen]) for tensors in (images, labels))
-        sgd_linear.lane_gradients(params_P, *rows, [16] * len(chosen), alone_ZP)
-        assert torch.equal(alone_ZP, together_ZP[chosen])
+@pytest.mark.parametrize("shape", [(784, 10), (3072, 100), (12_288, 1000)])
+def test_lanes_grouped_otherwise_have_the_same_bits(shape):
+    num_values, num_classes = shape
+    numbers = torch.Generator(DEVICE).manual_seed(0)
+    inputs_BC = torch.rand(8 * 16, tiles.count_columns(num_values), device=DEVICE, generator=numbers)
+    errors_KB = torch.rand(8 * 16, num_classes, device=DEVICE, generator=numbers).T
+    params = tiles.Params(num_classes, num_values, DEVICE)
+    params.stored_S.uniform_(-1, 1, generator=numbers)
+    inputs, errors = inputs_BC.split(16), errors_KB.split(16, 1)
+    whole = torch.empty(4, num_classes, inputs_BC.shape[1], device=DEVICE)
+    tiles.add_lanes(errors, inputs, list(whole))
+    logits_BK = torch.empty(8 * 16, num_classes, device=DEVICE)
+    tiles.write_logits(params, inputs, logits_BK.split(16), Threads())
+    for num_actors in (2, 4, 8):
+        parts = []
+        for lanes in lane_ranges(8, num_actors):
+            own = slice(lanes.start, lanes.stop)
+            buffers = torch.empty_like(whole)
+            tiles.add_lanes(errors[own], inputs[own], list(buffers))
+            parts.append(buffers[0])
+            own_logits = [torch.empty(16, num_classes, device=DEVICE) for _ in lanes]
+            tiles.write_logits(params, inputs[own], own_logits, Threads())
+            assert torch.equal(torch.cat(own_logits), logits_BK[16 * lanes.start : 16 * lanes.stop])
+        assert torch.equal(tiles.add_tree(parts), whole[0])
 
 
 def test_training_goes_as_on_the_cpu_and_the_same_again():
@@ -139,13 +168,16 @@ def test_training_goes_as_on_the_cpu_and_the_same_again():
     expected_P, losses_B = train_on_lanes(*tensors, 3)
     first, second = train_on_lanes(*to_device(*tensors), 3), train_on_lanes(*to_device(*tensors), 3)
     assert all(map(torch.equal, first, second))
-    torch.testing.assert_close(first[0].cpu(), expected_P, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(first[0], expected_P, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(first[1].cpu(), losses_B, rtol=1e-3, atol=1e-5)
 
 
 def test_probabilities_are_those_of_the_cpu():
     images_ND, _, _ = draw_tensors(3000, 784, 10)
     params_P = random_params(10, 784) * 10
-    expected_NK = sgd_linear.log_probabilities(params_P, images_ND, 10)
-    got_NK = sgd_linear.log_probabilities(*to_device(params_P, images_ND), 10)
+    on_cpu, on_gpu = tiles.Params(10, 784, torch.device("cpu")), tiles.Params(10, 784, DEVICE)
+    on_cpu.load(params_P)
+    on_gpu.load(params_P.to(DEVICE))
+    expected_NK = sgd_linear.log_probabilities(on_cpu, images_ND)
+    got_NK = sgd_linear.log_probabilities(on_gpu, images_ND.to(DEVICE))
     torch.testing.assert_close(got_NK.cpu(), expected_NK, rtol=1e-4, atol=1e-5)

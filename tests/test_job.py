@@ -154,7 +154,7 @@ def test_seconds_are_told_by_phase(reference):
     ]
 
 
-@pytest.mark.parametrize("num_actors", [2, 3, 4])
+@pytest.mark.parametrize("num_actors", [2, 3, 4, 8])
 def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
     run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
     assert run["results_sha256"] == reference["results_sha256"]
@@ -319,7 +319,7 @@ def test_several_nodes_are_asked_whether_they_see_the_same_files(small_dataset, 
     location = files.Location("folder", str(small_dataset))
     names = [b"train/2/0.png", b"valid/10/3.png"]
     nodes = cluster.living_nodes() * 2
-    cluster.check_paths(nodes, location, names, writing.Output.at(str(tmp_path / "out")))
+    cluster.check_paths(nodes, location, names, writing.Output.at(str(tmp_path / "out")), lambda: False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -472,6 +472,15 @@ def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypa
     interrupt(small_dataset, tmp_path / "out", epoch=2)
     with pytest.raises(OutputError, match=r"--resume: expected --seed 0, .* got 5"):
         evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
+
+
+def test_resuming_what_was_trained_by_other_arithmetic_is_refused(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as before:
+        before.setattr(train, "_MODEL", "mean of all steps")
+        interrupt(small_dataset, tmp_path / "out", epoch=2)
+    with pytest.raises(OutputError, match=r"--resume: expected model mean of all steps, .* got .* as a tree"):
+        resume(small_dataset, tmp_path / "out")
 
 
 def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(small_dataset, tmp_path):
@@ -759,3 +768,13 @@ def test_a_dead_actor_is_told_from_other_faults():
 
     with pytest.raises(ActorLostError, match="an actor: expected it to live"):
         waiting.get_result(ray.remote(Dying).remote().die.remote())
+
+
+def test_the_best_scores_alone_are_those_of_all(reference, small_dataset, tmp_path):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", scores="top")
+    assert run["metrics"] == reference["metrics"]
+    [part] = (tmp_path / "out" / "predictions").iterdir()
+    for row in pq.read_table(part).to_pylist():
+        for name in ("nearest_mean_l1", "sgd_linear"):
+            assert row[f"{name}_top_classes"][0] == row[f"{name}_prediction"]
+            assert row[f"{name}_class_score"] in row[f"{name}_top_scores"]

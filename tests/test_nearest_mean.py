@@ -5,6 +5,7 @@ from PIL import Image
 
 from pipeline.compute.classifiers import nearest_mean
 from pipeline.compute.scoring import confusion
+from pipeline.compute.threads import Threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # images, values of one image, classes; the last is an image large enough for torch to share among threads
@@ -25,7 +26,9 @@ def class_sums(images_ND, labels_N, num_classes):
 
 
 def distances(images_ND, means_KD, num_threads=1):
-    return [t.numpy() for t in nearest_mean.distances(torch.tensor(images_ND), torch.tensor(means_KD), num_threads)]
+    return [
+        t.numpy() for t in nearest_mean.distances(torch.tensor(images_ND), torch.tensor(means_KD), Threads(num_threads))
+    ]
 
 
 def sum_in_a_loop(images_ND, labels_N, num_classes):
@@ -138,7 +141,7 @@ def test_threads_work_where_nothing_is_to_be_differentiated(monkeypatch):
 def test_what_fails_in_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(nearest_mean, "_BLOCK_BYTES", {"cpu": 64})
     with pytest.raises(RuntimeError, match="size of tensor"):
-        nearest_mean.distances(torch.zeros(9, 16, dtype=torch.uint8), torch.zeros(3, 8), 2)
+        nearest_mean.distances(torch.zeros(9, 16, dtype=torch.uint8), torch.zeros(3, 8), Threads(2))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -27,6 +27,7 @@ from pipeline.decoding.images import decode_images, sample_rows
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers, shard_owners
 from pipeline.errors import DataError
 from pipeline.plan import LaneAssignment, Shard, Target, make_plan
+from pipeline.tree import lane_ranges
 
 TARGET = Target(4, 5, "L")
 PLAIN = Config()
@@ -146,9 +147,9 @@ def test_the_split_by_owners_loses_and_doubles_nothing(tmp_path, expected, kind,
     actors, skipped, _ = load_all(write_as(tmp_path / "data", kind), num_actors)
     assert skipped == expected[1]
     lanes = LaneAssignment(2 * SIZES["train"], 8)
-    for rank in range(num_actors):
+    for rank, own_lanes in enumerate(lane_ranges(8, num_actors)):
         images = expected[0]["train", 0].items()
-        own = {row: image for row, image in images if row // lanes.run_length % 8 % num_actors == rank}
+        own = {row: image for row, image in images if row // lanes.run_length % 8 in own_lanes}
         assert actors["train", rank] == own
     assert sum(len(actors["train", rank]) for rank in range(num_actors)) == len(expected[0]["train", 0])
 
@@ -162,7 +163,9 @@ def test_owners_are_those_of_a_loop(num_images, num_lanes, num_actors):
         if start < stop:
             lanes = {row // assignment.run_length % num_lanes for row in range(start, stop)}
             shard = Shard(0, "train", start, stop, 0, start)
-            assert shard_owners(assignment, num_actors, shard) == sorted({lane % num_actors for lane in lanes})
+            ranges = lane_ranges(num_lanes, num_actors)
+            expected = [rank for rank, own in enumerate(ranges) if lanes.intersection(own)]
+            assert shard_owners(assignment, num_actors, shard) == expected
 
 
 def test_images_on_their_way_to_training_have_no_keys(tmp_path):

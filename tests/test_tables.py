@@ -8,8 +8,15 @@ import pytest
 from builders import RESULT_CLASSES, RESULT_CLASSIFIERS, RESULT_TARGET, make_tables
 
 from pipeline.decoding.images import Fault
-from pipeline.results.tables import SKIPPED_SCHEMA, means_table, predictions_table, skipped_table
-from pipeline.results.writing import write_table
+from pipeline.results.tables import (
+    SKIPPED_SCHEMA,
+    NeighborColumns,
+    choose_top,
+    means_table,
+    predictions_table,
+    skipped_table,
+)
+from pipeline.results.writing import Output, write_table
 
 SCHEMAS = {
     "metrics": {
@@ -130,3 +137,49 @@ def test_skipped_images_are_laid_out_by_the_schema():
 def test_no_faults_make_an_empty_table_of_the_schema():
     table = skipped_table([], "valid", ("3", "7"))
     assert (len(table), table.schema) == (0, SKIPPED_SCHEMA)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 11, 1000])
+@pytest.mark.parametrize("are_distances", [True, False])
+def test_the_best_scores_are_those_of_a_stable_sort(num_classes, are_distances):
+    random = np.random.default_rng(0)
+    scores_NK = random.integers(0, 30, (50, num_classes)).astype(np.float32) / 7  # many of them equal
+    labels_N = random.integers(0, num_classes, 50)
+    top = choose_top(scores_NK, labels_N, are_distances=are_distances)
+    for row, scores_K in enumerate(scores_NK):
+        order = sorted(range(num_classes), key=lambda label: scores_K[label] if are_distances else -scores_K[label])
+        assert top.labels_NT[row].tolist() == order[:10]
+        assert top.scores_NT[row].tolist() == scores_K[order[:10]].tolist()
+        assert top.own_N[row] == scores_K[labels_N[row]]
+
+
+def test_best_scores_have_columns_of_their_own():
+    scores_NK = np.arange(24, dtype=np.float32).reshape(2, 12)
+    top = choose_top(scores_NK, np.array([3, 0]), are_distances=False)
+    labels = {"a": np.array([11, 11])}
+    classes = [f"c{label}" for label in range(12)]
+    got = predictions_table(classes, pa.array(["x", "y"]), np.array([3, 0]), labels, {"a": top})
+    assert got.column_names == ["key", "class", "a_prediction", "a_top_classes", "a_top_scores", "a_class_score"]
+    assert got["a_top_classes"].to_pylist() == [[f"c{label}" for label in range(11, 1, -1)]] * 2
+    assert got["a_top_scores"].to_pylist() == [list(range(11, 1, -1)), list(range(23, 13, -1))]
+    assert got["a_class_score"].to_pylist() == [3, 12]
+
+
+def test_predictions_of_many_classes_take_few_bytes(tmp_path):
+    random = np.random.default_rng(0)
+    classes = [f"n{number:08d}" for number in random.choice(10**8, 1000, replace=False)]
+    labels_N = random.integers(0, 1000, 4000)
+    names = ["nearest_mean_l1", "nearest_mean_rms", "knn_1", "knn_5", "sgd_linear"]
+    scores = {
+        name: choose_top(random.random((4000, 1000), np.float32), labels_N, are_distances=False) for name in names
+    }
+    keys = [f"valid/{classes[label]}/{random.integers(10**8):08d}.JPEG" for label in labels_N]
+    neighbors = NeighborColumns(
+        np.array([f"train/{random.integers(10**8):08d}.JPEG" for _ in range(20_000)], object).reshape(4000, 5),
+        random.integers(0, 1000, (4000, 5)),
+        random.random((4000, 5), np.float32),
+    )
+    predictions = {name: random.integers(0, 1000, 4000) for name in names}
+    table = predictions_table(classes, pa.array(keys), labels_N, predictions, scores, neighbors)
+    write_table(Output.at(str(tmp_path)), "part-00000", table)
+    assert (tmp_path / "part-00000.parquet").stat().st_size <= 600 * 4000

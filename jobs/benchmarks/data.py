@@ -26,6 +26,7 @@ _JPEG_QUALITY = 90
 _VALID_EVERY = 5
 _FILE_IMAGES = 10_000
 _ROW_GROUP_IMAGES = 1000
+_NOISE_IMAGES = 4096
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -160,6 +161,23 @@ def write_arrays(source: Path, folder: Path) -> None:
     for split in SPLITS:
         paths, labels_N = labelled_paths(str(source), split)
         images_ND = np.stack([np.asarray(Image.open(path)).reshape(-1) for path in paths])
+        np.save(folder / f"{split}_images.npy", images_ND)
+        np.save(folder / f"{split}_labels.npy", labels_N)
+
+
+def make_noise(folder: Path, num_classes: int, num_values: int) -> None:
+    """Make arrays as `write_arrays` does, of noise around an image of noise a class: 4,096 for training or more."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    means_KD = rng.integers(64, 192, (num_classes, num_values), np.uint8)
+    for split, num_images in zip(
+        SPLITS, (_NOISE_IMAGES if num_values > 10_000 else 4 * _NOISE_IMAGES, 500), strict=True
+    ):
+        labels_N = rng.permutation(np.arange(num_images) % num_classes)
+        images_ND = means_KD[labels_N]
+        for image_D in images_ND:
+            image_D += rng.integers(-64, 64, num_values, np.int8).view(np.uint8)  # which wraps round to what is meant
         np.save(folder / f"{split}_images.npy", images_ND)
         np.save(folder / f"{split}_labels.npy", labels_N)
 

@@ -44,12 +44,14 @@ class Task:
         batch_size: Images of a step.
         num_epochs: Timed epochs; one more, not timed, comes first.
         num_shards: Shards that the driver hands out.
+        num_threads: Threads of an actor, or of the loop that has several; two actors have as many together.
     """
 
     arrays: str = ""
     batch_size: int = 256
     num_epochs: int = 10
     num_shards: int = 0
+    num_threads: int = 1
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """Read one of the arrays."""
@@ -118,9 +120,9 @@ def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
         seed=_SEED,
         gpus_per_actor=1.0,
     )
-    made = LaneActor(plan, rank, num_actors, is_on_gpu=False)
+    made = LaneActor(plan, rank, num_actors, is_on_gpu=False, num_threads=max(1, task.num_threads // num_actors))
     lanes_N = plan.assignment.lanes(np.arange(len(labels_N)))
-    rows_M = np.flatnonzero(lanes_N % num_actors == rank)
+    rows_M = np.flatnonzero(plan.assignment.owners(num_actors)[lanes_N] == rank)
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images_ND[rows_M].reshape(-1, 1, target.width))
     labels = pa.array(labels_N[rows_M], pa.int32())
     made.add_train(0, pa.table({"row": pa.array(rows_M, pa.int32()), "class": labels, "image": tensors}))
@@ -149,17 +151,20 @@ def torch_loop(task: Task) -> Answer:
 
 
 def torch_loop_threads(task: Task) -> Answer:
-    """Do the same with torch's default number of threads."""
+    """Do the same with so many threads, or torch's default number."""
     import torch
 
+    from pipeline.compute import tiles
     from pipeline.compute.classifiers import sgd_linear
 
+    if task.num_threads > 1:
+        torch.set_num_threads(task.num_threads)
     images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
     centre_D, rate = _centre_and_rate(task)
     params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1])
     mean_P = params_P.clone()
-    weights_KD, bias_K = sgd_linear.split_params(params_P, num_classes)
+    weights_KD, bias_K = tiles.split_params(params_P, num_classes)
     started, num_steps = 0.0, 0
     for epoch in range(task.num_epochs + 1):
         if epoch == 1:
@@ -213,8 +218,8 @@ def _centre_and_rate(task: Task) -> tuple[torch.Tensor, float]:
     images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     sums_KD, counts_K = nearest_mean.class_sums(images_ND, labels_N, int(labels_N.max()) + 1)
     means_KD = nearest_mean.class_means(sums_KD, counts_K)
-    found = sgd_linear.find_centre(sums_KD, counts_K, means_KD, nearest_mean.sum_squares(images_ND))
-    return found.centre_D, found.safe_rate
+    found = sgd_linear.find_centre(counts_K, means_KD, nearest_mean.sum_squares(images_ND))
+    return found.centre_D.float(), found.safe_rate
 
 
 def _epoch_rows(task: Task, epoch: int, num_images: int) -> Iterator[torch.Tensor]:
@@ -240,12 +245,15 @@ def _answer(task: Task, params_P: torch.Tensor, seconds: float) -> Answer:
     """Score the validation images with the trained parameters."""
     import torch
 
+    from pipeline.compute import tiles
     from pipeline.compute.classifiers import sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(task.load(f"valid_{name}")) for name in ("images", "labels"))
     num_classes = len(params_P) // (images_ND.shape[1] + 1)
     centre_D, _ = _centre_and_rate(task)
-    found_N = sgd_linear.log_probabilities(params_P, images_ND, num_classes, centre_D).argmax(1)
+    model = tiles.Params(num_classes, images_ND.shape[1], params_P.device)
+    model.load(params_P)
+    found_N = sgd_linear.log_probabilities(model, images_ND, centre_D).argmax(1)
     num_train = len(task.load("train_labels"))
     return Answer(
         num_train + len(labels_N),

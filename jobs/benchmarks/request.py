@@ -98,3 +98,21 @@ def labelled_paths(data: str, split: str) -> tuple[list[str], npt.NDArray[np.int
     by_class = [image_paths(data, split, name) for name in class_names(data)]
     labels_N = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class])
     return [path for paths in by_class for path in paths], labels_N
+
+
+def evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
+    """Make an answer like the peers' from what `evaluate.py` printed and wrote."""
+    import pyarrow.parquet as pq
+
+    metric = next(row for row in run["metrics"] if (row["classifier"], row["scope"]) == ("nearest_mean_l1", "all"))
+    means = pq.read_table(results / "means.parquet", columns=["num_images", "mean"]).to_pylist()
+    total = sum(row["num_images"] * sum(row["mean"]) / len(row["mean"]) for row in means)
+    num_images = run["num_train"] + run["num_valid"]
+    return Answer(
+        num_images,
+        metric["num_correct"],
+        metric["num_images"],
+        checksum=total / run["num_train"],
+        phase_s=run["seconds"]["decode"],
+        num_units=num_images,
+    )

@@ -21,15 +21,18 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.compute.block import Trained
 from pipeline.compute.classifiers import nearest_mean, sgd_linear, used_classifiers
 from pipeline.compute.collective import Collective
+from pipeline.compute.descent import Descent
 from pipeline.compute.epoch import EpochSums
 from pipeline.compute.exchange import Address
 from pipeline.compute.lanes import Lanes
 from pipeline.compute.neighborhood import Neighborhood
 from pipeline.compute.parts import Part
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
+from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
+from pipeline.tree import lane_ranges
 
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
@@ -41,9 +44,9 @@ class LaneActor:
     Args:
         plan: The shape of the work.
         rank: This actor's number, from 0.
-        num_actors: How many there are; lane and part i belong to actor i modulo this.
+        num_actors: How many there are; part i belongs to actor i modulo this, lanes as `lane_ranges` says.
         is_on_gpu: Whether a GPU was given to this process.
-        num_threads: Threads for distances on the CPU.
+        num_threads: Threads that share the work on the CPU.
         scratch: The folder whose disk keeps the images; None where memory holds them. A GPU that holds them does.
     """
 
@@ -65,19 +68,20 @@ class LaneActor:
         self._num_threads = num_threads
         # A pretended GPU, or a build of torch without CUDA, computes on the CPU.
         self._device = torch.device("cuda", 0) if is_on_gpu and torch.cuda.is_available() else torch.device("cpu")
-        self._collective = Collective(rank, num_actors, plan.num_lanes)
+        self._collective = Collective(rank, num_actors)
+        self._threads = Threads(num_threads if self._device.type == "cpu" else 1)
         self._epoch: EpochSums | None = None
         num_classes, num_values = plan.num_classes, plan.target.num_values
         self._sums_KD = torch.zeros(num_classes, num_values, dtype=torch.int64, device=self._device)
         self._num_squares = torch.zeros((), dtype=torch.int64)
         self._counts_K = torch.zeros(num_classes, dtype=torch.int64, device=self._device)
         self._lane_counts_L = torch.zeros(plan.num_lanes, dtype=torch.int64)
-        self._lanes = list(range(rank, plan.num_lanes, num_actors))
+        self._lanes = lane_ranges(plan.num_lanes, num_actors)[rank]
         self._store_device, self._scratch = self._choose_store(scratch)
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
-        self._trained = Trained(self._counts_K, empty, empty, empty)
-        self._params_P = empty
+        self._trained = Trained(self._counts_K, empty, None, empty)
+        self._descent: Descent | None = None
         self._learning_rate = 0.0
 
     def describe(self) -> tuple[str, str]:
@@ -116,9 +120,7 @@ class LaneActor:
         """
         images_ND, labels_N = _to_tensors(table, self._device)
         rows_N = start + table["row"].to_numpy().astype(np.int64)
-        sums_KD, counts_K = nearest_mean.class_sums(images_ND, labels_N, self._plan.num_classes)
-        self._sums_KD += sums_KD
-        self._counts_K += counts_K
+        self._counts_K += nearest_mean.add_class_sums(self._sums_KD, images_ND, labels_N)
         lanes_N = torch.from_numpy(self._plan.assignment.lanes(rows_N))
         self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
@@ -152,6 +154,7 @@ class LaneActor:
         self._lane_counts_L = self._collective.add_up(self._lane_counts_L)
         self._num_squares = self._collective.add_up(self._num_squares)
         means_KD = nearest_mean.class_means(self._sums_KD, self._counts_K)
+        self._sums_KD = torch.empty(0)  # which are twice as large as the means
         self._trained = replace(self._trained, counts_K=self._counts_K, means_KD=means_KD)
         return self._counts_K.cpu().numpy(), means_KD.cpu().numpy()
 
@@ -162,17 +165,24 @@ class LaneActor:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
         """
         plan, trained = self._plan, self._trained
-        centre = sgd_linear.find_centre(self._sums_KD, trained.counts_K, trained.means_KD, int(self._num_squares))
+        centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares))
         self._learning_rate = plan.learning_rate or centre.safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
-        last_P, mean_P = (
-            (initial_P, initial_P.clone()) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
-        )
-        self._params_P = last_P.to(self._device)
-        centre_D = centre.centre_D.to(self._device)
-        self._trained = replace(trained, params_P=mean_P.to(self._device), centre_D=centre_D)
-        return self._learning_rate, centre.of_means_D.numpy()
+        last_P, mean_P = (initial_P, initial_P) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
+        if self._descent is None:
+            self._descent = Descent(
+                plan.num_classes,
+                plan.target.num_values,
+                len(self._lanes),
+                device=self._device,
+                collective=self._collective,
+                threads=self._threads,
+            )
+        self._descent.load(last_P.to(self._device), mean_P.to(self._device))
+        centre_D = centre.centre_D.float().to(self._device)
+        self._trained = replace(trained, model=self._descent.mean, centre_D=centre_D)
+        return self._learning_rate, centre.centre_D.numpy()
 
     @torch.inference_mode()
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:
@@ -188,27 +198,21 @@ class LaneActor:
         Raises:
             ActorLostError: If another actor is gone.
         """
-        plan, trained = self._plan, self._trained
+        plan, trained, descent = self._plan, self._trained, self._descent
+        assert descent is not None
         lane_rows = plan.batch_size // plan.num_lanes
         lane_counts = self._lane_counts_L.tolist()
         num_steps = -(-max(lane_counts) // lane_rows)
-        # Every actor sends as many lanes as the one that has most, so that all send alike.
-        num_sent = -(-plan.num_lanes // self._num_actors)
-        gradients_ZP = sgd_linear.empty_gradients(num_sent, len(self._params_P), self._device)
         self._epoch = sums = EpochSums(self._lanes, num_steps, lane_rows, self._device)
         batches = self._train.batches(epoch, lane_rows, num_steps)
+        descent.begin_epoch(num_steps, (epoch - 1) * num_steps, self._learning_rate)
         for index, (images_BD, labels_B, counts) in enumerate(batches):
-            losses_B, is_correct_B = sgd_linear.lane_gradients(
-                self._params_P, images_BD, labels_B, counts, gradients_ZP[: len(self._lanes)], trained.centre_D
-            )
             num_images = sum(min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts)
-            gradients_LP = self._collective.gather_lanes(gradients_ZP)
-            norm = sgd_linear.step(self._params_P, gradients_LP, num_images, self._learning_rate)
-            sgd_linear.average(trained.params_P, self._params_P, (epoch - 1) * num_steps + index + 1)
-            sums.add_step(losses_B, is_correct_B, counts, norm)
+            losses_B, is_correct_B = descent.step(images_BD, labels_B, counts, trained.centre_D, num_images)
+            sums.add_step(losses_B, is_correct_B, counts)
         num_train = sum(lane_counts[lane] for lane in self._lanes)
-        record = sums.record(epoch, num_train, *self._validate())
-        return record, torch.cat([self._params_P, trained.params_P]).cpu().numpy() if self._rank == 0 else None
+        record = sums.record(epoch, num_train, descent.end_epoch(), *self._validate())
+        return record, descent.save() if self._rank == 0 else None
 
     def count_steps(self) -> int:
         """Say how many steps of the epoch under way, or of the last one, are done; or blocks of a search."""
@@ -232,8 +236,8 @@ class LaneActor:
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
         used = used_classifiers(plan.num_neighbors, has_training=plan.has_training)
-        stored, threads = self._parts.pop(part), self._num_threads
-        return score_part(stored, self._trained, used, self._device, threads, neighbors, is_twin_N)
+        stored = self._parts.pop(part)
+        return score_part(stored, self._trained, used, self._device, self._threads, neighbors, is_twin_N)
 
     @cached_property
     def _train(self) -> Lanes:
@@ -250,14 +254,15 @@ class LaneActor:
         return torch.device("cpu"), scratch
 
     def _validate(self) -> tuple[dict[int, float], npt.NDArray[np.int64]]:
-        num_classes = self._plan.num_classes
+        num_classes, model = self._plan.num_classes, self._trained.model
+        assert model is not None
         losses = {}
         total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._device)
         for part, stored in sorted(self._parts.items()):
             block_losses = []
             for images_ND, labels_N in stored.blocks(self._device):
                 log_probabilities_NK = sgd_linear.log_probabilities(
-                    self._trained.params_P, images_ND, num_classes, self._trained.centre_D
+                    model, images_ND, self._trained.centre_D, self._threads
                 )
                 block_losses.append(-float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum()))
                 total_KK += confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)

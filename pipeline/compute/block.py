@@ -3,7 +3,7 @@
 Input: images on a device and a `Trained`. Output: what several classifiers share, computed once. Invariant: a block is
 scored on the device that it is on.
 
-Axes: N images, J neighbors, K classes, D values of an image, P parameters.
+Axes: N images, J neighbors, K classes, D values of an image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 
 from pipeline.compute.classifiers import nearest_mean
+from pipeline.compute.threads import Threads
+from pipeline.compute.tiles import Params
 
 
 @dataclass
@@ -23,13 +25,13 @@ class Trained:
     Attributes:
         counts_K: Training images of each class, int64.
         means_KD: Their means, float32, 0 to 1.
-        params_P: The linear model, the mean over the steps of SGD, float32; empty without SGD.
+        model: The linear model, the mean over the steps of SGD; None without SGD.
         centre_D: The mean image, which is taken off the linear model's inputs, float32; empty without SGD.
     """
 
     counts_K: torch.Tensor
     means_KD: torch.Tensor
-    params_P: torch.Tensor
+    model: Params | None
     centre_D: torch.Tensor
 
 
@@ -40,16 +42,16 @@ class Block:
     Attributes:
         images_ND: uint8, 0 to 255.
         trained: What was learnt.
-        num_threads: Threads for distances, on the CPU.
+        threads: They share the work, on the CPU.
         neighbor_labels_NJ: The classes of their nearest training images, int64; empty where none are searched for.
     """
 
     images_ND: torch.Tensor
     trained: Trained
-    num_threads: int = 1
+    threads: Threads = field(default_factory=Threads)
     neighbor_labels_NJ: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distances to all class means by `l1` and `rms`, float32 [N, K] each: one pass over the pixels."""
-        return nearest_mean.distances(self.images_ND, self.trained.means_KD, self.num_threads)
+        """The distances to all class means by `l1` and `rms`, float32 [N, K] each."""
+        return nearest_mean.distances(self.images_ND, self.trained.means_KD, self.threads)

@@ -1,11 +1,12 @@
-"""What the actors of a job compute together: exact sums, and the gradients of all lanes.
+"""What the actors of a job exchange while they compute: exact sums, and pieces of gradients and parameters.
 
-Input: a tensor of every actor, all of one shape. Output: at every actor, the same sum, or all lanes in their order.
+Input: a tensor of every actor, all of one shape, or pieces for each other one. Output: at every actor, the same sum, or
+the pieces that it was given.
 Invariant: an actor that is gone, or silent for too long, is an `ActorLostError` at all others.
 
 Actors with a GPU of their own exchange gradients by NCCL; all else goes by TCP. NCCL takes no two ranks on one GPU.
 
-Axes: A actors, Z lanes of one actor, L all lanes, P parameters.
+Axes: A actors.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 import torch.distributed as dist
@@ -25,21 +27,21 @@ from pipeline.compute.exchange import TIMEOUT_SECONDS, Address, Exchange
 from pipeline.errors import ActorLostError
 
 T = TypeVar("T")
+# Tensors by the rank of another actor.
+Pieces: TypeAlias = dict[int, list[torch.Tensor]]
 
 
 class Collective:
     """One actor's part in what all compute together; alone, it answers at once.
 
     Args:
-        rank: This actor's number, from 0; lane l is the (l // A)-th of actor l % A.
+        rank: This actor's number, from 0.
         num_actors: A.
-        num_lanes: L.
     """
 
-    def __init__(self, rank: int, num_actors: int, num_lanes: int) -> None:
-        self._rank = rank
-        self._num_actors = num_actors
-        self._num_lanes = num_lanes
+    def __init__(self, rank: int, num_actors: int) -> None:
+        self.rank = rank
+        self.num_actors = num_actors
         self._exchange: Exchange | None = None
         self._has_nccl = False
 
@@ -61,12 +63,12 @@ class Collective:
         """
         assert self._exchange is not None
         try:
-            self._exchange.connect(self._rank, addresses, token)
+            self._exchange.connect(self.rank, addresses, token)
             if has_own_gpu:
                 self._join_nccl(self._exchange, addresses)
         except (OSError, RuntimeError) as exc:
-            where = f"actor {self._rank}"
-            raise ActorLostError(f"{where}: expected {self._num_actors} actors to connect, got {exc}") from exc
+            where = f"actor {self.rank}"
+            raise ActorLostError(f"{where}: expected {self.num_actors} actors to connect, got {exc}") from exc
 
     def add_up(self, counts: torch.Tensor) -> torch.Tensor:
         """Add up whole numbers, int64 of any shape, over all actors.
@@ -80,23 +82,55 @@ class Collective:
         total = self._call(lambda: exchange.add_up(counts.cpu().numpy()))
         return torch.from_numpy(total).to(counts.device)
 
-    def gather_lanes(self, gradients_ZP: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Bring all actors' lanes together, in the lanes' order: float32 [Z, P] on each of A actors -> L times [P].
+    def gather(self, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the arrays of all actors, of one shape, in the actors' order: [...] -> [A, ...].
 
         Raises:
             ActorLostError: If another actor is gone.
         """
         if self._exchange is None:
-            return gradients_ZP.unbind()
+            return mine[None]
+        exchange = self._exchange
+        return self._call(lambda: exchange.gather(mine))
+
+    def swap(self, sent: Pieces, received: Pieces) -> None:
+        """Give every other actor some tensors and take as many values from it, in the order of both sides' lists.
+
+        Args:
+            sent: By rank, tensors each in one piece of memory.
+            received: By rank, likewise; overwritten.
+
+        Raises:
+            ActorLostError: If another actor is gone.
+        """
+        exchange = self._exchange
+        assert exchange is not None
         if self._has_nccl:
-            sent_ZP = gradients_ZP.contiguous()
-            all_AZP = torch.empty(self._num_actors, *sent_ZP.shape, device=sent_ZP.device)
-            self._call(lambda: dist.all_gather_single(all_AZP.flatten(0, 1), sent_ZP))
-        else:
-            exchange = self._exchange
-            gathered = self._call(lambda: exchange.gather(gradients_ZP.cpu().numpy()))
-            all_AZP = torch.from_numpy(gathered).to(gradients_ZP.device)
-        return [all_AZP[lane % self._num_actors, lane // self._num_actors] for lane in range(self._num_lanes)]
+            operations = [
+                dist.P2POp(operation, tensor, rank)
+                for operation, pieces in ((dist.isend, sent), (dist.irecv, received))
+                for rank, tensors in pieces.items()
+                for tensor in tensors
+                if tensor.numel()
+            ]
+            self._call(lambda: [work.wait() for work in dist.batch_isend_irecv(operations)] if operations else [])
+            return
+        # Where they are on a GPU, `cpu` copies; else it is the tensor itself.
+        given = {rank: [tensor.cpu() for tensor in tensors] for rank, tensors in sent.items()}
+        taken = {
+            rank: [tensor if tensor.device.type == "cpu" else torch.empty(tensor.shape) for tensor in tensors]
+            for rank, tensors in received.items()
+        }
+        self._call(lambda: exchange.swap(_buffers(given), _buffers(taken)))
+        for rank, tensors in received.items():
+            for tensor, buffer in zip(tensors, taken[rank], strict=True):
+                if buffer is not tensor:
+                    tensor.copy_(buffer)
+
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes that have left this actor by TCP."""
+        return self._exchange.num_bytes_sent if self._exchange else 0
 
     def close(self) -> None:
         """Close all connections."""
@@ -108,7 +142,7 @@ class Collective:
         host = addresses[0][0]
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
         port = 0
-        if self._rank == 0:
+        if self.rank == 0:
             # By default the store would listen on every address of the machine.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, 0), family=family, backlog=1024)
@@ -117,21 +151,26 @@ class Collective:
                 host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
             )
         port = int(exchange.gather(np.array([port]))[0, 0])
-        if self._rank > 0:
+        if self.rank > 0:
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         # By default NCCL takes the interface that the host's name leads to, which may be another or a public one.
-        if interface := _interface_of(addresses[self._rank][0]):
+        if interface := _interface_of(addresses[self.rank][0]):
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        dist.init_process_group(
-            "nccl", store=self._store, rank=self._rank, world_size=self._num_actors, timeout=timeout
-        )
+        dist.init_process_group("nccl", store=self._store, rank=self.rank, world_size=self.num_actors, timeout=timeout)
         self._has_nccl = True
 
     def _call(self, operation: Callable[[], T]) -> T:
         try:
             return operation()
         except (OSError, RuntimeError) as exc:
-            raise ActorLostError(f"actor {self._rank}: expected the other actors to answer, got {exc}") from exc
+            raise ActorLostError(f"actor {self.rank}: expected the other actors to answer, got {exc}") from exc
+
+
+def _buffers(pieces: Pieces) -> dict[int, list[memoryview]]:
+    return {
+        rank: [tensor.numpy().data.cast("B") for tensor in tensors if tensor.numel()]
+        for rank, tensors in pieces.items()
+    }
 
 
 def _interface_of(address: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The losses, hits and gradient norms of one epoch, as one actor meets them.
+"""The losses and hits of one epoch, as one actor meets them.
 
 Input: what every step gives. Output: an `EpochRecord`. Invariant: a lane's losses are added lane by lane, so that the
 sums do not depend on which actor holds which lane.
@@ -34,18 +34,14 @@ class EpochSums:
         self._lanes = lanes
         self._losses_SZR = torch.zeros(num_steps, len(lanes), lane_rows, device=device)
         self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._norm_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_step(
-        self, losses_B: torch.Tensor, is_correct_B: torch.Tensor, lane_counts: Sequence[int], norm: torch.Tensor
-    ) -> None:
+    def add_step(self, losses_B: torch.Tensor, is_correct_B: torch.Tensor, lane_counts: Sequence[int]) -> None:
         """Take the next step's figures.
 
         Args:
             losses_B: float32, in nats, lane after lane.
             is_correct_B: bool.
             lane_counts: Rows of each lane.
-            norm: Of the mean gradient, a scalar.
         """
         losses_ZR = self._losses_SZR[self.num_steps_done]
         if len(losses_B) == losses_ZR.numel():
@@ -54,17 +50,22 @@ class EpochSums:
             for lane_losses_R, lane_losses_B in zip(losses_ZR, losses_B.split(list(lane_counts)), strict=True):
                 lane_losses_R[: len(lane_losses_B)] = lane_losses_B
         self._num_correct += is_correct_B.sum()
-        self._norm_sum += norm
         self.num_steps_done += 1
 
     def record(
-        self, epoch: int, num_train: int, part_losses: Mapping[int, float], valid_confusion_KK: npt.NDArray[np.int64]
+        self,
+        epoch: int,
+        num_train: int,
+        gradient_norm: float,
+        part_losses: Mapping[int, float],
+        valid_confusion_KK: npt.NDArray[np.int64],
     ) -> EpochRecord:
         """Put the epoch's figures together.
 
         Args:
             epoch: From 1.
             num_train: Images of this actor's lanes.
+            gradient_norm: The average over the steps, of all lanes.
             part_losses: By part, the sum of its validation images' losses after the epoch.
             valid_confusion_KK: Of these parts.
         """
@@ -79,6 +80,6 @@ class EpochSums:
             num_train=num_train,
             part_losses=dict(part_losses),
             valid_confusion=valid_confusion_KK,
-            gradient_norm=float(self._norm_sum) / num_steps,
+            gradient_norm=gradient_norm,
             seconds=time.perf_counter() - self._started,
         )

@@ -15,7 +15,8 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Exchange:
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
         self._rank = 0
         self._peers: dict[int, socket.socket] = {}
+        self.num_bytes_sent = 0
 
     @property
     def address(self) -> Address:
@@ -93,14 +95,31 @@ class Exchange:
         mine = np.ascontiguousarray(mine)
         everyones = np.empty((len(self._peers) + 1, *mine.shape), mine.dtype)
         everyones[self._rank] = mine
-        unsent = {peer: mine.data.cast("B") for peer in self._peers.values()}
-        missing = {peer: everyones[rank].data.cast("B") for rank, peer in self._peers.items()}
+        self.swap(
+            {rank: [mine.data.cast("B")] for rank in self._peers},
+            {rank: [everyones[rank].data.cast("B")] for rank in self._peers},
+        )
+        return everyones
+
+    def swap(self, sent: Mapping[int, Sequence[memoryview]], received: Mapping[int, Sequence[memoryview]]) -> None:
+        """Give every other actor some bytes, and take as many from it as there is room for.
+
+        Args:
+            sent: By rank, buffers of bytes, none of them empty.
+            received: Likewise; overwritten.
+
+        Raises:
+            OSError: If one of them is gone, or silent.
+        """
+        unsent = {self._peers[rank]: deque(buffers) for rank, buffers in sent.items() if buffers}
+        missing = {self._peers[rank]: deque(buffers) for rank, buffers in received.items() if buffers}
+        self.num_bytes_sent += sum(len(buffer) for buffers in sent.values() for buffer in buffers)
         ready: Iterable[socket.socket] = self._peers.values()  # for all that is known yet
         while True:
             _move(unsent, ready, socket.socket.send)
             _move(missing, ready, socket.socket.recv_into)
             if not unsent and not missing:
-                return everyones
+                return
             ready = _wait(unsent, missing)
 
     def add_up(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -109,10 +128,11 @@ class Exchange:
         Raises:
             OSError: As `gather`.
         """
-        flat = mine.reshape(-1)
+        flat, total = mine.reshape(-1), np.empty(mine.size, np.int64)
         most = max(1, _PIECE_BYTES // (flat.itemsize * (len(self._peers) + 1)))
-        pieces = [self.gather(flat[start : start + most]).sum(0) for start in range(0, len(flat), most)]
-        return np.concatenate(pieces).reshape(mine.shape)
+        for start in range(0, len(flat), most):
+            total[start : start + most] = self.gather(flat[start : start + most]).sum(0)
+        return total.reshape(mine.shape)
 
     def close(self) -> None:
         """Close all connections."""
@@ -121,24 +141,26 @@ class Exchange:
 
 
 def _move(
-    pending: dict[socket.socket, memoryview],
+    pending: dict[socket.socket, deque[memoryview]],
     ready: Iterable[socket.socket],
     transfer: Callable[[socket.socket, memoryview], int],
 ) -> None:
     """Send or receive what goes without waiting; what is done leaves `pending`."""
     for peer in ready:
-        if peer not in pending:
-            continue
-        try:
-            num_bytes = transfer(peer, pending[peer])
-        except BlockingIOError:
-            continue
-        if num_bytes == 0:
-            raise ConnectionError("a connection that was closed")
-        if num_bytes == len(pending[peer]):
-            del pending[peer]
+        buffers = pending.get(peer)
+        while buffers:
+            try:
+                num_bytes = transfer(peer, buffers[0])
+            except BlockingIOError:
+                break
+            if num_bytes == 0:
+                raise ConnectionError("a connection that was closed")
+            buffer = buffers.popleft()
+            if num_bytes < len(buffer):
+                buffers.appendleft(buffer[num_bytes:])
+                break
         else:
-            pending[peer] = pending[peer][num_bytes:]
+            pending.pop(peer, None)
 
 
 def _wait(unsent: Iterable[socket.socket], missing: Iterable[socket.socket]) -> list[socket.socket]:

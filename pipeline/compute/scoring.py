@@ -18,6 +18,7 @@ import torch
 from pipeline.compute.block import Block, Trained
 from pipeline.compute.classifiers import Classifier
 from pipeline.compute.parts import Part
+from pipeline.compute.threads import Threads
 from pipeline.results.figures import TOP, has_top
 from pipeline.results.tables import NeighborColumns
 
@@ -55,7 +56,7 @@ def score_part(
     trained: Trained,
     classifiers: Sequence[Classifier],
     device: torch.device,
-    num_threads: int,
+    threads: Threads,
     neighbors: NeighborColumns | None = None,
     is_twin_N: npt.NDArray[np.bool_] | None = None,
 ) -> ScoredPart:
@@ -66,7 +67,7 @@ def score_part(
         trained: What was computed from the training images.
         classifiers: Those that this job has.
         device: Where blocks are scored.
-        num_threads: Threads for distances, on the CPU.
+        threads: They share the work, on the CPU.
         neighbors: Of the part's images, where they were searched for.
         is_twin_N: Likewise, whether they are a training image once more.
     """
@@ -85,7 +86,7 @@ def score_part(
     for images_ND, block_labels_N in part.blocks(device):
         rows = slice(start, start + len(images_ND))
         start = rows.stop
-        block = Block(images_ND, trained, num_threads, neighbor_labels_NJ[rows].to(device))
+        block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device))
         for name, scorer in scorers.items():
             scores_NK, predictions_N = scorer(block)
             predictions[name].append(predictions_N)

@@ -62,7 +62,8 @@ def shard_owners(assignment: LaneAssignment, num_actors: int, shard: Shard) -> l
     # Every image of a run goes to one lane, and after as many runs as there are lanes they come again.
     first_run, last_run = shard.start // assignment.run_length, (shard.stop - 1) // assignment.run_length
     last_run = min(last_run, first_run + assignment.num_lanes - 1)
-    return sorted({run % assignment.num_lanes % num_actors for run in range(first_run, last_run + 1)})
+    owners_L = assignment.owners(num_actors)
+    return sorted({int(owners_L[run % assignment.num_lanes]) for run in range(first_run, last_run + 1)})
 
 
 def load_shard(
@@ -101,7 +102,8 @@ def load_shard(
     wanted = shard_owners(loader.assignment, loader.num_actors, shard)
     if len(wanted) == 1:
         return [table], skipped, decoded
-    ranks_N = loader.assignment.lanes(shard.start + kept_N.astype(np.int64)) % loader.num_actors
+    owners_L = loader.assignment.owners(loader.num_actors)
+    ranks_N = owners_L[loader.assignment.lanes(shard.start + kept_N.astype(np.int64))]
     return [table.filter(pa.array(ranks_N == rank)) for rank in wanted], skipped, decoded
 
 

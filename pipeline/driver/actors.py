@@ -72,6 +72,7 @@ class ActorProcess:
         from pipeline.compute.actor import LaneActor
 
         on_gpu, threads = allocation.gpus_per_actor > 0, min(allocation.threads_per_actor, os.cpu_count() or 1)
+        self._plan = plan
         self._actor = LaneActor(
             plan, rank, allocation.num_actors, is_on_gpu=on_gpu, num_threads=threads, scratch=scratch
         )
@@ -87,11 +88,19 @@ class ActorProcess:
 
     def write_part(self, part: int, classes: tuple[str, ...], output: Output, median: float | None) -> PartRecord:
         """Score a part and write its prediction file; `median` is that of the nearest distances, if there are any."""
-        from pipeline.results import writing  # here, because decoding workers load this module too
+        # Here, because decoding workers load this module too.
+        from pipeline.compute.classifiers import used_classifiers
+        from pipeline.results import writing
 
-        scored = self._actor.score_part(part, median)
+        scored, plan = self._actor.score_part(part, median), self._plan
+        scores: dict[str, Any] = dict(scored.scores)
+        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training):
+            if each.has_scores and not plan.keeps_all_scores:
+                scores[each.name] = tables.choose_top(
+                    scores[each.name], scored.labels, are_distances=each.has_distances
+                )
         table = tables.predictions_table(
-            classes, scored.keys, scored.labels, scored.predictions, scored.scores, scored.neighbors
+            classes, scored.keys, scored.labels, scored.predictions, scores, scored.neighbors
         )
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
         return PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)

@@ -14,6 +14,7 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.errors import ClusterError
 from pipeline.plan import Plan, Shard
+from pipeline.tree import lane_ranges
 
 # Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.
 _SHARDS_PER_CPU = 4
@@ -105,8 +106,8 @@ def choose_storage(plan: Plan, num_actors: int, capacities: Sequence[NodeCapacit
     Raises:
         ClusterError: If a node has room for its actors' images neither in memory nor on disk.
     """
-    # Lanes and parts go to actors in turn: one may have one more than another.
-    share = -(-plan.num_lanes // num_actors) / plan.num_lanes
+    # Some actors may have more lanes than others; parts are never shared less evenly.
+    share = max(map(len, lane_ranges(plan.num_lanes, num_actors))) / plan.num_lanes
     needed = [plan.held_bytes * min(1.0, share * capacity.num_actors) for capacity in capacities]
     is_short = [
         num_bytes > _MEMORY_SHARE * capacity.memory_bytes

@@ -13,6 +13,7 @@ from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job, NeighborCounts
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
 from pipeline.plan import Request
+from pipeline.tree import lane_ranges
 
 # While actors search for the images of one, those of the next are on their way.
 _REQUESTS_IN_FLIGHT = 2
@@ -31,7 +32,7 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
         parts = {part: size for part, size in enumerate(plan.part_sizes) if part % num_actors == rank}
         requests += [(rank, request) for request in plan.requests("valid", parts)]
         if plan.searches_train:
-            num_lanes = len(range(rank, plan.num_lanes, num_actors))
+            num_lanes = len(lane_ranges(plan.num_lanes, num_actors)[rank])
             requests += [(rank, request) for request in plan.requests("train", {0: num_lanes * plan.lane_positions})]
     num_pending = _ask(job, actors, requests)
     doubtful: list[tuple[int, Request]] = []

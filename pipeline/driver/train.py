@@ -27,6 +27,8 @@ from pipeline.results.figures import EpochMetric
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
+# What training computes, to the last bit: another version's cannot go on here.
+_MODEL = "mean of all steps, lanes added as a tree"
 
 
 @dataclass
@@ -109,7 +111,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--lanes": config.lanes,
-        "model": "mean of all steps",
+        "model": _MODEL,
     }
 
 

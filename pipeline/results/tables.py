@@ -19,6 +19,8 @@ from pipeline.decoding.images import Fault
 from pipeline.plan import Target
 from pipeline.results.figures import EpochMetric, Metric
 
+# Scores of an image that are kept where not all are.
+_NUM_TOP = 10
 SKIPPED_SCHEMA = pa.schema(
     [("key", pa.string()), ("split", pa.string()), ("class", pa.string()), ("reason", pa.string()),
      ("error", pa.string())]
@@ -46,6 +48,40 @@ class NeighborColumns:
     keys_NJ: npt.NDArray[np.object_]
     labels_NJ: npt.NDArray[np.int64]
     distances_NJ: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """The best scores of N images, best first; of equal ones the first class's.
+
+    Attributes:
+        scores_NT: float32.
+        labels_NT: Their classes, int64.
+        own_N: The scores of the images' own classes, float32.
+    """
+
+    scores_NT: npt.NDArray[np.float32]
+    labels_NT: npt.NDArray[np.int64]
+    own_N: npt.NDArray[np.float32]
+
+
+def choose_top(
+    scores_NK: npt.NDArray[np.float32], labels_N: npt.NDArray[np.int64], *, are_distances: bool
+) -> TopScores:
+    """Choose the best scores of each image.
+
+    Args:
+        scores_NK: None below zero.
+        labels_N: The images' own classes.
+        are_distances: Whether the smallest is the best.
+    """
+    # The bits of floats that are not negative are ordered as they are; behind them goes the class, so that none tie.
+    bits_NK = (scores_NK + np.float32(0)).view(np.int32).astype(np.int64)
+    keys_NK = (bits_NK if are_distances else -bits_NK) << 32 | np.arange(scores_NK.shape[1])
+    num_top = min(_NUM_TOP, scores_NK.shape[1])
+    labels_NT = np.sort(np.partition(keys_NK, num_top - 1, 1)[:, :num_top], 1) & (2**32 - 1)
+    own_N = np.take_along_axis(scores_NK, labels_N[:, None], 1)[:, 0]
+    return TopScores(np.take_along_axis(scores_NK, labels_NT, 1), labels_NT, own_N)
 
 
 def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
@@ -106,7 +142,7 @@ def predictions_table(
     keys: pa.StringArray,
     labels_N: npt.NDArray[np.int64],
     predictions_N: Mapping[str, npt.NDArray[np.int64]],
-    scores_NK: Mapping[str, npt.NDArray[np.float32]],
+    scores: Mapping[str, npt.NDArray[np.float32] | TopScores],
     neighbors: NeighborColumns | None = None,
 ) -> pa.Table:
     """Lay out one part of `predictions/`; a classifier without scores has no column of them."""
@@ -114,9 +150,14 @@ def predictions_table(
     columns = {"key": keys, "class": pa.array(names[labels_N], pa.string())}
     for classifier, predicted_N in predictions_N.items():
         columns[f"{classifier}_prediction"] = pa.array(names[predicted_N], pa.string())
-        if classifier in scores_NK:
-            scores = pa.array(scores_NK[classifier].reshape(-1))
-            columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(scores, len(classes))
+        of_images = scores.get(classifier)
+        if isinstance(of_images, TopScores):
+            columns[f"{classifier}_top_classes"] = _to_lists(names[of_images.labels_NT], pa.string())
+            columns[f"{classifier}_top_scores"] = _to_lists(of_images.scores_NT)
+            columns[f"{classifier}_class_score"] = pa.array(of_images.own_N)
+        elif of_images is not None:
+            values = pa.array(of_images.reshape(-1))
+            columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(values, len(classes))
     if neighbors is not None:
         columns["neighbor_keys"] = _to_lists(neighbors.keys_NJ, pa.string())
         columns["neighbor_classes"] = _to_lists(names[neighbors.labels_NJ], pa.string())

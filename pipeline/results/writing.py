@@ -123,6 +123,7 @@ def _write_parquet(
 ) -> None:
     # Scores hardly repeat, so a dictionary of them only costs time.
     texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name != "key"]
+    texts += [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.string())]
 
     def write(stream: pa.NativeFile) -> None:
         with pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=texts) as writer:

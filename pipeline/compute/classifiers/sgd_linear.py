@@ -1,31 +1,30 @@
-"""A linear model and its stochastic gradient descent, with the gradient cut into lanes.
+"""A linear model: where its training begins, what of its steps is reported, and how it scores.
 
-Input: uint8 images, one row an image, and labels. Output: parameters, losses, probabilities. Invariant: a lane's
-gradient is computed from its own rows by products of its own, and lanes are added in their order, so that the result
-does not depend on which process holds which lane.
+Input: class means; uint8 images, one row an image. Output: a centre, a step's length, probabilities. Invariant: images
+are scored in products of as many rows, whoever scores them.
 
-Axes: N images, B rows of a step, K classes, D values of one image, L lanes, Z lanes that one process holds, P
-parameters (K·D weights, class by class, then K biases). Parameters and gradients are float32, labels int64.
+Axes: N images, R rows of a product, C columns of inputs, K classes, D values of one image, P parameters (K·D weights,
+class by class, then K biases), float32.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import log_softmax
 
+from pipeline.compute.threads import Threads
+from pipeline.compute.tiles import Params, empty_inputs, fill_inputs, write_logits
+
 if TYPE_CHECKING:
     from pipeline.compute.block import Block
 
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
-_SCORE_BYTES = 32 * 2**20
-# Rows of a step that are taken through all its operations at once: more do not stay in a processor's cache.
-_STEP_ROWS = 512
+_SCORE_BYTES = 4 * 2**20
 # Of the weights of steps in the mean of all: the mean is that of about the last third of them.
 _DECAY = 2
 
@@ -35,18 +34,15 @@ class Centre:
     """The mean training image, and the step that is safe for images around it.
 
     Attributes:
-        centre_D: What training and scoring take off the pixels, float32, 0 to 1, on the CPU.
-        of_means_D: The same as the mean of the class means, float64: with it the written bias is that of the written
-            means, whoever computes it.
+        centre_D: What training and scoring take off the pixels, float64, 0 to 1, on the CPU.
         safe_rate: The length of the step.
     """
 
     centre_D: torch.Tensor
-    of_means_D: torch.Tensor
     safe_rate: float
 
 
-def find_centre(sums_KD: torch.Tensor, counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int) -> Centre:
+def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int) -> Centre:
     """Find the mean image, and the step that is safe for images around it.
 
     Descent is stable while the step is below 2 / L, where L, the largest curvature of softmax cross-entropy, is at most
@@ -55,18 +51,18 @@ def find_centre(sums_KD: torch.Tensor, counts_K: torch.Tensor, means_KD: torch.T
     what all images share would otherwise decide it.
 
     Args:
-        sums_KD: int64, the sums of each class's pixels, 0 to 255.
-        counts_K: int64, the images in these sums.
+        counts_K: int64, the images of each class.
         means_KD: float32, 0 to 1, as `nearest_mean.class_means` returns them.
         num_squares: The sum of all squared pixels.
     """
-    # On the CPU and in float64, so that every actor and every device finds the same.
-    counts_K = counts_K.cpu()
-    num_images = int(counts_K.sum())
-    centre_D = sums_KD.sum(0).cpu().double() / (255 * num_images)
-    variance = num_squares / (255**2 * num_images) - float(centre_D.square().sum())
-    of_means_D = counts_K.double() @ means_KD.cpu().double() / num_images
-    return Centre(centre_D.float(), of_means_D, 4 / (variance + 1))
+    # On the CPU, in float64 and in the classes' order, so that every actor and every device finds the same.
+    shares_K = counts_K.cpu().double() / int(counts_K.sum())
+    centre_D = torch.zeros(means_KD.shape[1], dtype=torch.float64)
+    for share, mean_D in zip(shares_K, means_KD.cpu(), strict=True):
+        if share:
+            centre_D += share * mean_D.double()
+    variance = num_squares / (255**2 * int(counts_K.sum())) - float(centre_D.square().sum())
+    return Centre(centre_D, 4 / (variance + 1))
 
 
 def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
@@ -76,118 +72,6 @@ def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
     them, random weights would stay to the end, as noise.
     """
     return torch.zeros(num_classes * num_values + num_classes)
-
-
-def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """View parameters, or a gradient, as weights [K, D] and bias [K]."""
-    weights_KD = params_P[:-num_classes].view(num_classes, -1)
-    return weights_KD, params_P[-num_classes:]
-
-
-def lane_gradients(
-    params_P: torch.Tensor,
-    images_BD: torch.Tensor,
-    labels_B: torch.Tensor,
-    lane_counts: Sequence[int],
-    gradients_ZP: torch.Tensor,
-    centre_D: torch.Tensor | float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict a step's rows and write each lane's gradient of the summed cross-entropy.
-
-    For softmax cross-entropy the gradient by the logits is the probabilities minus the one-hot label (Bishop, "Pattern
-    Recognition and Machine Learning", 2006, eq. 4.109), so no graph is recorded.
-
-    Args:
-        params_P: The model.
-        images_BD: uint8, lane after lane.
-        labels_B: int64.
-        lane_counts: Rows of each lane, adding up to B.
-        gradients_ZP: Overwritten, for each lane, with the sum over its rows; as `empty_gradients` makes it.
-        centre_D: Taken off the pixels, both 0 to 1.
-
-    Returns:
-        The losses [B], float32 in nats, and whether each row was predicted right [B], bool.
-    """
-    num_lanes = max(1, _STEP_ROWS // max(1, *lane_counts))
-    losses, is_correct, start = [], [], 0
-    for first in range(0, len(lane_counts), num_lanes):
-        counts = lane_counts[first : first + num_lanes]
-        stop = start + sum(counts)
-        some_losses_B, is_some_correct_B = _some_gradients(
-            params_P,
-            images_BD[start:stop],
-            labels_B[start:stop],
-            counts,
-            gradients_ZP[first : first + num_lanes],
-            centre_D,
-        )
-        losses.append(some_losses_B)
-        is_correct.append(is_some_correct_B)
-        start = stop
-    return torch.cat(losses), torch.cat(is_correct)
-
-
-def _some_gradients(
-    params_P: torch.Tensor,
-    images_BD: torch.Tensor,
-    labels_B: torch.Tensor,
-    lane_counts: Sequence[int],
-    gradients_ZP: torch.Tensor,
-    centre_D: torch.Tensor | float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `lane_gradients` does for some of its lanes, with the same results."""
-    num_classes = params_P.shape[0] // (images_BD.shape[1] + 1)
-    weights_KD, bias_K = split_params(params_P, num_classes)
-    inputs_BD = _aligned_rows(images_BD).div_(255).sub_(centre_D)
-    weights_DK = weights_KD.T
-    inputs = inputs_BD.split(lane_counts)
-    # Products lane by lane, from and to aligned memory: their last bits depend on the number of rows, and on some
-    # processors on the address. All else works row by row.
-    logits_BK = torch.cat([torch.addmm(bias_K, lane_inputs_BD, weights_DK) for lane_inputs_BD in inputs])
-    is_correct_B = logits_BK.argmax(1) == labels_B
-    log_probabilities_BK = log_softmax(logits_BK, 1)
-    losses_B = -log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1)
-    errors_BK = _aligned_rows(log_probabilities_BK.exp_())
-    errors_BK.scatter_add_(1, labels_B[:, None], torch.full_like(losses_B, -1)[:, None])
-    errors = errors_BK.split(lane_counts)
-    gradients = gradients_ZP[:, :-num_classes].unflatten(1, weights_KD.shape).unbind()
-    for lane_errors_BK, lane_inputs_BD, gradient_KD in zip(errors, inputs, gradients, strict=True):
-        torch.mm(lane_errors_BK.T, lane_inputs_BD, out=gradient_KD)
-    gradients_ZK = gradients_ZP[:, -num_classes:]
-    if lane_counts.count(lane_counts[0]) == len(lane_counts):
-        # [Z·R, K] -> [Z, R, K] -> [Z, K], the same additions as below in one call.
-        gradients_ZK.copy_(errors_BK.unflatten(0, (len(lane_counts), -1)).sum(1))
-    else:
-        gradients_ZK.copy_(torch.stack([lane_errors_BK.sum(0) for lane_errors_BK in errors]))
-    return losses_B, is_correct_B
-
-
-def empty_gradients(num_lanes: int, num_params: int, device: torch.device) -> torch.Tensor:
-    """Make room for gradients, float32 [Z, P], zero: each begins at a multiple of 64 bytes, as products need it."""
-    return torch.zeros(num_lanes, -(-num_params // 16) * 16, device=device)[:, :num_params]
-
-
-def step(
-    params_P: torch.Tensor, gradients_LP: Sequence[torch.Tensor], num_images: int, learning_rate: float
-) -> torch.Tensor:
-    """Add the lanes' gradients in order and move the parameters, in place, against their mean.
-
-    Args:
-        params_P: The model.
-        gradients_LP: Sums over the rows of each lane.
-        num_images: Rows of all lanes in this step.
-        learning_rate: The step's length in units of the mean gradient.
-
-    Returns:
-        The norm of the mean gradient, a scalar.
-    """
-    total_P = gradients_LP[0].clone()
-    for gradient_P in gradients_LP[1:]:
-        total_P += gradient_P
-    total_P /= num_images
-    params_P.sub_(total_P, alpha=learning_rate)
-    norm: torch.Tensor = torch.linalg.vector_norm(total_P)
-    return norm
 
 
 def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> None:
@@ -209,8 +93,8 @@ def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> Non
 def score(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Score a block by the probability of each class; see `classifiers.Scorer`."""
     trained = block.trained
-    num_classes = len(trained.counts_K)
-    log_probabilities_NK = log_probabilities(trained.params_P, block.images_ND, num_classes, trained.centre_D)
+    assert trained.model is not None
+    log_probabilities_NK = log_probabilities(trained.model, block.images_ND, trained.centre_D, block.threads)
     return log_probabilities_NK.exp(), log_probabilities_NK.argmax(1)
 
 
@@ -220,22 +104,27 @@ def score_rows(num_values: int) -> int:
 
 
 def log_probabilities(
-    params_P: torch.Tensor, images_ND: torch.Tensor, num_classes: int, centre_D: torch.Tensor | float = 0.0
+    model: Params, images_ND: torch.Tensor, centre_D: torch.Tensor | float = 0.0, threads: Threads | None = None
 ) -> torch.Tensor:
-    """Score images: the logarithm of the probability of every class, float32 [N, K]; `centre_D` as in training."""
-    weights_KD, bias_K = split_params(params_P, num_classes)
-    blocks = [
-        log_softmax(torch.addmm(bias_K, block_ND.float().div_(255).sub_(centre_D), weights_KD.T), 1)
-        for block_ND in images_ND.split(score_rows(images_ND.shape[1]))
-    ]
-    return torch.cat(blocks)
+    """Score images, uint8: the logarithm of the probability of every class, float32 [N, K]; `centre_D` as in training.
 
+    `threads` share the products, on a CPU.
+    """
+    num_images, num_values = images_ND.shape
+    num_rows = score_rows(num_values)
+    result_NK = torch.empty(num_images, model.num_classes, device=images_ND.device)
 
-def _aligned_rows(rows_BV: torch.Tensor) -> torch.Tensor:
-    """Copy rows as float32 to where each begins at a multiple of 64 bytes, as every tensor of torch's does."""
-    num_rows, num_values = rows_BV.shape
-    padded_BV = torch.empty(num_rows, -(-num_values // 16) * 16, device=rows_BV.device)
-    return padded_BV[:, :num_values].copy_(rows_BV)
+    def fill(start: int) -> None:
+        rows = slice(start, start + num_rows)
+        inputs_RC = empty_inputs(len(images_ND[rows]), num_values, images_ND.device)
+        fill_inputs(inputs_RC, images_ND[rows], centre_D)
+        logits_RK = torch.empty(len(inputs_RC), model.num_classes, device=images_ND.device)
+        write_logits(model, [inputs_RC], [logits_RK], Threads())
+        result_NK[rows] = log_softmax(logits_RK, 1)
+
+    shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
+    shared.run(fill, range(0, num_images, num_rows))
+    return result_NK
 
 
 def derive_seed(*parts: object) -> int:

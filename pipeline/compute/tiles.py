@@ -1,0 +1,239 @@
+"""The parameters of the linear model, cut into tiles that stay in a processor's cache.
+
+Input: parameters as results hold them, and rows of inputs. Output: logits, and gradients tile by tile. Invariant: how
+parameters are cut follows from K, D and the kind of device alone; each lane is multiplied by itself, and lanes are
+added as the tree of `pipeline.tree`, so that it does not matter who holds which lanes.
+
+A row of inputs is an image's D pixels, a 1 whose weight is the bias, and zeros: C columns. A tile holds the weights of
+some classes for some columns, in one piece of memory: rows that lie as far apart as those of a whole matrix displace
+each other from the cache.
+
+Axes: B rows of a step, C columns, D values of an image, K classes, P parameters (K·D weights, class by class, then K
+biases), S stored values, U units of a tile, M values of a unit; k classes and c columns of a tile. All is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from pipeline.compute.threads import Threads
+from pipeline.tree import halve
+
+# Four of them, as many as a tree of eight lanes needs, stay in a core's cache or close to it; a GPU wants enough work
+# for all its processors.
+_TILE_VALUES = {"cpu": 2**17, "cuda": 2**24}
+_MAX_TILE_CLASSES = 512
+# A smaller model is one tile: more would cost more calls than threads could save.
+_WHOLE_VALUES = {"cpu": 2**15, "cuda": 2**24}
+# Columns begin where memory is aligned to 64 bytes; the last bits of products depend on it on some processors.
+_ALIGNED = 16
+# A tile is stepped unit by unit, each by one actor. Operations go through whole vectors of it, whoever does them.
+_UNIT_VALUES = 64
+_MAX_UNITS = 8
+# With so many tiles actors have whole ones.
+_MANY_TILES = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some classes and columns.
+
+    Attributes:
+        classes: Of K.
+        columns: Of C.
+        start: Where it is stored, of S.
+        num_units: U, of equal size.
+        unit_size: M, the values of a unit; the last ones of the last unit may belong to no parameter.
+    """
+
+    classes: slice
+    columns: slice
+    start: int
+    num_units: int
+    unit_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[k, c]."""
+        return self.classes.stop - self.classes.start, self.columns.stop - self.columns.start
+
+    @property
+    def size(self) -> int:
+        """Stored values, U·M."""
+        return self.num_units * self.unit_size
+
+    def matrix(self, stored_UM: torch.Tensor) -> torch.Tensor:
+        """View what is stored, `size` values in one piece, as [k, c]."""
+        num_rows, num_columns = self.shape
+        return stored_UM.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
+
+
+def count_columns(num_values: int) -> int:
+    """Return C for images of D values."""
+    return -(-(num_values + 1) // _ALIGNED) * _ALIGNED
+
+
+def cut_tiles(num_classes: int, num_values: int, device_type: str) -> tuple[Tile, ...]:
+    """Cut the parameters into tiles, class block by class block.
+
+    Args:
+        num_classes: K.
+        num_values: D.
+        device_type: `cpu` or `cuda`.
+    """
+    num_columns = count_columns(num_values)
+    tile_classes, tile_columns = num_classes, num_columns
+    if num_classes * num_columns > _WHOLE_VALUES[device_type]:
+        tile_classes = _aligned_share(num_classes, -(-num_classes // _MAX_TILE_CLASSES))
+        most = max(_ALIGNED, _TILE_VALUES[device_type] // tile_classes)
+        # In a multiple of four, so that threads have about as much to do.
+        tile_columns = _aligned_share(num_columns, -(-num_columns // (4 * most)) * 4)
+    ranges = [
+        (first, min(first + tile_classes, num_classes), column, min(column + tile_columns, num_columns))
+        for first in range(0, num_classes, tile_classes)
+        for column in range(0, num_columns, tile_columns)
+    ]
+    max_units = _MAX_UNITS if len(ranges) < _MANY_TILES else 1
+    tiles, start = [], 0
+    for first, last, column, last_column in ranges:
+        size = (last - first) * (last_column - column)
+        unit_size = -(-size // (max_units * _UNIT_VALUES)) * _UNIT_VALUES
+        tiles.append(Tile(slice(first, last), slice(column, last_column), start, -(-size // unit_size), unit_size))
+        start += tiles[-1].size
+    return tuple(tiles)
+
+
+def _aligned_share(number: int, num_shares: int) -> int:
+    return -(-number // (num_shares * _ALIGNED)) * _ALIGNED
+
+
+class Params:
+    """Parameters of the linear model on a device, as tiles.
+
+    Args:
+        num_classes: K.
+        num_values: D.
+        device: Where they are.
+    """
+
+    def __init__(self, num_classes: int, num_values: int, device: torch.device) -> None:
+        self.num_classes, self.num_values = num_classes, num_values
+        self.tiles = cut_tiles(num_classes, num_values, device.type)
+        self.stored_S = torch.zeros(sum(tile.size for tile in self.tiles), device=device)
+        # [U, M] and [k, c] of each tile, views of the same memory.
+        self.units = [
+            self.stored_S[tile.start :][: tile.size].view(tile.num_units, tile.unit_size) for tile in self.tiles
+        ]
+        self.matrices = [tile.matrix(units_UM) for tile, units_UM in zip(self.tiles, self.units, strict=True)]
+        # The tiles of each class block, by their numbers.
+        self.class_blocks = [
+            list(numbers)
+            for _, numbers in groupby(range(len(self.tiles)), lambda number: self.tiles[number].classes.start)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.stored_S.device
+
+    def load(self, params_P: torch.Tensor) -> None:
+        """Take parameters from float32 [P]."""
+        weights_KD, bias_K = split_params(params_P, self.num_classes)
+        for tile, matrix_kc in zip(self.tiles, self.matrices, strict=True):
+            pixels_kd = weights_KD[tile.classes, tile.columns]
+            matrix_kc[:, : pixels_kd.shape[1]] = pixels_kd
+            if tile.columns.start <= self.num_values < tile.columns.stop:
+                matrix_kc[:, self.num_values - tile.columns.start] = bias_K[tile.classes]
+
+    def save(self, params_P: torch.Tensor) -> None:
+        """Write all parameters to float32 [P]."""
+        weights_KD, bias_K = split_params(params_P, self.num_classes)
+        for tile, matrix_kc in zip(self.tiles, self.matrices, strict=True):
+            pixels_kd = weights_KD[tile.classes, tile.columns]
+            pixels_kd.copy_(matrix_kc[:, : pixels_kd.shape[1]])
+            if tile.columns.start <= self.num_values < tile.columns.stop:
+                bias_K[tile.classes] = matrix_kc[:, self.num_values - tile.columns.start]
+
+
+def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """View parameters, or a gradient, as weights [K, D] and bias [K]."""
+    weights_KD = params_P[:-num_classes].view(num_classes, -1)
+    return weights_KD, params_P[-num_classes:]
+
+
+def empty_inputs(num_rows: int, num_values: int, device: torch.device) -> torch.Tensor:
+    """Make room for rows of inputs, float32 [B, C]: their pixels are zero."""
+    inputs_BC = torch.zeros(num_rows, count_columns(num_values), device=device)
+    inputs_BC[:, num_values] = 1
+    return inputs_BC
+
+
+def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> None:
+    """Write images, uint8 [B, D], less the mean image, both 0 to 1, as `empty_inputs` has room for them."""
+    inputs_BC[:, : images_BD.shape[1]].copy_(images_BD).div_(255).sub_(centre_D)
+
+
+def write_logits(
+    params: Params, inputs: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], threads: Threads
+) -> None:
+    """Compute the logits of groups of rows, each group by products of its own.
+
+    Args:
+        params: The model.
+        inputs: Of each group, [R, C].
+        logits: Of each group, [R, K]; overwritten.
+        threads: They share class blocks and groups.
+    """
+    if len(params.tiles) == 1:
+        weights_CK = params.matrices[0].T
+        for logits_RK, inputs_RC in zip(logits, inputs, strict=True):
+            torch.mm(inputs_RC, weights_CK, out=logits_RK)
+        return
+
+    def fill(task: tuple[list[int], slice]) -> None:
+        numbers, groups = task
+        classes = params.tiles[numbers[0]].classes
+        some_logits = [logits_RK[:, classes] for logits_RK in logits[groups]]
+        for place, number in enumerate(numbers):
+            # Tile by tile and then group by group: a tile is read from memory once.
+            columns, weights_ck = params.tiles[number].columns, params.matrices[number].T
+            for logits_Rk, inputs_RC in zip(some_logits, inputs[groups], strict=True):
+                if place == 0:
+                    torch.mm(inputs_RC[:, columns], weights_ck, out=logits_Rk)
+                else:
+                    torch.addmm(logits_Rk, inputs_RC[:, columns], weights_ck, out=logits_Rk)
+
+    num_shares = -(-threads.number // len(params.class_blocks))
+    size = -(-len(inputs) // num_shares)
+    shares = [slice(first, first + size) for first in range(0, len(inputs), size)]
+    tasks = [(numbers, groups) for numbers in params.class_blocks for groups in shares]
+    threads.run(fill, tasks)
+
+
+def add_lanes(errors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+    """Add the gradients of lanes, as a tree.
+
+    Args:
+        errors: Of each lane the derivatives of its rows' losses by the logits, [k, R].
+        inputs: Of each lane, [R, c].
+        buffers: Room for [k, c] each, one more than the tree has levels; the first becomes the sum.
+    """
+    if len(errors) == 1:
+        torch.mm(errors[0], inputs[0], out=buffers[0])
+        return
+    middle = halve(len(errors))
+    add_lanes(errors[:middle], inputs[:middle], buffers)
+    add_lanes(errors[middle:], inputs[middle:], buffers[1:])
+    buffers[0].add_(buffers[1])
+
+
+def add_tree(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add tensors as a tree, in place: the first becomes the sum, and is returned."""
+    if len(tensors) > 1:
+        middle = halve(len(tensors))
+        add_tree(tensors[:middle]).add_(add_tree(tensors[middle:]))
+    return tensors[0]

@@ -1,0 +1,100 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.compute import tiles
+from pipeline.compute.threads import Threads
+from pipeline.compute.tiles import Params
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# classes, values of an image; the last ones are cut
+SHAPES = [(2, 1), (10, 784), (3, 75), (37, 27), (100, 3072), (1000, 300), (700, 1537), (2, 60_000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_tiles_hold_every_weight_once_and_stay_small(shape, device_type):
+    num_classes, num_values = shape
+    count_KC = np.zeros((num_classes, tiles.count_columns(num_values)), int)
+    end = 0
+    for tile in tiles.cut_tiles(num_classes, num_values, device_type):
+        count_KC[tile.classes, tile.columns] += 1
+        assert (tile.start, tile.start % 16, tile.columns.start % 16, tile.classes.start % 16) == (end, 0, 0, 0)
+        assert tile.unit_size % 64 == 0
+        assert tile.shape[0] * tile.shape[1] <= min(tile.size, 2**17 if device_type == "cpu" else 2**24)
+        assert tile.size - tile.shape[0] * tile.shape[1] < max(512, tile.unit_size)
+        end = tile.start + tile.size
+    assert (count_KC == 1).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_come_out_as_they_went_in(shape):
+    num_classes, num_values = shape
+    params_P = torch.randn(num_classes * (num_values + 1))
+    params = Params(num_classes, num_values, torch.device("cpu"))
+    params.load(params_P)
+    saved_P = torch.zeros_like(params_P)
+    params.save(saved_P)
+    assert torch.equal(saved_P, params_P)
+    assert int(params.stored_S.count_nonzero()) == int(params_P.count_nonzero())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13, 64])
+def test_tensors_are_added_as_a_tree(number):
+    values = np.random.default_rng(number).normal(size=(number, 50)).astype(np.float32)
+
+    def add(first, last):
+        if last - first == 1:
+            return values[first]
+        middle = first + (last - first + 1) // 2
+        return add(first, middle) + add(middle, last)
+
+    np.testing.assert_array_equal(tiles.add_tree(list(torch.tensor(values))), add(0, number))
+
+
+def test_eight_are_added_in_pairs_of_pairs():
+    a, b, c, d, e, f, g, h = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32)
+    got = tiles.add_tree([torch.tensor(each) for each in (a, b, c, d, e, f, g, h)])
+    np.testing.assert_array_equal(got, ((a + b) + (c + d)) + ((e + f) + (g + h)))
+
+
+@pytest.mark.parametrize("counts", [[3], [4, 4], [2, 0, 5], [8] * 8])
+def test_lanes_are_added_as_their_products_would_be(counts):
+    numbers = torch.Generator().manual_seed(0)
+    errors = [torch.randn(7, count, generator=numbers) for count in counts]
+    inputs = [torch.randn(count, 48, generator=numbers) for count in counts]
+    buffers = torch.full((4, 7, 48), torch.nan)
+    tiles.add_lanes(errors, inputs, list(buffers))
+    assert torch.equal(buffers[0], tiles.add_tree([a @ b for a, b in zip(errors, inputs, strict=True)]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_logits_are_those_of_a_plain_product_whoever_stands_beside(shape, number):
+    num_classes, num_values = shape
+    counts = [4, 0, 7, 4]
+    params_P = torch.randn(num_classes * (num_values + 1)) / num_values**0.5
+    params = Params(num_classes, num_values, torch.device("cpu"))
+    params.load(params_P)
+    images_BD = torch.randint(0, 256, (sum(counts), num_values), dtype=torch.uint8)
+    inputs_BC = tiles.empty_inputs(sum(counts), num_values, params.device)
+    tiles.fill_inputs(inputs_BC, images_BD, 0.5)
+    inputs, logits_BK = inputs_BC.split(counts), torch.full((sum(counts), num_classes), torch.nan)
+    tiles.write_logits(params, inputs, logits_BK.split(counts), Threads(number))
+    weights_KD, bias_K = tiles.split_params(params_P.double(), num_classes)
+    expected_BK = (images_BD.double() / 255 - 0.5) @ weights_KD.T + bias_K
+    torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=1e-4, atol=1e-5)
+    for chosen in itertools.permutations(range(4), 2):
+        alone = [torch.empty(counts[group], num_classes) for group in chosen]
+        tiles.write_logits(params, [inputs[group] for group in chosen], alone, Threads())
+        assert all(torch.equal(alone[place], logits_BK.split(counts)[group]) for place, group in enumerate(chosen))
+
+
+@pytest.mark.parametrize("num_values", [64, 1024, 2**14, 2**14 + 64])
+def test_a_unit_has_one_sum_of_squares_whoever_steps_its_neighbours(num_values):
+    units_UM = torch.randn(8, num_values)
+    sums_U = units_UM.square().sum(1)
+    for first, last in itertools.combinations(range(9), 2):
+        assert torch.equal(units_UM[first:last].square().sum(1), sums_U[first:last])
