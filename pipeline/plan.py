@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # A shard is of so many images; of up to so many where they are small, as each costs some milliseconds besides decoding.
 _SHARD_IMAGES = 2048
 _MAX_SHARD_IMAGES = 16384
+# Of images that may be large, a shard is of so many at least.
+_MIN_SHARD_IMAGES = 64
 # A larger one still leaves so many shards to share the work.
 _MIN_SHARDS = 16
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
@@ -311,10 +313,10 @@ def _searches_train(config: Config, num_train: int, num_values: int) -> bool:
 
 def _shard_images(num_images: int, config: Config) -> int:
     """Choose the size of a shard, a power of two, by the number of listed images."""
+    share = 1 << max(1, num_images // _MIN_SHARDS).bit_length() - 1
     if config.height_width:  # a given size says nothing of the files', and large ones are long in decoding
-        return _SHARD_IMAGES
-    max_images = max(1, num_images // _MIN_SHARDS)
-    return min(_MAX_SHARD_IMAGES, max(_SHARD_IMAGES, 1 << max_images.bit_length() - 1))
+        return min(_SHARD_IMAGES, max(_MIN_SHARD_IMAGES, share))
+    return min(_MAX_SHARD_IMAGES, max(_SHARD_IMAGES, share))
 
 
 def cut_train(row_groups: Sequence[Sequence[int]], max_images: int) -> list[Shard]:
