@@ -230,7 +230,8 @@ def test_the_plan_cuts_by_the_bytes_of_the_target():
 @pytest.mark.parametrize(
     ("num_images", "options", "max_images"),
     [(1000, {}, 2048), (65_535, {}, 2048), (65_536, {}, 4096), (300_000, {}, 16_384),
-     (300_000, {"size": "28x28"}, 2048), (2000, {"size": "64x64"}, 64), (10_000, {"size": "64x64"}, 512), (300_000, {"shard_images": 100}, 100)],
+     (300_000, {"size": "28x28"}, 2048), (2000, {"size": "64x64"}, 64), (10_000, {"size": "64x64"}, 512),
+     (300_000, {"shard_images": 100}, 100)],
 )  # fmt: skip
 def test_shards_grow_with_the_dataset_up_to_a_limit(num_images, options, max_images):
     _, shards = make_plan(Config(**options), key_listing(num_images - 10, 10), Target(28, 28, "L"), 24)

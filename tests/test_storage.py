@@ -357,7 +357,8 @@ def test_a_bucket_gives_the_results_of_a_folder(bucket, small_dataset, tmp_path)
     run_json("--data", data, "--out", out, "--overwrite", "--epochs", 0, "--json")
     names = [name.removeprefix("results#1/") for name in s3.object_names(query, "results")]
     assert names == ["confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet",
-                     "predictions/part-00000.parquet", "run.json", "skipped.parquet", "suspects.parquet"]  # fmt: skip
+                     "predictions/part-00000.parquet", "report.html", "run.json", "skipped.parquet",
+                     "suspects.parquet"]  # fmt: skip
 
 
 @pytest.mark.ray
