@@ -80,6 +80,7 @@ def test_mnist_sample_gives_the_published_counts_and_the_linear_model_passes_the
     assert accuracy(run, "nearest_mean_l1", "class", "3")["num_correct"] == 926
     assert accuracy(run, "nearest_mean_l1", "class", "7")["num_correct"] == 1013
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.984
+    assert [accuracy(run, name)["num_correct"] for name in ("knn_1", "knn_5")] == [2026, 2025]
 
 
 @pytest.mark.data
@@ -104,6 +105,8 @@ def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
     assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
     assert accuracy(run, "majority_class")["num_correct"] == 1135  # all ones, the class of most training images
     assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
+    assert [accuracy(run, name)["num_correct"] for name in ("knn_1", "knn_5")] == [9691, 9688]
+    assert run["neighbors"]["num_twins"] <= 100
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.923
 
 
@@ -112,6 +115,8 @@ def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
 def test_the_mean_of_all_steps_of_fashion_mnist_is_good_and_steady(fashion_mnist, tmp_path):
     run = evaluate(fashion_mnist, tmp_path / "out", device="cpu")
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.843  # scikit-learn's best logistic regression has 0.8463
+    assert [accuracy(run, name)["num_correct"] for name in ("knn_1", "knn_5")] == [8497, 8554]
+    assert run["neighbors"]["num_twins"] <= 100
     last = [row["valid_accuracy"] for row in read(tmp_path / "out", "history")[-10:]]
     assert max(last) - min(last) <= 0.001
 
