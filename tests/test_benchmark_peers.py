@@ -41,8 +41,8 @@ def _ask(name, images):
         "dataloader",
         "daft",
         pytest.param("ray_data_read_images", marks=pytest.mark.ray),
-        pytest.param("ray_data_tuned", marks=pytest.mark.ray),
-        pytest.param("ray_data_map_batches", marks=pytest.mark.ray),
+        pytest.param("ray_data_tuned", marks=(pytest.mark.ray, pytest.mark.long)),
+        pytest.param("ray_data_map_batches", marks=(pytest.mark.ray, pytest.mark.long)),
     ],
 )
 def test_a_peer_finds_what_numpy_finds(noisy_dataset, name):

@@ -89,6 +89,7 @@ def test_every_answer_takes_its_time_and_faults_come_in_their_share(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_job_on_a_store_is_held_against_the_client_and_the_disk(noisy_dataset, tmp_path):
     names, out = ["evaluate", "evaluate_local", "client", "limit"], tmp_path / "runs.parquet"
     arguments = ["--data", noisy_dataset, "--runs", 1, "--warm-ups", 0, "--only", ",".join(names), "--out", out]

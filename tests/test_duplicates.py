@@ -34,7 +34,7 @@ SUGGESTED = {"2": "10", "10": "2"}
 
 
 def evaluate(data, out, **options):
-    return job.evaluate(Config(data=str(data), out=str(out), epochs=0, device="cpu", **options))
+    return job.evaluate(Config(data=str(data), out=str(out), epochs=0, report=False, device="cpu", **options))
 
 
 def encode_as(pixels, number):
@@ -146,7 +146,7 @@ def test_archives_give_the_rows_of_the_folder(planted, reference, tmp_path, kind
                 continue
             images = [{"bytes": (planted[0] / key).read_bytes(), "path": key.partition("/")[2]} for key in some]
             pq.write_table(pa.table({"image": images, "label": [key.split("/")[1] for key in some]}), path)
-    out = tmp_path.parent / f"{kind} out"
+    out = tmp_path.parent / f"{tmp_path.name} out"
     run = evaluate(tmp_path, out, shard_images=13)
     for table, expected in zip(("duplicates", "suspects"), reference[1:], strict=True):
         rows = read(out, table)

@@ -522,7 +522,7 @@ def test_no_process_loads_what_takes_long_and_is_not_needed(small_dataset, tmp_p
     notes, path = tmp_path / "notes", f"{tmp_path}{os.pathsep}{ROOT}"
     for number in range(2):
         options = ("--data", small_dataset, "--out", tmp_path / f"out {number}", "--cache", tmp_path / "cache")
-        process = command(*options, "--epochs", number, NOTES=str(notes), PYTHONPATH=path)
+        process = command(*options, "--epochs", number, "--no-report", NOTES=str(notes), PYTHONPATH=path)
         _, stderr = process.communicate(timeout=180)
         assert process.returncode == 0, stderr
     assert notes.read_text() == "torch\n" * 2  # each time by the actor

@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 def evaluate(data, out, on_progress=lambda progress: None, **options):
-    return job.evaluate(Config(data=str(data), out=str(out), **options), on_progress)
+    return job.evaluate(Config(data=str(data), out=str(out), **{"report": False, **options}), on_progress)
 
 
 def accuracy(run, classifier, scope="all", class_name=None):
@@ -627,8 +627,8 @@ def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
     out = tmp_path / "out"
     run = evaluate(small_dataset, out, epochs=0)
     assert sorted(path.name for path in out.iterdir()) == [
-        "confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet", "predictions", "run.json",
-        "skipped.parquet", "suspects.parquet",
+        "confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet", "predictions",
+        "run.json", "skipped.parquet", "suspects.parquet",
     ]  # fmt: skip
     assert {row["classifier"] for row in run["metrics"]} == {
         "majority_class", "nearest_mean_l1", "nearest_mean_rms", "knn_1", "knn_5",

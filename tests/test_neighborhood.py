@@ -17,7 +17,7 @@ COLUMNS = ["key", "class", "neighbor_keys", "neighbor_classes", "neighbor_distan
 
 
 def evaluate(data, out, **options):
-    return job.evaluate(Config(data=str(data), out=str(out), device="cpu", **{"epochs": 0, **options}))
+    return job.evaluate(Config(data=str(data), out=str(out), device="cpu", **{"epochs": 0, "report": False, **options}))
 
 
 def read(out, table):
@@ -145,7 +145,7 @@ def test_what_takes_long_is_left_out_and_said(drawn, tmp_path, monkeypatch, capl
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("dataset", ["mnist_sample", "fashion_mnist"])
+@pytest.mark.parametrize("dataset", ["mnist_sample", pytest.param("fashion_mnist", marks=pytest.mark.long)])
 def test_neighbors_of_real_images_are_those_of_a_plain_loop(request, tmp_path, dataset):
     root = request.getfixturevalue(dataset)
     data = tmp_path / "data"

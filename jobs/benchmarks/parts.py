@@ -274,14 +274,17 @@ def feed_shards(task: Task) -> Answer:
     import psutil
     import ray
 
+    from pipeline.decoding.digests import Digests
     from pipeline.driver import connect, feed, tasks
     from pipeline.driver.actors import PartRecord, end_actors
     from pipeline.plan import Shard
 
     def decode_nothing(
         loader: object, shard: list[Any], *_: object
-    ) -> tuple[None, None, tuple[int, dict[str, int], int, bool]]:
-        return None, None, (Shard(*shard).num_images, {}, 0, False)
+    ) -> tuple[None, None, Digests, tuple[int, dict[str, int], int, bool]]:
+        none = np.zeros(0, np.int64)
+        no_images = Digests(none, none, none.astype(np.uint64).reshape(0, 2), none.astype(np.uint32))
+        return None, None, no_images, (Shard(*shard).num_images, {}, 0, False)
 
     class IdleActor:
         def call(self, method: str, *_: object) -> object:
@@ -332,7 +335,7 @@ def _make_job(task: Task, on_done: Callable[[int], None]) -> Job:
     from pipeline.plan import Shard, Target, make_plan
     from pipeline.results.writing import Output
 
-    config = Config(epochs=0)
+    config = Config(epochs=0, neighbors=0)
     keys = pa.array([b"train/class/%09d.png" % number for number in range(_SHARD_IMAGES)], pa.binary())
     rows = pa.table({"key": keys, "label": pa.array([0] * _SHARD_IMAGES, pa.int32())})
     listing = Listing(Location("folder", "/nothing"), ("a", "b"), rows, rows, "valid", {})
