@@ -7,6 +7,7 @@ from test_products import pixels
 
 from pipeline.compute import neighbors
 from pipeline.compute.neighbors import FAR, TrainBlock, merge, search, stack
+from pipeline.compute.threads import Threads
 
 
 def nearest_in_a_loop(images, others, rows, labels, number, own_rows=None, only_labels=None):
@@ -46,7 +47,7 @@ def train(number, num_values, high=256, seed=1):
 def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, high):
     monkeypatch.setattr(neighbors, "_TILE_IMAGES", 8)
     images, others = pixels(20, 12, high=high), train(200, 12, high)
-    found = search(torch.from_numpy(images), in_blocks(*others, size), num_neighbors, num_threads=2)
+    found = search(torch.from_numpy(images), in_blocks(*others, size), num_neighbors, Threads(2))
     assert as_lists(found) == nearest_in_a_loop(images, *others, num_neighbors)
 
 

@@ -66,6 +66,7 @@ def _search(task: Search, num_actors: int) -> Answer:
     import torch
 
     from pipeline.compute.neighbors import TrainBlock, merge, search
+    from pipeline.compute.threads import Threads
 
     torch.set_num_threads(1)
     images_ND = torch.from_numpy(task.load("valid_images"))
@@ -75,12 +76,12 @@ def _search(task: Search, num_actors: int) -> Answer:
     def search_share(rank: int) -> Neighbors:
         own = slice(len(rows_N) * rank // num_actors, len(rows_N) * (rank + 1) // num_actors)
         parts = zip(*(each[own].split(_BLOCK_ROWS) for each in (others_ND, rows_N, labels_N)), strict=True)
-        num_threads = task.num_threads // num_actors
-        return search(images_ND, [TrainBlock(*part) for part in parts], task.num_neighbors, num_threads)
+        threads = Threads(task.num_threads // num_actors)
+        return search(images_ND, [TrainBlock(*part) for part in parts], task.num_neighbors, threads)
 
     search(images_ND[:1], [TrainBlock(others_ND[:8], rows_N[:8], labels_N[:8])], 1)  # which chooses how to multiply
     started = time.perf_counter()
-    with ThreadPoolExecutor(num_actors) as pool:
+    with ThreadPoolExecutor(num_actors, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = merge(list(pool.map(search_share, range(num_actors))), task.num_neighbors)
     return _answer(task, np.asarray(found.labels_NJ), time.perf_counter() - started)
 

@@ -65,7 +65,6 @@ class LaneActor:
         self._plan = plan
         self._rank = rank
         self._num_actors = num_actors
-        self._num_threads = num_threads
         # A pretended GPU, or a build of torch without CUDA, computes on the CPU.
         self._device = torch.device("cuda", 0) if is_on_gpu and torch.cuda.is_available() else torch.device("cpu")
         self._collective = Collective(rank, num_actors)
@@ -223,7 +222,7 @@ class LaneActor:
     @cached_property
     def neighborhood(self) -> Neighborhood:
         """This actor's share of the search for neighbors; all its images have to be here."""
-        return Neighborhood(self._plan, self._train, self._parts, self._device, self._num_threads)
+        return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads)
 
     def score_part(self, part: int, median: float | None = None) -> ScoredPart:
         """Score a part's images by every classifier and forget them.

@@ -26,6 +26,7 @@ from pipeline.compute.classifiers.knn import votes
 from pipeline.compute.lanes import Lanes
 from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, merge, search, stack
 from pipeline.compute.parts import Part
+from pipeline.compute.threads import Threads
 from pipeline.compute.twins import find_twins
 from pipeline.plan import Plan, Request
 from pipeline.results.duplicates import Pair, Suspect, near_table, suspects_table
@@ -85,17 +86,17 @@ class Neighborhood:
         train: The actor's training images.
         parts: Its validation images.
         device: Where is searched.
-        num_threads: Threads for it, on the CPU.
+        threads: They share it, on a CPU.
     """
 
     def __init__(
-        self, plan: Plan, train: Lanes, parts: Mapping[int, Part], device: torch.device, num_threads: int
+        self, plan: Plan, train: Lanes, parts: Mapping[int, Part], device: torch.device, threads: Threads
     ) -> None:
         self._plan = plan
         self._train = train
         self._parts = parts
         self._device = device
-        self._num_threads = num_threads
+        self._threads = threads
         self._found: dict[int, list[Answer]] = {part: [] for part in parts}
         self._settled: list[npt.NDArray[np.void]] = [np.zeros(0, _DOUBTFUL)]
         self._pending = np.zeros(0, _DOUBTFUL)
@@ -119,7 +120,7 @@ class Neighborhood:
         images_ND = torch.from_numpy(queries.images_ND.copy()).to(self._device)
         own_rows_N = torch.from_numpy(queries.own_rows_N.copy())
         only_labels_N = None if queries.only_labels_N is None else torch.from_numpy(queries.only_labels_N.copy())
-        number, threads = queries.num_neighbors, self._num_threads
+        number, threads = queries.num_neighbors, self._threads
         neighbors = search(images_ND, self._blocks(), number, threads, own_rows_N, only_labels_N)
         if not queries.has_twins:
             return Answer(self._named(neighbors), None)
@@ -139,14 +140,15 @@ class Neighborhood:
             doubtful_S = self._pending[slice(*request.spans[0][1:])]
             doubtful_S["own"] = neighbors.distances_NJ[:, 0] if neighbors.distances_NJ.shape[1] else FAR
             return 0
-        twins = [answer.twins for answer in answers if answer.twins is not None]
+        found = [answer.twins for answer in answers if answer.twins is not None]
+        twins = merge(found, 1) if found else None
         start = 0
         for span in request.spans:
             _, labels_N, places_N = self._between(request.kind, span)
             rows = slice(start, start + len(places_N))
             start = rows.stop
-            if twins:
-                self._found[span[0]].append(Answer(neighbors[rows], merge(twins, 1)[rows]))
+            if twins is not None:
+                self._found[span[0]].append(Answer(neighbors[rows], twins[rows]))
             doubtful_S = self._doubt(request.kind == "valid", span[0], places_N, labels_N, neighbors[rows])
             is_settled_S = doubtful_S["own"] != FAR
             self._settled.append(doubtful_S[is_settled_S])

@@ -11,8 +11,8 @@ neighboring columns of a block. Distances are squared, in pixels of 0 to 255, in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.compute.products import products, squares, to_int8
+from pipeline.compute.threads import Threads
 
 # Of a neighbor that there is none of.
 FAR = torch.iinfo(torch.int64).max
@@ -71,7 +72,7 @@ def search(
     images_ND: torch.Tensor,
     blocks: Iterable[TrainBlock],
     num_neighbors: int,
-    num_threads: int = 1,
+    threads: Threads | None = None,
     own_rows_N: torch.Tensor | None = None,
     only_labels_N: torch.Tensor | None = None,
 ) -> Neighbors:
@@ -81,7 +82,7 @@ def search(
         images_ND: uint8.
         blocks: The training images, each in one block.
         num_neighbors: J.
-        num_threads: Threads that share the images, on the CPU.
+        threads: They share the images, on a CPU; None for the caller alone.
         own_rows_N: The rows of these images themselves, int64, where they are training images: none is its own
             neighbor.
         only_labels_N: The classes among whose images alone each is searched for, int64.
@@ -96,11 +97,10 @@ def search(
         )
         for start in range(0, len(images_ND), _TILE_IMAGES)
     ]
-    with ThreadPoolExecutor(max(1, num_threads) if images_ND.device.type == "cpu" else 1) as pool:
-        for block in blocks:
-            others_TD = to_int8(block.images_TD)
-            squares_T = squares(others_TD)
-            list(pool.map(lambda tile: tile.take(others_TD, squares_T, block), tiles))  # noqa: B023 - done at once
+    shared = threads if threads and images_ND.device.type == "cpu" else Threads()
+    for block in blocks:
+        others_TD = to_int8(block.images_TD)
+        shared.run(partial(_Tile.take, others_TD=others_TD, squares_T=squares(others_TD), block=block), tiles)
     empty = np.zeros((0, num_neighbors))
     none = Neighbors(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.int64), empty.astype(object))
     return stack([none, *(tile.neighbors() for tile in tiles)])

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, search
+from pipeline.compute.threads import Threads
 
 _BLOCK_IMAGES = 256
 # Cells of a signature's grid, each way.
@@ -42,7 +43,7 @@ def find_twins(
     shape: tuple[int, int, int],
     blocks: Iterable[TrainBlock],
     take_images: Callable[[npt.NDArray[np.int64]], torch.Tensor],
-    num_threads: int = 1,
+    threads: Threads | None = None,
 ) -> Neighbors:
     """Find for each image the training image that is most likely the same, changed a little.
 
@@ -52,14 +53,14 @@ def find_twins(
         shape: H, W, c of an image.
         blocks: The training images.
         take_images: Returns training images, uint8 [C, D], by their rows in the listing.
-        num_threads: Threads that share the images, on the CPU.
+        threads: They share the images, on a CPU; None for the caller alone.
 
     Returns:
         The nearest one, pixel by pixel, as it is or moved by up to a pixel: J is 1.
     """
     searched_NS = signatures(images_ND, shape)
     signed = (replace(block, images_TD=signatures(block.images_TD, shape)) for block in blocks)
-    near = search(searched_NS, signed, _NUM_CANDIDATES, num_threads)
+    near = search(searched_NS, signed, _NUM_CANDIDATES, threads)
     image_C, column_C = np.nonzero(_may_be_twins(near, plain, images_ND.shape[1], searched_NS.shape[1]))
     twins = plain.map(lambda values: values[:, :1].copy())
     rows_C, labels_C = near.rows_NJ[image_C, column_C], near.labels_NJ[image_C, column_C]
