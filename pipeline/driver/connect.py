@@ -187,10 +187,10 @@ def _wait_for_workers(folder: str, *on_wait: Callable[[], None]) -> None:
     Raises:
         ClusterError: If there is not even one in time.
     """
-    num_cpus = int(ray.cluster_resources().get("CPU", 0))
-    # Beside one for each CPU, which decodes, one for an actor, which takes none.
-    shares = [1] * num_cpus + [0]
-    asked = [ray.remote(num_cpus=share)(lambda: None).remote() for share in shares]
+    # One for each CPU, which decodes. Ray starts one more than it is asked for, which becomes an actor; asked for that too,
+    # it starts two more, and the job waits for it: 0.3 s.
+    start = ray.remote(num_cpus=1)(lambda: None)
+    asked = [start.remote() for _ in range(int(ray.cluster_resources().get("CPU", 0)))]
     deadline = time.monotonic() + _WORKER_SECONDS
     done: list[Any] = []
     # For all: who asks for more before they are up has more of them started than there is work for.
