@@ -19,7 +19,7 @@ from commands import OneLineCommand
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.errors import EvaluationError, OptionError
 from pipeline.results.comparison_text import comparison_json, comparison_text
-from pipeline.results.predicted import open_run
+from pipeline.results.finished import open_run
 from pipeline.results.two_runs import compare_runs, write_comparison
 from pipeline.results.writing import Output
 

@@ -13,6 +13,7 @@ from pipeline.results.tables import (
     SKIPPED_SCHEMA,
     SUSPECTS_SCHEMA,
     NeighborColumns,
+    choose_top,
     confusion_table,
     history_table,
     means_table,
@@ -26,8 +27,11 @@ CLASSIFIERS = ("majority_class", "nearest_mean_l1", "knn_5", "sgd_linear")
 NUM_VALID = 3
 
 
-def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighbors=True, num_parts=2):  # noqa: B008
-    """Write a finished run of `NUM_VALID` validation images and one training image of each class; return its folder."""
+def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighbors=True, num_parts=2, is_top=False):  # noqa: B008
+    """Write a finished run of `NUM_VALID` validation images and one training image of each class; return its folder.
+
+    With `is_top` it has the best scores alone, as runs of many classes have.
+    """
     random = np.random.default_rng(3)
     num_classes, output = len(classes), Output.at(str(folder / "out"))
     names = [
@@ -44,6 +48,8 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
     near_N2 = np.stack((labels_N, (labels_N + 1) % num_classes), 1)
     distances_N2 = np.sort(random.random((len(labels_N), 2), np.float32), 1)
     neighbors = NeighborColumns(train_keys[near_N2], near_N2, distances_N2)
+    if is_top:
+        scores = {name: choose_top(own, labels_N, are_distances=False) for name, own in scores.items()}
     predicted = predictions_table(
         classes, pa.array(keys), labels_N, predictions, scores, neighbors if has_neighbors else None
     )

@@ -122,9 +122,9 @@ def test_the_example_has_the_distances_of_its_own_pixels(tmp_path):
 
 def test_the_worst_mistakes_lead_by_most_whatever_the_parts(tmp_path):
     pages = []
-    for num_parts in (1, 3):
-        folder = tmp_path / str(num_parts)
-        out = make_run(folder, [str(label) for label in range(30)], num_parts=num_parts)
+    for number, options in enumerate(({"is_top": True}, {"num_parts": 1}, {"num_parts": 3})):
+        folder = tmp_path / str(number)
+        out = make_run(folder, [str(label) for label in range(30)], **options)
         report.remake(str(out))
         pages.append(re.findall(r'id="mistake-2-\d+".*?<span class="key">(.*?)</span>', page_of(out), re.DOTALL))
     wrong = []
@@ -134,7 +134,7 @@ def test_the_worst_mistakes_lead_by_most_whatever_the_parts(tmp_path):
             if given != predicted:
                 lead = row["sgd_linear_scores"][predicted] - row["sgd_linear_scores"][given]
                 wrong.append((-lead, row["key"]))
-    assert pages[0] == pages[1] == [key for _, key in sorted(wrong)[:12]]
+    assert pages[0] == pages[1] == pages[2] == [key for _, key in sorted(wrong)[:12]]
 
 
 def test_hostile_names_are_text(tmp_path):

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts, sections
-from pipeline.results.draft import GUESSING, Draft, classifiers_of
+from pipeline.results.draft import GUESSING, Draft
+from pipeline.results.finished import classifiers_of
 from pipeline.results.terminal import STOPS
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ _TEMPLATES = Path(__file__).with_name("page")
 def picture_keys(draft: Draft) -> Counter[str]:
     """Count how often the page shows each image."""
     keys: Counter[str] = Counter()
-    for mistakes in draft.found.worst.values():
-        for mistake in mistakes:
+    for name in draft.wanted.classifiers:
+        for mistake in draft.found.worst(name):
             keys[mistake.key] += 1
             keys.update(key for key, _, _ in sections.shown_neighbors(mistake))
-    keys.update(mistake.key for mistakes in draft.found.by_pair.values() for mistake in mistakes)
+    keys.update(key for own in draft.by_pair.values() for key in own)
     for row in draft.suspects:
         keys[row["key"]] += 1
         if (other := sections.counterpart(row, draft.found, draft.exact)) is not None:

@@ -19,8 +19,8 @@ from pipeline.config import Config
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts
-from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier, classifiers_of
-from pipeline.results.finished import read_batches
+from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier
+from pipeline.results.finished import classifiers_of, read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.writing import Output
 
@@ -101,9 +101,9 @@ def _lowest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping
 
 def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
     """Return one classifier's matrix, or of many classes the most confused pairs; cells with their pictures' place."""
-    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.found.by_pair)} if name == draft.best else {}
+    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.by_pair)} if name == draft.best else {}
     if name != draft.best and name in draft.wanted.classifiers:
-        for number, mistake in reversed(list(enumerate(draft.found.worst.get(name, [])))):
+        for number, mistake in reversed(list(enumerate(draft.found.worst(name)))):
             places[mistake.given, mistake.predicted] = f"mistake-{draft.wanted.classifiers.index(name)}-{number}"
     num_classes = len(counts.classes)
     sizes_K = np.bincount(counts.counts_3R[0], counts.counts_3R[2], num_classes)
@@ -142,22 +142,17 @@ def worst_mistakes(draft: Draft, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "num_wrong": total["num_images"] - total["num_correct"],
-        "mistakes": [(each, shown_neighbors(each)) for each in draft.found.worst.get(name, [])],
+        "mistakes": [(each, shown_neighbors(each)) for each in draft.found.worst(name)],
     }
 
 
 def mistakes_by_pair(draft: Draft) -> list[dict[str, Any]]:
     """Return the best classifier's mistakes by pair of classes, the most confused pair first."""
-    pairs = [
-        (pair, number)
-        for *pair, number in draft.confusions[draft.best].worst_pairs()
-        if tuple(pair) in draft.found.by_pair
-    ]
-    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.found.by_pair)}
+    numbers = {(given, predicted): number for given, predicted, number in draft.confusions[draft.best].worst_pairs()}
     return [
-        {"given": given, "predicted": predicted, "num_images": number, "place": places[given, predicted],
-         "mistakes": draft.found.by_pair[given, predicted]}
-        for (given, predicted), number in pairs
+        {"given": given, "predicted": predicted, "num_images": numbers[given, predicted], "place": f"pair-{place}",
+         "shown": keys}
+        for place, ((given, predicted), keys) in enumerate(draft.by_pair.items())
     ]  # fmt: skip
 
 
@@ -224,7 +219,7 @@ def example(draft: Draft, pixels_HWC: npt.NDArray[np.uint8] | None) -> dict[str,
     key = draft.example_key
     shown: dict[str, Any] = {"key": key, "is_chosen": draft.example is not None, "pixels": None, "distances": None}
     seen = draft.found.by_key.get(key or "") or next(
-        (each for each in draft.found.worst.get(draft.best, []) if each.key == key), None
+        (each for each in draft.found.worst(draft.best) if each.key == key), None
     )
     shown["seen"] = seen or (draft.found.first if draft.found.first and draft.found.first.key == key else None)
     if pixels_HWC is None:

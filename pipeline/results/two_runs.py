@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.results.comparison import Paired, compare, margins, match_keys
-from pipeline.results.predicted import FinishedRun, Predictions, read_predictions, read_scores
+from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
 from pipeline.results.writing import Output, write_table
 
 COMPARISON, CHANGES = "comparison", "changes"
@@ -227,9 +227,9 @@ def _certainties(
 ) -> npt.NDArray[np.float64]:
     """Read the scores of some images, and measure how certain their predictions are; NaN without scores."""
     certainty_n = np.full(len(rows_n), np.nan)
-    for places, scores_nK in read_scores(run, classes, classifier, rows_n):
-        if scores_nK is not None:
-            certainty_n[places] = margins(scores_nK, codes_n[places])
+    for places, scores, is_whole in read_scores(run, classes, classifier, rows_n):
+        own_n = codes_n[places]
+        certainty_n[places] = margins(scores, own_n if is_whole else np.zeros_like(own_n))
     return certainty_n
 
 
