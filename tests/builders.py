@@ -255,7 +255,7 @@ def make_tables():
     }
 
 
-def write_finished(output, keys, labels, predictions, scores=None, is_top=False, **fields):
+def write_finished(output, keys, labels, predictions, scores=None, is_top=False, classes=RESULT_CLASSES, **fields):
     """Write a finished run of three classes as `compare` reads it: predictions in two files, and `run.json`.
 
     With `is_top` it has the best scores alone, as runs of many classes have.
@@ -264,7 +264,7 @@ def write_finished(output, keys, labels, predictions, scores=None, is_top=False,
     def lay_out(scores_NK, labels_N):
         return choose_top(scores_NK, labels_N, are_distances=False) if is_top else scores_NK
 
-    classes, middle = RESULT_CLASSES, len(keys) // 2
+    middle = len(keys) // 2
     labels_N = np.array(labels)
     for part, rows in enumerate((slice(None, middle), slice(middle, None))):
         table = predictions_table(

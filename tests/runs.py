@@ -47,12 +47,9 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
         predictions[name] = scores[name].argmax(1)
     near_N2 = np.stack((labels_N, (labels_N + 1) % num_classes), 1)
     distances_N2 = np.sort(random.random((len(labels_N), 2), np.float32), 1)
-    neighbors = NeighborColumns(train_keys[near_N2], near_N2, distances_N2)
-    if is_top:
-        scores = {name: choose_top(own, labels_N, are_distances=False) for name, own in scores.items()}
-    predicted = predictions_table(
-        classes, pa.array(keys), labels_N, predictions, scores, neighbors if has_neighbors else None
-    )
+    kept = {name: choose_top(own, labels_N, are_distances=False) if is_top else own for name, own in scores.items()}
+    neighbors = NeighborColumns(train_keys[near_N2], near_N2, distances_N2) if has_neighbors else None
+    predicted = predictions_table(classes, pa.array(keys), labels_N, predictions, kept, neighbors)
     (folder / "out" / "predictions").mkdir(parents=True)
     step = -(-len(predicted) // num_parts)
     for part in range(num_parts):

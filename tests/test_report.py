@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, command, encode, pack_tar
-from pages import launch, read_tables
+from pages import check_page, chromium, open_page, read_tables
 from PIL import Image
 from runs import NUM_VALID, make_images, make_run
 from s3 import CREDENTIALS, client, s3_server
@@ -22,7 +22,7 @@ from pipeline.driver import job, report
 from pipeline.errors import OutputError
 from pipeline.plan import Target
 from pipeline.results.finished import read_rows
-from pipeline.results.report import visible
+from pipeline.results.pages import visible
 from pipeline.results.writing import Output
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -31,7 +31,6 @@ SECTIONS = [
     "headline", "accuracies", "confusion", "mistakes", "doubtful", "duplicates", "means", "numbers", "training",
     "skipped", "time", "options",
 ]  # fmt: skip
-MAX_BYTES = 5_000_000
 NAMES = ("<script>alert(1)<script>", "a\"b'c&", "\u202egpj.exe", "\x07bell")
 
 
@@ -253,13 +252,9 @@ def test_what_cannot_be_seen_is_spelled(text, shown):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
+def browser():
+    with chromium() as started:
+        yield started
 
 
 def many_classes(tmp_path_factory, number):
@@ -288,18 +283,6 @@ def sample_run(mnist_sample, tmp_path_factory):
     return out
 
 
-def open_page(chromium, out, width, scheme="light"):
-    """Open a page; return it with what it wrote to the console and asked for."""
-    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    noticed = []
-    page.on("console", lambda message: noticed.append(message.text))
-    page.on("pageerror", lambda error: noticed.append(str(error)))
-    page.on("dialog", lambda dialog: noticed.append(dialog.message))
-    page.on("request", lambda request: noticed.append(request.url) if not request.url.startswith("data:") else None)
-    page.goto(f"file://{out}/report.html")
-    return page, noticed
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "run",
@@ -311,27 +294,14 @@ def open_page(chromium, out, width, scheme="light"):
         pytest.param("sample_run", marks=(pytest.mark.data, pytest.mark.long)),
     ],
 )
-def test_the_page_opens(request, chromium, tmp_path, run):
-    from axe_playwright_python.sync_playwright import Axe
-
+def test_the_page_opens(request, browser, tmp_path_factory, run):
     out = request.getfixturevalue(run)
-    assert (out / "report.html").stat().st_size < MAX_BYTES
-    for width, scheme in [(1280, "light"), (390, "dark")]:
-        page, noticed = open_page(chromium, out, width, scheme)
-        assert noticed == [f"file://{out}/report.html"]
-        assert page.evaluate("[...document.querySelectorAll('main > section')].map(each => each.id)") == SECTIONS
-        assert page.evaluate("document.images.length") > 20
-        assert page.evaluate("[...document.images].filter(each => !each.naturalWidth).length") == 0
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        faults = Axe().run(page).response["violations"]
-        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
-        page.screenshot(path=tmp_path / f"{run}-{width}-{scheme}.png", full_page=run == "digits_run")
-        page.close()
+    check_page(browser, out / "report.html", SECTIONS, 20, tmp_path_factory.mktemp(run, numbered=False))
 
 
 @pytest.mark.browser
-def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
-    page, _ = open_page(chromium, digits_run, 1280)
+def test_the_readme_s_picture_is_of_the_page(browser, digits_run, tmp_path):
+    page, _ = open_page(browser, digits_run / "report.html", 1280)
     path = os.environ.get("README_PICTURE", tmp_path / "report.png")
     page.set_viewport_size({"width": 1280, "height": 1280})
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'; location.hash = 'confusion'")
@@ -342,8 +312,8 @@ def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
 
 
 @pytest.mark.browser
-def test_everything_is_reached_by_keyboard(chromium, three_classes):
-    page, _ = open_page(chromium, three_classes, 1280)
+def test_everything_is_reached_by_keyboard(browser, three_classes):
+    page, _ = open_page(browser, three_classes / "report.html", 1280)
     reached = set()
     describe = "document.activeElement.id || document.activeElement.textContent.trim().slice(0, 30)"
     for _ in range(120):
@@ -361,8 +331,8 @@ def test_everything_is_reached_by_keyboard(chromium, three_classes):
 
 
 @pytest.mark.browser
-def test_a_column_sorts_by_its_numbers(chromium, colour_120):
-    page, _ = open_page(chromium, colour_120, 1280)
+def test_a_column_sorts_by_its_numbers(browser, colour_120):
+    page, _ = open_page(browser, colour_120 / "report.html", 1280)
     column = "[...document.querySelectorAll('table.sortable tbody tr')].map(row => row.cells[0].textContent)"
     page.locator("table.sortable button").first.click()
     assert page.evaluate(column) == [f"class {label}" for label in range(120)]
@@ -372,8 +342,8 @@ def test_a_column_sorts_by_its_numbers(chromium, colour_120):
 
 
 @pytest.mark.browser
-def test_without_scripts_the_page_is_whole(chromium, three_classes):
-    context = chromium.new_context(java_script_enabled=False)
+def test_without_scripts_the_page_is_whole(browser, three_classes):
+    context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"file://{three_classes}/report.html")
     assert page.locator("table.sortable button").count() == 0

@@ -71,7 +71,7 @@ def locate_again(run: Mapping[str, Any], data: str | None = None) -> Images:
     names = {each.name for each in fields(Config)}
     config = replace(
         Config(**{name: value for name, value in run["options"].items() if name in names and name != "resume"}),
-        data=data or run["options"]["data"],
+        data=data or run["options"].get("data") or run["dataset"]["root"],
     )
     root: str = run["dataset"]["root"]
     if data is not None:

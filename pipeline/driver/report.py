@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
 from pipeline.errors import EvaluationError
 from pipeline.plan import Target
-from pipeline.results import mistakes, report, writing
+from pipeline.results import mistakes, pages, report, writing
 from pipeline.results.draft import open_draft
 from pipeline.results.finished import FinishedRun, open_run, read_batches
 from pipeline.results.mistakes import Found, Noted, Wanted
@@ -80,10 +79,9 @@ def write_report(
     draft.found = mistakes.merge(wait_all(refs, "the worst mistakes", on_tick))
     keys = report.picture_keys(draft)
     target = Target(**finished.run["target"])
-    request = _Request(report.picture_bytes(keys), draft.example_key, target)
+    request = _Request(pages.picture_bytes(keys.total()), draft.example_key, target)
     pictures, pixels = _fetch(images, list(keys), request, on_tick)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    content = report.render(draft, pictures, pixels, made).encode()
+    content = report.render(draft, pictures, pixels)
     writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
     if missing := sum(isinstance(found, Fault) for found in pictures.values()):
         logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))

@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Config
-from pipeline.decoding.images import Fault
-from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts
 from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier
 from pipeline.results.finished import classifiers_of, read_batches
@@ -41,12 +39,6 @@ def metrics_by_class(run: Mapping[str, Any], classifier: str) -> dict[str, Mappi
     """Return one classifier's figures by class."""
     rows = (row for row in run["metrics"] if row["scope"] == "class" and row["classifier"] == classifier)
     return {row["class"]: row for row in rows}
-
-
-def dataset_name(run: Mapping[str, Any]) -> str:
-    """Return what the dataset is called: of a path or URI the last part."""
-    given = str(run["options"]["data"]).partition("?")[0]
-    return given.rstrip("/").rpartition("/")[2] or given
 
 
 def headline(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,16 +290,3 @@ def options(run: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 def _option_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def picture(found: Picture | Fault) -> dict[str, Any]:
-    """Return a picture as an address that holds it, or why there is none."""
-    if isinstance(found, Fault):
-        return {"uri": None, "fault": f"{found.reason}: {found.error}"}
-    return {
-        "uri": charts.data_uri(found.data, found.media_type),
-        "width": found.width,
-        "height": found.height,
-        "is_small": max(found.width, found.height) <= _MAX_TABLE_SIDE * 2,
-        "original": found.original_size,
-    }

@@ -21,7 +21,7 @@ from pipeline.results.comparison import Paired, compare, margins, match_keys
 from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
 from pipeline.results.writing import Output, write_table
 
-COMPARISON, CHANGES = "comparison", "changes"
+COMPARISON, CHANGES, PAGE = "comparison", "changes", "compare.html"
 COMPARISON_SCHEMA = pa.schema(
     [("classifier_a", pa.string()), ("classifier_b", pa.string()), ("scope", pa.string()), ("class", pa.string()),
      ("num_images", pa.int64()), ("num_correct_a", pa.int64()), ("num_correct_b", pa.int64()),
@@ -263,13 +263,13 @@ def comparison_table(comparison: Comparison) -> pa.Table:
 
 
 def write_comparison(output: Output, comparison: Comparison) -> None:
-    """Write `comparison.parquet` and `changes.parquet` into a folder that holds nothing else.
+    """Write `comparison.parquet` and `changes.parquet` into a folder that holds no more than a comparison.
 
     Raises:
         OutputError: If it holds other files, or cannot be written.
     """
     store, root = output.store
-    own = {f"{name}.parquet" for name in (COMPARISON, CHANGES)}
+    own = {PAGE, *(f"{name}.parquet" for name in (COMPARISON, CHANGES))}
     try:
         if foreign := [entry.name for entry in store.entries(root, recursive=False) if entry.name not in own]:
             raise OutputError(
