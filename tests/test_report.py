@@ -14,7 +14,7 @@ import pytest
 from builders import ROOT, command, encode, pack_tar
 from pages import check_page, chromium, open_page, read_tables
 from PIL import Image
-from runs import NUM_VALID, make_images, make_run
+from runs import CLASSIFIERS, NUM_VALID, make_images, make_run
 from s3 import CREDENTIALS, client, s3_server
 
 from pipeline.config import Config
@@ -100,8 +100,67 @@ def test_distances_pixels_and_epochs_are_those_of_the_tables(three_classes):
     for row, shown in zip(read_rows(Output.at(str(three_classes)), "history"), history[1:], strict=True):
         columns = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy")
         assert shown[:5] == [str(row["epoch"]), *(f"{row[column]:.4f}" for column in columns)]
-    assert "damaged" in text
-    assert "1 validation image has a twin in training ; without it knn_5 gets 0.6250" in text
+        assert shown[5:] == [f"{row['valid_mean_class_accuracy']:.4f}", f"{row['gradient_norm']:.4f}"]
+    last = read_rows(Output.at(str(three_classes)), "history")[-1]
+    assert f"loss {last['train_loss']:.4f} on training and {last['valid_loss']:.4f} on validation" in text
+    assert f"accuracy {last['train_accuracy']:.4f} and {last['valid_accuracy']:.4f}" in text
+    [weights] = re.findall(r"([\d.]+) , weight of a pixel", text)
+    rows = read_rows(Output.at(str(three_classes)), "weights")
+    sums = [np.reshape(row["weights"], (-1, row["channels"])).sum(1) for row in rows]
+    assert weights == f"{np.abs(sums).max():.4f}"
+
+
+def test_scores_and_neighbors_of_mistakes_are_those_of_the_predictions(three_classes):
+    page = page_of(three_classes)
+    rows = {row["key"]: row for row in pq.read_table(three_classes / "predictions").to_pylist()}
+    names = [name for name in CLASSIFIERS if name != "majority_class"]
+    cards = re.findall(r'<li class="card" id="mistake-(\d)-\d+".*?</li>', page, re.DOTALL)
+    assert len(cards) == sum(
+        min(12, sum(row["class"] != row[f"{name}_prediction"] for row in rows.values())) for name in names
+    )
+    for found in re.finditer(r'<li class="card" id="mistake-(\d)-\d+".*?</li>', page, re.DOTALL):
+        _, text = read_tables(found[0])
+        name, row = names[int(found[1])], rows[text.split()[-1]]
+        given, predicted = row["class"], row[f"{name}_prediction"]
+        scores = dict(zip(("2", "10", "ä"), row[f"{name}_scores"], strict=True))
+        for other, distance in zip(row["neighbor_classes"][:2], row["neighbor_distances"][:2], strict=True):
+            assert f"{other} {distance:.4f}" in text
+        assert f"{given} taken for {predicted} score {scores[predicted]:.4f} against {scores[given]:.4f}" in text
+
+
+def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(three_classes):
+    page, output = page_of(three_classes), Output.at(str(three_classes))
+    tables, text = read_tables(page)
+    run = json.loads((three_classes / "run.json").read_text())
+    for row in read_rows(output, "suspects"):
+        said = f"given {row['class']} , suggested {row['suggested_class']} score {row['score']:.4f}, {row['split']}"
+        assert f"{said} {row['key']}" in text
+    duplicates = read_rows(output, "duplicates")
+    for kind, group in sorted({(row["kind"], row["group"]) for row in duplicates}):
+        rows = [row for row in duplicates if (row["kind"], row["group"]) == (kind, group)]
+        said = f"{len(rows)} images of this kind"
+        if kind == "near":
+            said = f"distance {rows[-1]['distance']:.4f}, ratio {rows[-1]['ratio']:.4f}"
+        assert (
+            " ".join([*(f"{row['split']}, {row['class']}" for row in rows), said, *(row["key"] for row in rows)])
+            in text
+        )
+    assert "1 of 1 groups, which have 2 images" in text
+    counts = run["neighbors"]
+    assert f"{counts['num_twins']} validation image has a twin in training ; without it knn_5 gets 0.6250" in text
+    assert f"{counts['num_suspects']} images have a doubtful label ; only validation images were searched" in text
+    assert f"{run['num_skipped']} image could not be used , of {run['num_listed']} listed" in text
+    [skipped] = (rows for place, rows in tables if place == "skipped")
+    [row] = read_rows(output, "skipped")
+    assert [[" ".join(cell.split()) for cell in own] for own in skipped[1:]] == [
+        [row["reason"], str(run["num_skipped_by_reason"][row["reason"]]), f"{row['key']}{row['error']}"]
+    ]
+    [seconds] = (rows for place, rows in tables if place == "time")
+    spent = {name: f"{value:.1f}" for name, value in run["seconds"].items()}
+    assert {row[0]: row[2] for row in seconds[1:]} == {name: spent[name] for name in spent if name != "total"}
+    assert f"Seconds of each phase, {spent['total']} in all" in text
+    assert f"{run['images_per_s']:,.0f} images decoded a second" in text
+    assert run["results_sha256"] in text
 
 
 def test_the_example_has_the_distances_of_its_own_pixels(tmp_path):
@@ -283,6 +342,13 @@ def sample_run(mnist_sample, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def mnist_run(mnist_png, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mnist") / "out"
+    job.evaluate(Config(data=str(mnist_png), out=str(out)))
+    return out
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "run",
@@ -292,6 +358,7 @@ def sample_run(mnist_sample, tmp_path_factory):
         "colour_120",
         pytest.param("colour_1000", marks=pytest.mark.long),
         pytest.param("sample_run", marks=(pytest.mark.data, pytest.mark.long)),
+        pytest.param("mnist_run", marks=(pytest.mark.data, pytest.mark.long)),
     ],
 )
 def test_the_page_opens(request, browser, tmp_path_factory, run):

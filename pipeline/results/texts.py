@@ -19,8 +19,8 @@ def signed(value: float | None) -> str:
 
 
 def chance(value: float | None) -> str:
-    """Write a p-value, a small one by its power of ten."""
-    return figure(value) if value is None or value >= 0.0001 else f"{value:.0e}"
+    """Write a p-value, a small one by its power of ten, and one that is too small for a float as less than that."""
+    return figure(value) if value is None or value >= 0.0001 else f"{value:.0e}" if value else "<1e-300"
 
 
 def short(value: object) -> str:
