@@ -44,9 +44,9 @@ from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
 from pipeline.results.finished import open_run
 from pipeline.results.notebook import Run
+from pipeline.results.progress import Progress
 from pipeline.results.run import RunRecord, run_json
 from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
-from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
 
 logger = logging.getLogger(__name__)

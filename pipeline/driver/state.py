@@ -23,7 +23,7 @@ from pipeline.driver.actors import PartRecord
 from pipeline.driver.allocation import Allocation, Storage
 from pipeline.driver.waiting import Ref
 from pipeline.plan import Plan, Shard, Target
-from pipeline.results.terminal import Progress
+from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
 
 

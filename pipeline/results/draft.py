@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import OutputError
+from pipeline.results.figures import best_classifier
 from pipeline.results.finished import FinishedRun, labels_of, read_batches, read_rows
 from pipeline.results.mistakes import Found, Wanted
 from pipeline.results.writing import Output
@@ -100,7 +101,7 @@ def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
     confusions = _read_confusions(output, run["dataset"]["classes"])
     if missing := [name for name in names if name not in confusions]:
         raise OutputError(f"{output.root}/confusion.parquet: expected counts of {missing[0]}, got none; run again")
-    best = best_classifier(run)
+    best = best_classifier(run["metrics"])
     suspects = read_rows(output, "suspects", 0, _NUM_SUSPECTS)
     keys = {row["key"] for row in suspects} | ({example} if example else set())
     wanted = Wanted(
@@ -124,12 +125,6 @@ def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
         wanted=wanted,
         example=example,
     )
-
-
-def best_classifier(run: Mapping[str, Any]) -> str:
-    """Return the classifier with the highest accuracy."""
-    rows = [row for row in run["metrics"] if row["scope"] == "all"]
-    return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
 def _read_confusions(output: Output, classes: Sequence[str]) -> dict[str, Confusion]:

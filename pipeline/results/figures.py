@@ -7,8 +7,9 @@ intervals. Invariant: the same counts give the same figures, in whatever order t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -206,6 +207,17 @@ def stop_reason(config: Config, history: Sequence[EpochMetric]) -> str | None:
     if config.max_seconds is not None and sum(row.seconds for row in history) >= config.max_seconds:
         return "max_seconds"
     return None
+
+
+def classifier_names(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the classifiers, in their order, from the rows of `metrics.parquet`."""
+    return list(dict.fromkeys(row["classifier"] for row in metrics))
+
+
+def best_classifier(metrics: Iterable[Mapping[str, Any]]) -> str:
+    """Return the classifier with the highest accuracy of all images, the first on a tie."""
+    rows = [row for row in metrics if row["scope"] == "all"]
+    return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
 def _metric(classifier: str, scope: str, class_name: str | None, num_images: int, num_correct: int) -> Metric:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.data.storage import StoredFile, reason
 from pipeline.data.uris import absolute_root
 from pipeline.errors import OutputError, without_secrets
+from pipeline.results.figures import classifier_names
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
 _BATCH_ROWS = 8192
@@ -51,7 +52,7 @@ class FinishedRun:
     @property
     def classifiers(self) -> list[str]:
         """Its classifiers, in the order in which they are shown."""
-        return classifiers_of(self.run)
+        return classifier_names(self.run["metrics"])
 
     @cached_property
     def parts(self) -> list[str]:
@@ -77,11 +78,6 @@ class Predictions:
     keys: pa.ChunkedArray
     labels_N: npt.NDArray[np.int32]
     predictions: dict[str, npt.NDArray[np.int32]]
-
-
-def classifiers_of(run: Mapping[str, Any]) -> list[str]:
-    """Return the names of the classifiers, in their order."""
-    return list(dict.fromkeys(row["classifier"] for row in run["metrics"]))
 
 
 def open_run(given: str) -> FinishedRun:

@@ -19,8 +19,8 @@ from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts, pages, sections
 from pipeline.results.draft import GUESSING, Draft
-from pipeline.results.finished import classifiers_of
-from pipeline.results.terminal import STOPS
+from pipeline.results.figures import classifier_names
+from pipeline.results.summary import STOPS
 
 _NUM_EPOCHS = 200
 _CONTENTS = (
@@ -58,14 +58,14 @@ def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.ND
         pictures: Of its images, by key, or why there are none.
         pixels: Of the image that is shown as numbers, uint8 [H, W, C]; None if it cannot be decoded any more.
     """
-    run = draft.run
+    run, names = draft.run, classifier_names(draft.run["metrics"])
     best_metrics = sections.metrics_by_class(run, draft.best)
     shown_classes = sections.shown_classes(run, best_metrics)
     suggested = [row["suggested_class"] for row in draft.suspects]
     images, limit = sections.class_images(draft.output, list(dict.fromkeys([*shown_classes, *suggested])))
     page = {
         "contents": _CONTENTS,
-        "tabs": [(letter, len(classifiers_of(run))) for letter in ("c", "m")],
+        "tabs": [(letter, len(names)) for letter in ("c", "m")],
         "version": run["version"],
         "run": run,
         "dataset_name": pages.dataset_name(run),
@@ -74,7 +74,7 @@ def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.ND
         "headline": sections.headline(run),
         "accuracies": sections.accuracies(run),
         "classes": sections.classes_table(run),
-        "confusions": [sections.confusion(draft.confusions[name], name, draft) for name in classifiers_of(run)],
+        "confusions": [sections.confusion(draft.confusions[name], name, draft) for name in names],
         "mistakes": [sections.worst_mistakes(draft, name) for name in draft.wanted.classifiers],
         "pairs": sections.mistakes_by_pair(draft),
         "suspects": [sections.suspect(row, draft) for row in draft.suspects],

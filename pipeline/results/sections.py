@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from pipeline.config import Config
 from pipeline.results import charts
-from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier
-from pipeline.results.finished import classifiers_of, read_batches
+from pipeline.results.draft import GUESSING, Confusion, Draft
+from pipeline.results.figures import best_classifier, classifier_names
+from pipeline.results.finished import read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.writing import Output
 
@@ -47,18 +48,18 @@ def headline(run: Mapping[str, Any]) -> dict[str, Any]:
     neighbors = run["neighbors"]
     num_twins = neighbors["num_twins"] if neighbors else run["duplicates"]["num_exact_twins"]
     return {
-        "best": totals[best_classifier(run)],
+        "best": totals[best_classifier(run["metrics"])],
         "guessing": totals.get(GUESSING),
         "num_twins": num_twins,
         "num_suspects": neighbors["num_suspects"] if neighbors else run["duplicates"]["num_conflicts"],
-        "without_twins": (neighbors or {}).get("accuracy_without_twins", {}).get(best_classifier(run)),
+        "without_twins": (neighbors or {}).get("accuracy_without_twins", {}).get(best_classifier(run["metrics"])),
     }
 
 
 def accuracies(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each classifier; `more` are the figures of scopes that few runs have."""
     rows = []
-    for name in classifiers_of(run):
+    for name in classifier_names(run["metrics"]):
         own = {row["scope"]: row for row in run["metrics"] if row["classifier"] == name and row["scope"] != "class"}
         known = ("all", "mean_of_classes")
         more = {scope: row["accuracy"] for scope, row in own.items() if scope not in known}
@@ -68,7 +69,7 @@ def accuracies(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def classes_table(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return figures by class (rows) and classifier (columns), and further ones of the best classifier."""
-    names, best = classifiers_of(run), best_classifier(run)
+    names, best = classifier_names(run["metrics"]), best_classifier(run["metrics"])
     by_classifier = {name: metrics_by_class(run, name) for name in names}
     further = [name for name in ("precision", "f1") if any(name in row for row in run["metrics"])]
     rows = [
