@@ -151,7 +151,8 @@ def _fetch(
 @ray.remote
 def _find_mistakes(output: Output, name: str, wanted: Wanted, noted: dict[str, Noted] | None) -> Found:
     leave_pandas_out()
-    noted = noted or mistakes.note(read_batches(output, name), wanted.classes)
+    if noted is None:
+        noted = mistakes.note(read_batches(output, name), wanted.classes)
     light = read_batches(output, name, mistakes.light_columns(wanted))
     return Found(mistakes.narrow(noted, wanted), *mistakes.look_up(light, wanted))
 

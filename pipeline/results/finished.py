@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.storage import StoredFile, reason
 from pipeline.data.uris import absolute_root
-from pipeline.errors import OutputError, without_secrets
+from pipeline.errors import OutputError
 from pipeline.results.figures import classifier_names
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
@@ -91,26 +91,25 @@ def open_run(given: str) -> FinishedRun:
     """
     output = Output(absolute_root(given, given, OutputError), given)
     store, root = output.store
-    shown = without_secrets(given)
     try:
         found = store.find(root)
         if found is None or not found.is_folder:
             what = "nothing there" if found is None else "a file"
-            raise OutputError(f"{shown}: expected the folder of a finished run, got {what}; give what its --out was")
+            raise OutputError(f"{given}: expected the folder of a finished run, got {what}; give what its --out was")
         about = store.find(f"{root}/{RUN_FILE}")
         if about is None:
             raise OutputError(
-                f"{shown}: expected a finished run, got a folder without {RUN_FILE}; finish it by --resume, or give "
+                f"{given}: expected a finished run, got a folder without {RUN_FILE}; finish it by --resume, or give "
                 "another"
             )
         run = json.loads(store.read_range(about.path, 0, about.size))
     except OSError as exc:
-        raise OutputError(f"{shown}: expected a folder that can be read, got {reason(exc)}; give another") from exc
+        raise OutputError(f"{given}: expected a folder that can be read, got {reason(exc)}; give another") from exc
     except ValueError as exc:
-        raise OutputError(f"{shown}/{RUN_FILE}: expected JSON, got {exc}; run it anew") from exc
+        raise OutputError(f"{given}/{RUN_FILE}: expected JSON, got {exc}; run it anew") from exc
     if missing := _NEEDED - (run.keys() if isinstance(run, dict) else set()):
         raise OutputError(
-            f"{shown}/{RUN_FILE}: expected what a run writes, got none of {sorted(missing)[0]}; run it anew"
+            f"{given}/{RUN_FILE}: expected what a run writes, got none of {sorted(missing)[0]}; run it anew"
         )
     return FinishedRun(given, output, run)
 
@@ -261,6 +260,5 @@ def _open_table(output: Output, name: str) -> Iterator[pq.ParquetFile | None]:
     except (OSError, pa.ArrowException) as exc:
         words = reason(exc) if isinstance(exc, OSError) else str(exc)
         raise OutputError(
-            f"{without_secrets(output.root)}/{name}.parquet: expected to read it, got {words}; give the folder as the "
-            "run left it"
+            f"{output.root}/{name}.parquet: expected to read it, got {words}; give the folder as the run left it"
         ) from exc

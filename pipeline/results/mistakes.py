@@ -146,7 +146,7 @@ def narrow(noted: dict[str, Noted], wanted: Wanted) -> dict[str, Noted]:
     labels = _labels(wanted.classes)
     numbers = [labels[given] * len(labels) + labels[predicted] for given, predicted in wanted.pairs]
     kept = {}
-    for name in dict.fromkeys((*wanted.classifiers, wanted.best)):
+    for name in {*wanted.classifiers, wanted.best} & noted.keys():  # of no rows nothing is noted
         own = noted[name]
         is_kept_R = np.isin(own.pairs_R, numbers if name == wanted.best else [])
         keys_R = own.keys_R.filter(pa.array(is_kept_R))
