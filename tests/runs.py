@@ -7,7 +7,7 @@ import pyarrow as pa
 from builders import encode
 
 from pipeline.plan import Target
-from pipeline.results.figures import EpochMetric, accuracies
+from pipeline.results.figures import LINE, EpochMetric, accuracies
 from pipeline.results.tables import (
     DUPLICATES_SCHEMA,
     SKIPPED_SCHEMA,
@@ -66,7 +66,19 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
     duplicates = [one + other if has_neighbors else one for one, other in zip(exact, near, strict=True)]
     suspects = [[keys[1], train_keys[1]], ["valid", "train"], [classes[0], classes[1]], [classes[1], classes[0]]]
     history = [
-        EpochMetric(epoch, 9, 1 / epoch, 1 - 0.5 / epoch, 1.25 / epoch, 0.5, 0.25, 0.125 / epoch, 1.5)
+        EpochMetric(
+            epoch,
+            9,
+            1 / epoch,
+            1 - 0.5 / epoch,
+            1.25 / epoch,
+            0.5,
+            0.25,
+            0.125 / epoch,
+            1.5,
+            [(step - 2) ** 2 / 16 + 0.5 for step in LINE],
+            -0.25,
+        )
         for epoch in range(1, num_epochs + 1)
     ]
     skipped = [["train/x.png"], ["train"], [classes[0]], ["damaged"], ["OSError: cut"]]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.results import charts
 from pipeline.results.draft import GUESSING, Confusion, Draft
-from pipeline.results.figures import best_classifier, classifier_names
+from pipeline.results.figures import LINE, best_classifier, classifier_names
 from pipeline.results.finished import read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.writing import Output
@@ -260,16 +260,24 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     kinds = (
         ("Loss", "nats per image", {"training": "train_loss", "validation": "valid_loss"}),
         ("Accuracy", "share of images", {"training": "train_accuracy", "validation": "valid_accuracy"}),
-        ("Slope of the loss", "norm of the gradient, mean over the steps", {"training": "gradient_norm"}),
+        ("Gradient", "norm of the gradient, mean over the steps", {"training": "gradient_norm"}),
     )
-    return [
-        {"title": title, "unit": unit,
+    drawn = [
+        {"title": title, "unit": f"{unit}, by epoch",
          **charts.line_chart(
              [row["epoch"] for row in history],
              [(name, [row[column] for row in history]) for name, column in columns.items()],
          )}
         for title, unit, columns in kinds
     ]  # fmt: skip
+    if last := history[-1].get("step_losses"):
+        slope = history[-1]["step_slope"]
+        # The tangent goes on as far as it is on the drawing.
+        tangent = [last[0] + slope * length for length in LINE]
+        num_shown = max(2, sum(value >= min(last) - (max(last) - min(last)) / 4 for value in tangent))
+        chart = charts.line_chart(LINE, [("loss", last), ("slope at 0", tangent[:num_shown])], (0, 1, 2, 4, 6, 8))
+        drawn.append({"title": "Loss along the last gradient", "unit": "nats per image, by length in steps", **chart})
+    return drawn
 
 
 def phases(run: Mapping[str, Any]) -> list[tuple[str, float, float]]:
