@@ -106,7 +106,7 @@ def test_distances_pixels_and_epochs_are_those_of_the_tables(three_classes):
     assert f"accuracy {last['train_accuracy']:.4f} and {last['valid_accuracy']:.4f}" in text
     titles = re.findall(r'<figure class="chart">\s*<h3>(.*?)</h3>', page_of(three_classes))
     assert titles == ["Loss", "Accuracy", "Gradient", "Loss along the last gradient"]
-    [weights] = re.findall(r"([\d.]+) , weight of a pixel", text)
+    [weights] = re.findall(r"\+([\d.]+), weight of a pixel", text)
     rows = read_rows(Output.at(str(three_classes)), "weights")
     sums = [np.reshape(row["weights"], (-1, row["channels"])).sum(1) for row in rows]
     assert weights == f"{np.abs(sums).max():.4f}"

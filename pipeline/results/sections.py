@@ -260,7 +260,7 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     kinds = (
         ("Loss", "nats per image", {"training": "train_loss", "validation": "valid_loss"}),
         ("Accuracy", "share of images", {"training": "train_accuracy", "validation": "valid_accuracy"}),
-        ("Gradient", "norm of the gradient, mean over the steps", {"training": "gradient_norm"}),
+        ("Gradient", "norm, mean over the steps", {"training": "gradient_norm"}),
     )
     drawn = [
         {"title": title, "unit": f"{unit}, by epoch",
@@ -275,7 +275,7 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         # The tangent goes on as far as it is on the drawing.
         tangent = [last[0] + slope * length for length in LINE]
         num_shown = max(2, sum(value >= min(last) - (max(last) - min(last)) / 4 for value in tangent))
-        chart = charts.line_chart(LINE, [("loss", last), ("slope at 0", tangent[:num_shown])], (0, 1, 2, 4, 6, 8))
+        chart = charts.line_chart(LINE, [("loss", last), ("slope", tangent[:num_shown])], (0, 1, 2, 4, 6, 8))
         drawn.append({"title": "Loss along the last gradient", "unit": "nats per image, by length in steps", **chart})
     return drawn
 
