@@ -28,15 +28,8 @@ import click
 from pipeline import __version__
 from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, NEIGHBORS_OF, SCORES, Config
 from pipeline.errors import EvaluationError, OptionError, without_secrets
-from pipeline.results.terminal import (
-    Progress,
-    StatusLine,
-    is_terminal,
-    print_summary,
-    progress_line,
-    progress_parts,
-    summary,
-)
+from pipeline.results.progress import Progress, StatusLine, is_terminal, progress_line, progress_parts
+from pipeline.results.summary import print_summary, summary
 
 # The exit status that a shell gives to a command ended by these signals.
 _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}

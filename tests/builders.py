@@ -27,6 +27,7 @@ from pipeline.results.tables import (
     DUPLICATES_SCHEMA,
     SKIPPED_SCHEMA,
     SUSPECTS_SCHEMA,
+    choose_top,
     confusion_table,
     history_table,
     means_table,
@@ -254,9 +255,16 @@ def make_tables():
     }
 
 
-def write_finished(output, keys, labels, predictions, scores=None, **fields):
-    """Write a finished run of three classes as `compare` reads it: predictions in two files, and `run.json`."""
-    classes, middle = RESULT_CLASSES, len(keys) // 2
+def write_finished(output, keys, labels, predictions, scores=None, is_top=False, classes=RESULT_CLASSES, **fields):
+    """Write a finished run of three classes as `compare` reads it: predictions in two files, and `run.json`.
+
+    With `is_top` it has the best scores alone, as runs of many classes have.
+    """
+
+    def lay_out(scores_NK, labels_N):
+        return choose_top(scores_NK, labels_N, are_distances=False) if is_top else scores_NK
+
+    middle = len(keys) // 2
     labels_N = np.array(labels)
     for part, rows in enumerate((slice(None, middle), slice(middle, None))):
         table = predictions_table(
@@ -264,7 +272,7 @@ def write_finished(output, keys, labels, predictions, scores=None, **fields):
             pa.array(keys[rows], pa.string()),
             labels_N[rows],
             {name: np.array(own)[rows] for name, own in predictions.items()},
-            {name: np.array(own, np.float32)[rows] for name, own in (scores or {}).items()},
+            {name: lay_out(np.array(own, np.float32)[rows], labels_N[rows]) for name, own in (scores or {}).items()},
         )
         write_table(output, f"predictions/part-{part:05d}", table)
     metrics = [{"classifier": name} for name in predictions]

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+MAX_BYTES = 5_000_000
 # Without these flags, Chromium asks for updates and the like.
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -22,9 +25,45 @@ def find_chromium():
     return found
 
 
-def launch(playwright):
-    """Start Chromium."""
-    return playwright.chromium.launch(executable_path=find_chromium(), args=list(_FLAGS))
+@contextmanager
+def chromium():
+    """Start Chromium, and end it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(_FLAGS))
+        yield browser
+        browser.close()
+
+
+def open_page(browser, path, width, scheme="light"):
+    """Open a page; return it with what it wrote to the console and asked for."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    noticed = []
+    page.on("console", lambda message: noticed.append(message.text))
+    page.on("pageerror", lambda error: noticed.append(str(error)))
+    page.on("dialog", lambda dialog: noticed.append(dialog.message))
+    page.on("request", lambda request: noticed.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(f"file://{path}")
+    return page, noticed
+
+
+def check_page(browser, path, sections, num_pictures, folder):
+    """See that a page is whole and asks for nothing, wide and light, narrow and dark; keep what it looks like."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert path.stat().st_size < MAX_BYTES
+    for width, scheme in [(1280, "light"), (390, "dark")]:
+        page, noticed = open_page(browser, path, width, scheme)
+        assert noticed == [f"file://{path}"]
+        assert page.evaluate("[...document.querySelectorAll('main > section')].map(each => each.id)") == sections
+        assert page.evaluate("document.images.length") >= num_pictures
+        assert page.evaluate("[...document.images].filter(each => !each.naturalWidth).length") == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        faults = Axe().run(page).response["violations"]
+        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
+        page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"{folder.name}-{width}.png", full_page=True)
+        page.close()
 
 
 class _Tables(HTMLParser):

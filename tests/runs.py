@@ -7,12 +7,13 @@ import pyarrow as pa
 from builders import encode
 
 from pipeline.plan import Target
-from pipeline.results.figures import EpochMetric, accuracies
+from pipeline.results.figures import LINE, EpochMetric, accuracies
 from pipeline.results.tables import (
     DUPLICATES_SCHEMA,
     SKIPPED_SCHEMA,
     SUSPECTS_SCHEMA,
     NeighborColumns,
+    choose_top,
     confusion_table,
     history_table,
     means_table,
@@ -26,8 +27,11 @@ CLASSIFIERS = ("majority_class", "nearest_mean_l1", "knn_5", "sgd_linear")
 NUM_VALID = 3
 
 
-def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighbors=True, num_parts=2):  # noqa: B008
-    """Write a finished run of `NUM_VALID` validation images and one training image of each class; return its folder."""
+def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighbors=True, num_parts=2, is_top=False):  # noqa: B008
+    """Write a finished run of `NUM_VALID` validation images and one training image of each class; return its folder.
+
+    With `is_top` it has the best scores alone, as runs of many classes have.
+    """
     random = np.random.default_rng(3)
     num_classes, output = len(classes), Output.at(str(folder / "out"))
     names = [
@@ -43,10 +47,9 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
         predictions[name] = scores[name].argmax(1)
     near_N2 = np.stack((labels_N, (labels_N + 1) % num_classes), 1)
     distances_N2 = np.sort(random.random((len(labels_N), 2), np.float32), 1)
-    neighbors = NeighborColumns(train_keys[near_N2], near_N2, distances_N2)
-    predicted = predictions_table(
-        classes, pa.array(keys), labels_N, predictions, scores, neighbors if has_neighbors else None
-    )
+    kept = {name: choose_top(own, labels_N, are_distances=False) if is_top else own for name, own in scores.items()}
+    neighbors = NeighborColumns(train_keys[near_N2], near_N2, distances_N2) if has_neighbors else None
+    predicted = predictions_table(classes, pa.array(keys), labels_N, predictions, kept, neighbors)
     (folder / "out" / "predictions").mkdir(parents=True)
     step = -(-len(predicted) // num_parts)
     for part in range(num_parts):
@@ -63,7 +66,19 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
     duplicates = [one + other if has_neighbors else one for one, other in zip(exact, near, strict=True)]
     suspects = [[keys[1], train_keys[1]], ["valid", "train"], [classes[0], classes[1]], [classes[1], classes[0]]]
     history = [
-        EpochMetric(epoch, 9, 1 / epoch, 1 - 0.5 / epoch, 1.25 / epoch, 0.5, 0.25, 0.125 / epoch, 1.5)
+        EpochMetric(
+            epoch,
+            9,
+            1 / epoch,
+            1 - 0.5 / epoch,
+            1.25 / epoch,
+            0.5,
+            0.25,
+            0.125 / epoch,
+            1.5,
+            [(step - 2) ** 2 / 16 + 0.5 for step in LINE],
+            -0.25,
+        )
         for epoch in range(1, num_epochs + 1)
     ]
     skipped = [["train/x.png"], ["train"], [classes[0]], ["damaged"], ["OSError: cut"]]

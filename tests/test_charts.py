@@ -23,6 +23,13 @@ def test_lines_lie_between_their_ticks():
     assert chart["lines"][0]["last"] == points[-1]
 
 
+def test_a_line_may_end_before_the_others_and_labels_be_chosen():
+    chart = line_chart([0, 0.5, 2], [("loss", [2.0, 1.0, 2.0]), ("slope", [2.0, 1.0])], labels=(0, 1, 2))
+    middle = LEFT + (RIGHT - LEFT) / 4
+    assert chart["lines"][1]["last"][0] == middle
+    assert chart["x_ticks"] == [(LEFT, "0"), ((LEFT + RIGHT) / 2, "1"), (RIGHT, "2")]
+
+
 def test_ticks_of_two_and_a_half_are_written_whole():
     chart = line_chart([1, 2], [("training", [0.0, 12.0])])
     assert [label for _, label in chart["y_ticks"]] == ["0.0", "2.5", "5.0", "7.5", "10.0", "12.5"]

@@ -125,14 +125,15 @@ def test_bad_input_is_one_line(finished, args, status, message):
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", result.stderr)
 
 
-def test_names_are_shown_in_any_encoding_and_without_ray_or_torch(finished):
+def test_names_are_shown_in_any_encoding_and_pages_made_without_ray_or_torch(finished, tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'jobs'); sys.argv = ['compare', *sys.argv[1:]]; from compare import main; "
         "main(standalone_mode=False); sys.exit(bool({'ray', 'torch', 'pandas'} & set(sys.modules)))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code, finished, finished], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True,
+        [sys.executable, "-c", code, finished, finished, "--out", tmp_path / "out"], cwd=ROOT, capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True, text=True,
     )  # fmt: skip
     assert "only in B" in process.stdout
     assert process.stderr == ""
+    assert (tmp_path / "out" / "compare.html").exists()

@@ -19,6 +19,7 @@ from pipeline.compute.descent import Descent
 from pipeline.compute.exchange import TOKEN_BYTES
 from pipeline.compute.threads import Threads
 from pipeline.compute.tiles import cut_tiles, split_params
+from pipeline.results.figures import LINE
 from pipeline.tree import lane_ranges
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +141,21 @@ def test_a_step_goes_against_the_gradient_of_autograd(step):
     np.testing.assert_allclose(losses_B, expected_losses, rtol=1e-4, atol=1e-5)
     assert torch.equal(is_correct_B, expected_correct)
     assert norm == pytest.approx(float(gradient_P.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step[1] < 100])
+def test_the_loss_along_the_last_gradient_is_that_of_autograd(step):
+    params_P, images_BD, labels_B, counts = draw_step(*step)
+    descent = make_descent(*step[:2], len(counts))
+    with torch.inference_mode():
+        descent.load(params_P, params_P)
+        descent.begin_epoch(1, 0, 0.5)
+        descent.step(images_BD, labels_B, counts, 0.25, len(labels_B))
+        *losses, slope, num_images = np.sum(descent.look_along(), 0)
+    gradient_P, *_ = autograd(params_P, images_BD, labels_B)
+    expected = [autograd(params_P - length * 0.5 * gradient_P, images_BD, labels_B)[1].mean() for length in LINE]
+    np.testing.assert_allclose(np.array(losses) / num_images, expected, rtol=1e-4, atol=1e-5)
+    assert slope / num_images == pytest.approx(-0.5 * float(gradient_P.square().sum()), rel=1e-3)
 
 
 def test_large_logits_lose_no_loss():

@@ -28,7 +28,7 @@ from jobs import evaluate
 from jobs.evaluate import main
 from pipeline import __version__
 from pipeline.config import Config
-from pipeline.results.terminal import Progress
+from pipeline.results.progress import Progress
 
 MARK = "IMAGE_BASELINE_TEST"
 

@@ -28,6 +28,7 @@ def record_of(**fields):
     made = EpochRecord(
         epoch=3, num_steps=5, lane_losses={0: 1.0}, num_train_correct=1, num_train=4, part_losses={0: 1.0},
         valid_confusion=np.array([[1, 1], [0, 2]]), gradient_norm=0.5, seconds=1.0,
+        line_sums={0: [4.0, 2.0, -1.0, 2.0], 1: [2.0, 1.0, -2.0, 1.0]},
     )  # fmt: skip
     return replace(made, **fields)
 
@@ -139,7 +140,7 @@ def test_figures_are_plain_numbers_that_json_takes():
 
 def test_an_epoch_of_one_actor():
     got = epoch_metric([record_of(lane_losses={0: 1.0, 1: 2.0}, part_losses={0: 1.5, 1: 0.5})])
-    assert got == EpochMetric(3, 5, 3 / 4, 1 / 4, 2 / 4, 3 / 4, 0.75, 0.5, 1.0)
+    assert got == EpochMetric(3, 5, 3 / 4, 1 / 4, 2 / 4, 3 / 4, 0.75, 0.5, 1.0, [2.0, 1.0], -1.0)
 
 
 def test_an_epoch_of_several_actors_is_that_of_one_that_holds_all():

@@ -12,8 +12,8 @@ from builders import ROOT
 import pipeline
 from pipeline.results.figures import accuracies
 from pipeline.results.notebook import Run, progress
+from pipeline.results.progress import Progress
 from pipeline.results.tables import metrics_table
-from pipeline.results.terminal import Progress
 
 
 def make_run(out="/out"):

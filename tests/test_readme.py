@@ -11,7 +11,7 @@ import pytest
 from jobs.compare import main as compare
 from pipeline.config import Config
 from pipeline.driver import job
-from pipeline.results.terminal import summary
+from pipeline.results.summary import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "pipeline" / "results" / "README.md"

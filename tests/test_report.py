@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, command, encode, pack_tar
-from pages import launch, read_tables
+from pages import check_page, chromium, open_page, read_tables
 from PIL import Image
-from runs import NUM_VALID, make_images, make_run
+from runs import CLASSIFIERS, NUM_VALID, make_images, make_run
 from s3 import CREDENTIALS, client, s3_server
 
 from pipeline.config import Config
@@ -22,7 +22,7 @@ from pipeline.driver import job, report
 from pipeline.errors import OutputError
 from pipeline.plan import Target
 from pipeline.results.finished import read_rows
-from pipeline.results.report import visible
+from pipeline.results.pages import visible
 from pipeline.results.writing import Output
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -31,7 +31,6 @@ SECTIONS = [
     "headline", "accuracies", "confusion", "mistakes", "doubtful", "duplicates", "means", "numbers", "training",
     "skipped", "time", "options",
 ]  # fmt: skip
-MAX_BYTES = 5_000_000
 NAMES = ("<script>alert(1)<script>", "a\"b'c&", "\u202egpj.exe", "\x07bell")
 
 
@@ -101,8 +100,69 @@ def test_distances_pixels_and_epochs_are_those_of_the_tables(three_classes):
     for row, shown in zip(read_rows(Output.at(str(three_classes)), "history"), history[1:], strict=True):
         columns = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy")
         assert shown[:5] == [str(row["epoch"]), *(f"{row[column]:.4f}" for column in columns)]
-    assert "damaged" in text
-    assert "1 validation image has a twin in training ; without it knn_5 gets 0.6250" in text
+        assert shown[5:] == [f"{row['valid_mean_class_accuracy']:.4f}", f"{row['gradient_norm']:.4f}"]
+    last = read_rows(Output.at(str(three_classes)), "history")[-1]
+    assert f"loss {last['train_loss']:.4f} on training and {last['valid_loss']:.4f} on validation" in text
+    assert f"accuracy {last['train_accuracy']:.4f} and {last['valid_accuracy']:.4f}" in text
+    titles = re.findall(r'<figure class="chart">\s*<h3>(.*?)</h3>', page_of(three_classes))
+    assert titles == ["Loss", "Accuracy", "Gradient", "Loss along the last gradient"]
+    [weights] = re.findall(r"\+([\d.]+), weight of a pixel", text)
+    rows = read_rows(Output.at(str(three_classes)), "weights")
+    sums = [np.reshape(row["weights"], (-1, row["channels"])).sum(1) for row in rows]
+    assert weights == f"{np.abs(sums).max():.4f}"
+
+
+def test_scores_and_neighbors_of_mistakes_are_those_of_the_predictions(three_classes):
+    page = page_of(three_classes)
+    rows = {row["key"]: row for row in pq.read_table(three_classes / "predictions").to_pylist()}
+    names = [name for name in CLASSIFIERS if name != "majority_class"]
+    cards = re.findall(r'<li class="card" id="mistake-(\d)-\d+".*?</li>', page, re.DOTALL)
+    assert len(cards) == sum(
+        min(12, sum(row["class"] != row[f"{name}_prediction"] for row in rows.values())) for name in names
+    )
+    for found in re.finditer(r'<li class="card" id="mistake-(\d)-\d+".*?</li>', page, re.DOTALL):
+        _, text = read_tables(found[0])
+        name, row = names[int(found[1])], rows[text.split()[-1]]
+        given, predicted = row["class"], row[f"{name}_prediction"]
+        scores = dict(zip(("2", "10", "ä"), row[f"{name}_scores"], strict=True))
+        for other, distance in zip(row["neighbor_classes"][:2], row["neighbor_distances"][:2], strict=True):
+            assert f"{other} {distance:.4f}" in text
+        assert f"{given} taken for {predicted} score {scores[predicted]:.4f} against {scores[given]:.4f}" in text
+
+
+def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(three_classes):
+    page, output = page_of(three_classes), Output.at(str(three_classes))
+    tables, text = read_tables(page)
+    run = json.loads((three_classes / "run.json").read_text())
+    for row in read_rows(output, "suspects"):
+        said = f"given {row['class']} , suggested {row['suggested_class']} score {row['score']:.4f}, {row['split']}"
+        assert f"{said} {row['key']}" in text
+    duplicates = read_rows(output, "duplicates")
+    for kind, group in sorted({(row["kind"], row["group"]) for row in duplicates}):
+        rows = [row for row in duplicates if (row["kind"], row["group"]) == (kind, group)]
+        said = f"{len(rows)} images of this kind"
+        if kind == "near":
+            said = f"distance {rows[-1]['distance']:.4f}, ratio {rows[-1]['ratio']:.4f}"
+        assert (
+            " ".join([*(f"{row['split']}, {row['class']}" for row in rows), said, *(row["key"] for row in rows)])
+            in text
+        )
+    assert "1 of 1 groups, which have 2 images" in text
+    counts = run["neighbors"]
+    assert f"{counts['num_twins']} validation image has a twin in training ; without it knn_5 gets 0.6250" in text
+    assert f"{counts['num_suspects']} images have a doubtful label ; only validation images were searched" in text
+    assert f"{run['num_skipped']} image could not be used , of {run['num_listed']} listed" in text
+    [skipped] = (rows for place, rows in tables if place == "skipped")
+    [row] = read_rows(output, "skipped")
+    assert [[" ".join(cell.split()) for cell in own] for own in skipped[1:]] == [
+        [row["reason"], str(run["num_skipped_by_reason"][row["reason"]]), f"{row['key']}{row['error']}"]
+    ]
+    [seconds] = (rows for place, rows in tables if place == "time")
+    spent = {name: f"{value:.1f}" for name, value in run["seconds"].items()}
+    assert {row[0]: row[2] for row in seconds[1:]} == {name: spent[name] for name in spent if name != "total"}
+    assert f"Seconds of each phase, {spent['total']} in all" in text
+    assert f"{run['images_per_s']:,.0f} images decoded a second" in text
+    assert run["results_sha256"] in text
 
 
 def test_the_example_has_the_distances_of_its_own_pixels(tmp_path):
@@ -122,9 +182,9 @@ def test_the_example_has_the_distances_of_its_own_pixels(tmp_path):
 
 def test_the_worst_mistakes_lead_by_most_whatever_the_parts(tmp_path):
     pages = []
-    for num_parts in (1, 3):
-        folder = tmp_path / str(num_parts)
-        out = make_run(folder, [str(label) for label in range(30)], num_parts=num_parts)
+    for number, options in enumerate(({"is_top": True}, {"num_parts": 1}, {"num_parts": 3})):
+        folder = tmp_path / str(number)
+        out = make_run(folder, [str(label) for label in range(30)], **options)
         report.remake(str(out))
         pages.append(re.findall(r'id="mistake-2-\d+".*?<span class="key">(.*?)</span>', page_of(out), re.DOTALL))
     wrong = []
@@ -134,7 +194,7 @@ def test_the_worst_mistakes_lead_by_most_whatever_the_parts(tmp_path):
             if given != predicted:
                 lead = row["sgd_linear_scores"][predicted] - row["sgd_linear_scores"][given]
                 wrong.append((-lead, row["key"]))
-    assert pages[0] == pages[1] == [key for _, key in sorted(wrong)[:12]]
+    assert pages[0] == pages[1] == pages[2] == [key for _, key in sorted(wrong)[:12]]
 
 
 def test_hostile_names_are_text(tmp_path):
@@ -253,13 +313,9 @@ def test_what_cannot_be_seen_is_spelled(text, shown):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
+def browser():
+    with chromium() as started:
+        yield started
 
 
 def many_classes(tmp_path_factory, number):
@@ -288,16 +344,11 @@ def sample_run(mnist_sample, tmp_path_factory):
     return out
 
 
-def open_page(chromium, out, width, scheme="light"):
-    """Open a page; return it with what it wrote to the console and asked for."""
-    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    noticed = []
-    page.on("console", lambda message: noticed.append(message.text))
-    page.on("pageerror", lambda error: noticed.append(str(error)))
-    page.on("dialog", lambda dialog: noticed.append(dialog.message))
-    page.on("request", lambda request: noticed.append(request.url) if not request.url.startswith("data:") else None)
-    page.goto(f"file://{out}/report.html")
-    return page, noticed
+@pytest.fixture(scope="module")
+def mnist_run(mnist_png, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mnist") / "out"
+    job.evaluate(Config(data=str(mnist_png), out=str(out)))
+    return out
 
 
 @pytest.mark.browser
@@ -309,29 +360,17 @@ def open_page(chromium, out, width, scheme="light"):
         "colour_120",
         pytest.param("colour_1000", marks=pytest.mark.long),
         pytest.param("sample_run", marks=(pytest.mark.data, pytest.mark.long)),
+        pytest.param("mnist_run", marks=(pytest.mark.data, pytest.mark.long)),
     ],
 )
-def test_the_page_opens(request, chromium, tmp_path, run):
-    from axe_playwright_python.sync_playwright import Axe
-
+def test_the_page_opens(request, browser, tmp_path_factory, run):
     out = request.getfixturevalue(run)
-    assert (out / "report.html").stat().st_size < MAX_BYTES
-    for width, scheme in [(1280, "light"), (390, "dark")]:
-        page, noticed = open_page(chromium, out, width, scheme)
-        assert noticed == [f"file://{out}/report.html"]
-        assert page.evaluate("[...document.querySelectorAll('main > section')].map(each => each.id)") == SECTIONS
-        assert page.evaluate("document.images.length") > 20
-        assert page.evaluate("[...document.images].filter(each => !each.naturalWidth).length") == 0
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        faults = Axe().run(page).response["violations"]
-        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
-        page.screenshot(path=tmp_path / f"{run}-{width}-{scheme}.png", full_page=run == "digits_run")
-        page.close()
+    check_page(browser, out / "report.html", SECTIONS, 20, tmp_path_factory.mktemp(run, numbered=False))
 
 
 @pytest.mark.browser
-def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
-    page, _ = open_page(chromium, digits_run, 1280)
+def test_the_readme_s_picture_is_of_the_page(browser, digits_run, tmp_path):
+    page, _ = open_page(browser, digits_run / "report.html", 1280)
     path = os.environ.get("README_PICTURE", tmp_path / "report.png")
     page.set_viewport_size({"width": 1280, "height": 1280})
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'; location.hash = 'confusion'")
@@ -342,8 +381,8 @@ def test_the_readme_s_picture_is_of_the_page(chromium, digits_run, tmp_path):
 
 
 @pytest.mark.browser
-def test_everything_is_reached_by_keyboard(chromium, three_classes):
-    page, _ = open_page(chromium, three_classes, 1280)
+def test_everything_is_reached_by_keyboard(browser, three_classes):
+    page, _ = open_page(browser, three_classes / "report.html", 1280)
     reached = set()
     describe = "document.activeElement.id || document.activeElement.textContent.trim().slice(0, 30)"
     for _ in range(120):
@@ -361,8 +400,8 @@ def test_everything_is_reached_by_keyboard(chromium, three_classes):
 
 
 @pytest.mark.browser
-def test_a_column_sorts_by_its_numbers(chromium, colour_120):
-    page, _ = open_page(chromium, colour_120, 1280)
+def test_a_column_sorts_by_its_numbers(browser, colour_120):
+    page, _ = open_page(browser, colour_120 / "report.html", 1280)
     column = "[...document.querySelectorAll('table.sortable tbody tr')].map(row => row.cells[0].textContent)"
     page.locator("table.sortable button").first.click()
     assert page.evaluate(column) == [f"class {label}" for label in range(120)]
@@ -372,8 +411,8 @@ def test_a_column_sorts_by_its_numbers(chromium, colour_120):
 
 
 @pytest.mark.browser
-def test_without_scripts_the_page_is_whole(chromium, three_classes):
-    context = chromium.new_context(java_script_enabled=False)
+def test_without_scripts_the_page_is_whole(browser, three_classes):
+    context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"file://{three_classes}/report.html")
     assert page.locator("table.sortable button").count() == 0

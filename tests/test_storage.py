@@ -28,7 +28,7 @@ from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import sample_rows
 from pipeline.errors import CacheError, DataError, OutputError
 from pipeline.results import checkpoint, writing
-from pipeline.results.terminal import Progress
+from pipeline.results.progress import Progress
 
 
 @pytest.fixture(scope="module")

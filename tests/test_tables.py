@@ -44,7 +44,8 @@ SCHEMAS = {
     "history": {
         "epoch": "int64", "num_steps": "int64", "train_loss": "double", "train_accuracy": "double",
         "valid_loss": "double", "valid_accuracy": "double", "valid_mean_class_accuracy": "double",
-        "gradient_norm": "double", "seconds": "double",
+        "gradient_norm": "double", "seconds": "double", "step_losses": "list<element: double>",
+        "step_slope": "double",
     },
     "skipped": {"key": "string", "split": "string", "class": "string", "reason": "string", "error": "string"},
     "duplicates": {

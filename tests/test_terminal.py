@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from pipeline.results.figures import accuracies
+from pipeline.results.progress import Progress, StatusLine, progress_line, progress_parts
+from pipeline.results.summary import print_summary, summary
 from pipeline.results.tables import metrics_table
-from pipeline.results.terminal import Progress, StatusLine, print_summary, progress_line, progress_parts, summary
 
 TWO = """\
 best: nearest_mean_l1 0.9514 (0.9412 to 0.9599)

@@ -8,7 +8,7 @@ import pytest
 from builders import write_finished
 
 from pipeline.errors import DataError, OptionError, OutputError
-from pipeline.results.predicted import open_run, read_predictions
+from pipeline.results.finished import open_run, read_predictions
 from pipeline.results.two_runs import compare_runs, write_comparison
 from pipeline.results.writing import Output, prepare
 
@@ -21,10 +21,10 @@ SCORES = [[0.9, 0.1, 0], [0.4, 0.6, 0], [0.3, 0.7, 0], [0, 1, 0], [0.8, 0.1, 0.1
 
 @pytest.fixture
 def write(tmp_path):
-    def write(name, keys=KEYS, labels=LABELS, predictions=FIRST, scores=None, **fields):
+    def write(name, keys=KEYS, labels=LABELS, predictions=FIRST, scores=None, is_top=False, **fields):
         output = Output.at(str(tmp_path / name))
         prepare(output, overwrite=False, resume=False)
-        return open_run(write_finished(output, keys, labels, predictions, scores, **fields))
+        return open_run(write_finished(output, keys, labels, predictions, scores, is_top, **fields))
 
     return write
 
@@ -42,8 +42,10 @@ def test_a_run_beside_itself_has_no_difference(write):
     assert comparison.differences == []
 
 
-def test_changes_are_listed_with_what_is_wrong_most_certain_first(write):
-    comparison = compare_runs(write("a"), write("b", predictions=SECOND, scores={"sgd_linear": SCORES}))
+@pytest.mark.parametrize("is_top", [False, True])
+def test_changes_are_listed_with_what_is_wrong_most_certain_first(write, is_top):
+    second = write("b", predictions=SECOND, scores={"sgd_linear": SCORES}, is_top=is_top)
+    comparison = compare_runs(write("a"), second)
     [_, pair] = comparison.pairs
     assert (pair.rows[0].num_only_a, pair.rows[0].num_only_b) == (2, 1)
     assert changed(pair) == [

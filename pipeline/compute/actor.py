@@ -210,7 +210,8 @@ class LaneActor:
             losses_B, is_correct_B = descent.step(images_BD, labels_B, counts, trained.centre_D, num_images)
             sums.add_step(losses_B, is_correct_B, counts)
         num_train = sum(lane_counts[lane] for lane in self._lanes)
-        record = sums.record(epoch, num_train, descent.end_epoch(), *self._validate())
+        line = dict(zip(self._lanes, descent.look_along(), strict=True))
+        record = sums.record(epoch, num_train, descent.end_epoch(), line, *self._validate())
         return record, descent.save() if self._rank == 0 else None
 
     def count_steps(self) -> int:

@@ -8,7 +8,7 @@ parameters. So twice the parameters leave an actor in a step, less what stays: a
 (R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", Int. J. High
 Perform. Comput. Appl. 19 (2005)), except that sums are made in the tree's order.
 
-Axes: as in `tiles`; A actors, T tiles; n values of some units in one piece.
+Axes: as in `tiles`; A actors, T tiles (of `look_along`, lengths); n values of some units in one piece.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective, Pieces
 from pipeline.compute.threads import Threads
 from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inputs, fill_inputs, write_logits
+from pipeline.results.figures import LINE
 
 # What actors exchange at once: enough to make up for the wait.
 _ROUND_VALUES = 2**21
@@ -41,6 +42,16 @@ class _Rows:
     errors_KB: torch.Tensor
     inputs_BC: torch.Tensor
     lane_counts: list[int]
+
+
+@dataclass(frozen=True)
+class _LastStep:
+    """What an epoch's last step was made from: inputs, which stay until the next epoch, and logits before it."""
+
+    inputs_BC: torch.Tensor
+    labels_B: torch.Tensor
+    lane_counts: list[int]
+    logits_BK: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Descent:
         self._num_buffers = max(1, (num_lanes - 1).bit_length()) + 1
         self._of_thread = threading.local()
         self._inputs_BC = empty_inputs(0, num_values, device)
+        self._last: _LastStep | None = None
         self._received: dict[int, torch.Tensor] = {}
         tiles = self.params.tiles
         size = max(1, _ROUND_VALUES // max(tile.size for tile in tiles))
@@ -135,13 +147,37 @@ class Descent:
         """
         self._num_images.append(num_images)
         inputs_BC = self._take_inputs(images_BD, lane_counts, centre_D)
-        errors_BK, losses_B, is_correct_B = self._predict(inputs_BC, labels_B, lane_counts)
+        logits_BK = self._logits(inputs_BC, lane_counts)
+        if len(self._num_images) == len(self._squares_STU):
+            self._last = _LastStep(inputs_BC, labels_B, lane_counts, logits_BK.clone())
+        errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B, lane_counts)
         rows = _Rows(errors_BK.T, inputs_BC, lane_counts)
         if self._collective.num_actors == 1:
             self._threads.run(lambda number: self._step_tile(number, rows), range(len(self.params.tiles)))
         else:
             self._step_together(rows)
         return losses_B, is_correct_B
+
+    def look_along(self) -> list[list[float]]:
+        """Measure the loss of the epoch's last step along its gradient, on the images that the gradient is of.
+
+        Logits are linear in the parameters, so those before and after the step are enough for any length of a step.
+
+        Returns:
+            For each lane of this actor, sums over its images in that step: the losses at the lengths `LINE`, in steps,
+            in nats, then the slope at the beginning, in nats a step, then their number.
+        """
+        last = self._last
+        assert last is not None
+        moves_BK = self._logits(last.inputs_BC, last.lane_counts).sub_(last.logits_BK)
+        columns = [
+            -log_softmax(torch.add(last.logits_BK, moves_BK, alpha=length), 1).gather(1, last.labels_B[:, None])
+            for length in LINE
+        ]
+        slopes_B = (last.logits_BK.softmax(1) * moves_BK).sum(1) - moves_BK.gather(1, last.labels_B[:, None])[:, 0]
+        figures_BT = torch.cat([*columns, slopes_B[:, None], torch.ones_like(slopes_B)[:, None]], 1).double().cpu()
+        self._last = None
+        return [own_RT.sum(0).tolist() for own_RT in figures_BT.split(last.lane_counts)]
 
     def end_epoch(self) -> float:
         """Bring the mean of all actors together, and return the average norm of the steps' mean gradients."""
@@ -164,14 +200,18 @@ class Descent:
         self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
         return inputs_BC
 
-    def _predict(
-        self, inputs_BC: torch.Tensor, labels_B: torch.Tensor, lane_counts: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the losses' derivatives by the logits [B, K], the losses [B] and whether rows are right [B]."""
-        num_classes, device = self.params.num_classes, inputs_BC.device
+    def _logits(self, inputs_BC: torch.Tensor, lane_counts: list[int]) -> torch.Tensor:
+        num_classes = self.params.num_classes
         # Rows begin where memory is aligned, as products need it.
-        logits_BK = torch.empty(len(labels_B), -(-num_classes // 16) * 16, device=device)[:, :num_classes]
+        logits_BK = torch.empty(len(inputs_BC), -(-num_classes // 16) * 16, device=inputs_BC.device)[:, :num_classes]
         write_logits(self.params, inputs_BC.split(lane_counts), logits_BK.split(lane_counts), self._threads)
+        return logits_BK
+
+    def _predict(
+        self, logits_BK: torch.Tensor, labels_B: torch.Tensor, lane_counts: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the losses' derivatives by the logits [B, K], in their place, the losses [B], and which are right."""
+        device = logits_BK.device
         losses_B = torch.empty(len(labels_B), device=device)
         is_correct_B = torch.empty(len(labels_B), dtype=torch.bool, device=device)
 
@@ -184,7 +224,7 @@ class Descent:
             torch.exp(log_probabilities_RK, out=logits_RK)
             logits_RK.scatter_add_(1, labels_R[:, None], losses_R.fill_(-1)[:, None])
 
-        self._threads.run(finish, _share(lane_counts, num_classes))
+        self._threads.run(finish, _share(lane_counts, self.params.num_classes))
         return logits_BK, losses_B, is_correct_B
 
     def _step_tile(self, number: int, rows: _Rows) -> None:

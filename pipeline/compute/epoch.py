@@ -57,6 +57,7 @@ class EpochSums:
         epoch: int,
         num_train: int,
         gradient_norm: float,
+        line_sums: Mapping[int, list[float]],
         part_losses: Mapping[int, float],
         valid_confusion_KK: npt.NDArray[np.int64],
     ) -> EpochRecord:
@@ -66,6 +67,7 @@ class EpochSums:
             epoch: From 1.
             num_train: Images of this actor's lanes.
             gradient_norm: The average over the steps, of all lanes.
+            line_sums: By lane, what `Descent.look_along` returns.
             part_losses: By part, the sum of its validation images' losses after the epoch.
             valid_confusion_KK: Of these parts.
         """
@@ -81,5 +83,6 @@ class EpochSums:
             part_losses=dict(part_losses),
             valid_confusion=valid_confusion_KK,
             gradient_norm=gradient_norm,
+            line_sums=dict(line_sums),
             seconds=time.perf_counter() - self._started,
         )

@@ -6,6 +6,7 @@ and deletes, with paths as its own names. Invariant: what goes wrong is an OSErr
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import socket
@@ -250,6 +251,50 @@ class BucketStore:
     def _entry(self, about: Any) -> Entry:
         mtime_ns = (about["last_modified"] - _EPOCH) // timedelta(microseconds=1) * 1000
         return Entry(f"{self.bucket}/{about['path']}", about["size"], mtime_ns)
+
+
+class StoredFile(io.RawIOBase):
+    """A file of a store as Python's own files are, for who reads only some of it.
+
+    Args:
+        store: Where it is.
+        path: Its path there.
+        size_bytes: Its size.
+    """
+
+    def __init__(self, store: Store, path: str, size_bytes: int) -> None:
+        self.store, self.path, self.size_bytes = store, path, size_bytes
+        self._at = 0
+
+    def read_some(self, start: int, stop: int) -> memoryview | bytes:
+        """Read at least a byte from `start` on, none behind `stop`."""
+        return self.store.read_range(self.path, start, stop)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes next, up to the size of the buffer."""
+        view = memoryview(buffer).cast("B")
+        start, stop = self._at, min(self._at + len(view), self.size_bytes)
+        while self._at < stop and (part := self.read_some(self._at, stop)):
+            view[self._at - start : self._at - start + len(part)] = part
+            self._at += len(part)
+        return self._at - start
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a byte."""
+        self._at = offset + {0: 0, 1: self._at, 2: self.size_bytes}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Say which byte comes next."""
+        return self._at
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
 
 
 def open_root(option: str, root: str, error_class: type[EvaluationError]) -> tuple[Store, str]:

@@ -29,6 +29,7 @@ from pipeline.plan import Plan
 from pipeline.results import tables
 
 if TYPE_CHECKING:
+    from pipeline.results.mistakes import Noted
     from pipeline.results.writing import Output
 
 Actor = Any  # a handle of ActorProcess
@@ -86,11 +87,24 @@ class ActorProcess:
         """Wait for the other actors' calls on this node's own address, and return where they reach this one."""
         return self._actor.listen(str(ray.util.get_node_ip_address()))
 
-    def write_part(self, part: int, classes: tuple[str, ...], output: Output, median: float | None) -> PartRecord:
-        """Score a part and write its prediction file; `median` is that of the nearest distances, if there are any."""
+    def write_part(
+        self, part: int, classes: tuple[str, ...], output: Output, median: float | None, *, has_report: bool
+    ) -> tuple[PartRecord, dict[str, Noted] | None]:
+        """Score a part and write its prediction file.
+
+        Args:
+            part: Its number.
+            classes: Their names.
+            output: Where to.
+            median: That of the nearest distances, if there are any.
+            has_report: Whether a page will show mistakes.
+
+        Returns:
+            What came of it, and what the page may show: another object, so that it stays where it is until then.
+        """
         # Here, because decoding workers load this module too.
         from pipeline.compute.classifiers import used_classifiers
-        from pipeline.results import writing
+        from pipeline.results import mistakes, writing
 
         scored, plan = self._actor.score_part(part, median), self._plan
         scores: dict[str, Any] = dict(scored.scores)
@@ -103,7 +117,9 @@ class ActorProcess:
             classes, scored.keys, scored.labels, scored.predictions, scores, scored.neighbors
         )
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
-        return PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
+        record = PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
+        # While the scores are in memory: to read them again takes longer than all else of the page.
+        return record, mistakes.note(table.to_batches(), classes) if has_report else None
 
 
 def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]:

@@ -71,16 +71,18 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
     return counts
 
 
-def write_part(job: Job, actors: list[Actor], part: int, median: float | None = None) -> Ref:
+def write_part(job: Job, actors: list[Actor], counts: ImageCounts, part: int, median: float | None = None) -> Ref:
     """Have a part scored and written by its actor; `median` is that of the nearest distances, if there are any."""
-    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output, median)
+    method = actors[part % len(actors)].write_part.options(num_returns=2)
+    ref, counts.noted[part] = method.remote(part, job.listing.classes, job.output, median, has_report=job.config.report)
+    return ref
 
 
 def score(job: Job, actors: list[Actor], counts: ImageCounts) -> None:
     """Have every part scored by all classifiers and written."""
     job.clock.enter("score")
     median = counts.neighbors.median if counts.neighbors else None
-    waiting = {write_part(job, actors, part, median): part for part in range(len(job.plan.part_sizes))}
+    waiting = {write_part(job, actors, counts, part, median): part for part in range(len(job.plan.part_sizes))}
     while waiting:
         finished = wait_some(
             list(waiting),
@@ -233,7 +235,7 @@ class _Feeding:
         if self._num_train_left == 0 and not self.job.plan.keeps_images:
             for part in [part for part, num_left in self._num_part_left.items() if num_left == 0]:
                 del self._num_part_left[part]
-                ref = write_part(self.job, self.actors, part)
+                ref = write_part(self.job, self.actors, self.counts, part)
                 self.waiting[ref] = (f"prediction file {part}", partial(self.counts.take_part, part))
 
     def _take_means(self, answer: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> None:

@@ -29,7 +29,7 @@ from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
-from pipeline.driver.waiting import get_result
+from pipeline.driver.waiting import Ref, get_result
 from pipeline.errors import (
     ActorLostError,
     ClusterError,
@@ -42,10 +42,11 @@ from pipeline.errors import (
 from pipeline.plan import Plan, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
+from pipeline.results.finished import open_run
 from pipeline.results.notebook import Run
+from pipeline.results.progress import Progress
 from pipeline.results.run import RunRecord, run_json
 from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
-from pipeline.results.terminal import Progress
 from pipeline.results.writing import Output
 
 logger = logging.getLogger(__name__)
@@ -116,18 +117,19 @@ def evaluate(
                 shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
             job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
-            run = _run(job, actors)
+            run, noted = _run(job, actors)
         finally:
             end_actors(actors)
-        return Run(_write_report(job, run) if config.report else run)
+        return Run(_write_report(job, run, noted) if config.report else run)
 
 
-def _write_report(job: Job, run: dict[str, Any]) -> dict[str, Any]:
+def _write_report(job: Job, run: dict[str, Any], noted: list[Ref]) -> dict[str, Any]:
     """Make the page, after everything else: the results are complete, whatever becomes of it."""
     job.clock.enter("report")
     try:
         images = report.images_of(job.listing, job.config)
-        report.write_report(job.output, images, lambda: job.show("report", 0, 0), job.config.example)
+        finished = open_run(job.output.root)  # as it will be read when the page is made anew
+        report.write_report(finished, images, lambda: job.show("report", 0, 0), job.config.example, noted)
     except EvaluationError as exc:
         again = f"python jobs/report.py {without_secrets(job.output.root)}"
         logger.warning("the page could not be made: %s; the results are complete, make it by %s", exc, again)
@@ -205,8 +207,12 @@ def _choose_storage(
     return chosen
 
 
-def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
-    """Run with these actors, and with others, going on from the last finished epoch, as often as they die."""
+def _run(job: Job, actors: list[Actor]) -> tuple[dict[str, Any], list[Ref]]:
+    """Run with these actors, and with others, going on from the last finished epoch, as often as they die.
+
+    Returns:
+        What `run.json` holds, and references to what the page may show of each prediction file.
+    """
     fingerprint = train.fingerprint_of(job)
     training = Training([], None)
     if job.config.resume and (kept := checkpoint.read_checkpoint(job.output, fingerprint)):
@@ -227,7 +233,8 @@ def _run(job: Job, actors: list[Actor]) -> dict[str, Any]:
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, counts)
             _compute(job, actors, counts, training, fingerprint)
-            return _write(job, counts, training, find_duplicates(job, counts))
+            run = _write(job, counts, training, find_duplicates(job, counts))
+            return run, [counts.noted[part] for part in sorted(counts.noted)]
         except ActorLostError as exc:
             train.save(job, training, fingerprint)
             num_deaths = num_deaths + 1 if len(training.history) == num_epochs else 1

@@ -7,10 +7,8 @@ became of the images, the page is made; what cannot be shown is named.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,43 +17,28 @@ import pyarrow as pa
 import ray
 
 from pipeline.config import Config
-from pipeline.data import archives, files, lookup, uris
+from pipeline.data import lookup
 from pipeline.data.files import Location, ReadFault
 from pipeline.data.formats.index import Archive
 from pipeline.data.listing import ArchiveListing, Listing
+from pipeline.data.lookup import Images, locate_again
 from pipeline.decoding.images import Fault, decode_image
 from pipeline.decoding.thumbnails import Picture, make_picture
 from pipeline.driver.connect import connected
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import EvaluationError, OutputError
+from pipeline.errors import EvaluationError
 from pipeline.plan import Target
-from pipeline.results import mistakes, report, writing
+from pipeline.results import mistakes, pages, report, writing
 from pipeline.results.draft import open_draft
-from pipeline.results.finished import prediction_parts, read_batches, read_run
-from pipeline.results.mistakes import Found, Wanted
+from pipeline.results.finished import FinishedRun, open_run, read_batches
+from pipeline.results.mistakes import Found, Noted, Wanted
 from pipeline.results.writing import Output
 
 logger = logging.getLogger(__name__)
 
 # Files that one task makes pictures of: few enough that they spread over CPUs.
 _TASK_KEYS = 48
-
-
-@dataclass(frozen=True)
-class Images:
-    """Where a run's images are.
-
-    Attributes:
-        location: The dataset.
-        found: Its archives, each with references to the indexes of its splits, or None to have it scanned; none of
-            class folders.
-        config: The options of the run.
-    """
-
-    location: Location
-    found: tuple[tuple[Archive, tuple[Ref, ...] | None], ...]
-    config: Config
 
 
 def images_of(listing: Listing, config: Config) -> Images:
@@ -69,34 +52,36 @@ def images_of(listing: Listing, config: Config) -> Images:
 
 
 def write_report(
-    output: Output,
+    finished: FinishedRun,
     images: Images,
     on_tick: Callable[[], bool] = lambda: False,
     example: str | None = None,
+    noted: Sequence[Ref] = (),
 ) -> str:
     """Make the page of a finished run, and return its path or URI.
 
     Args:
-        output: Where the results are.
+        finished: The run.
         images: Where the images are.
         on_tick: Called several times a second; what it raises ends the work.
         example: The image that is shown as numbers; None for the worst mistake.
+        noted: References to what `mistakes.note` found in each prediction file; without, all of them are read.
 
     Raises:
         EvaluationError: If results cannot be read, or the page not be written.
     """
-    run = read_run(output)  # as it will be read when the page is made anew
-    draft = open_draft(output, run, example)
+    output = finished.output
+    draft = open_draft(finished, example)
     refs = [
-        _find_mistakes.remote(output, name, part, draft.wanted) for part, name in enumerate(prediction_parts(output))
+        _find_mistakes.remote(output, name, draft.wanted, known)
+        for name, known in zip(finished.parts, noted or [None] * len(finished.parts), strict=True)
     ]
     draft.found = mistakes.merge(wait_all(refs, "the worst mistakes", on_tick))
     keys = report.picture_keys(draft)
-    target = Target(**run["target"])
-    request = _Request(report.picture_bytes(keys), draft.example_key, target)
+    target = Target(**finished.run["target"])
+    request = _Request(pages.picture_bytes(keys.total()), draft.example_key, target)
     pictures, pixels = _fetch(images, list(keys), request, on_tick)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    content = report.render(draft, pictures, pixels, made).encode()
+    content = report.render(draft, pictures, pixels)
     writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
     if missing := sum(isinstance(found, Fault) for found in pictures.values()):
         logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))
@@ -119,37 +104,10 @@ def remake(
     Raises:
         EvaluationError: If there is no finished run, or the page cannot be written.
     """
-    output = Output(uris.absolute_root("OUT", out, OutputError))
-    run = read_run(output)
+    finished = open_run(out)
     with connected(address):
-        images = _locate_again(run, data)
-        return write_report(output, images, on_tick, example or run["options"].get("example"))
-
-
-def _locate_again(run: Mapping[str, Any], data: str | None) -> Images:
-    """Find the images of a finished run where they were, or where they are now; what is gone is met when it is read."""
-    names = {each.name for each in fields(Config)}
-    config = replace(
-        Config(**{name: value for name, value in run["options"].items() if name in names and name != "resume"}),
-        data=data or run["options"]["data"],
-    )
-    root: str = run["dataset"]["root"]
-    if data is not None:
-        location = files.locate(data)
-    elif root == "digits":
-        location = Location("package", root)
-    else:
-        pattern = "" if files.split_glob(root)[1] else files.split_glob(config.data)[1]
-        location = Location("uri" if uris.is_uri(root) else "folder", root, pattern)
-    if location.kind == "package":
-        return Images(location, (), config)
-    try:
-        store, path = location.store
-        found = archives.find_archives(store, path, location.pattern, config, Counter())
-    except (EvaluationError, OSError) as exc:
-        logger.warning("%s; the images that are not there are named on the page", exc)
-        found = []
-    return Images(location, tuple((archive, None) for archive in found), config)
+        images = locate_again(finished.run, data)
+        return write_report(finished, images, on_tick, example or finished.run["options"].get("example"))
 
 
 @dataclass(frozen=True)
@@ -166,18 +124,15 @@ def _fetch(
 ) -> tuple[dict[str, Picture | Fault], npt.NDArray[np.uint8] | None]:
     """Have pictures made, and one image decoded; every key has an answer."""
     waiting: dict[Ref, list[str]] = {}
-    left = dict.fromkeys(keys)
-    for archive, indexes in images.found:
-        own = [key for key in left if key.startswith(f"{archive.name}/")]
-        if own:
-            refs = indexes or ()
+    for place, names in images.assign(keys):
+        if place is not None:
+            archive, indexes = place
             source = images.location, archive, images.config
-            waiting[_picture_members.remote(source, own, request, indexes is not None, *refs)] = own
-            left = dict.fromkeys(key for key in left if key not in set(own))
-    rest = list(left) if not images.found else []
-    for start in range(0, len(rest), _TASK_KEYS):
-        own = rest[start : start + _TASK_KEYS]
-        waiting[_picture_files.remote(images.location, own, request)] = own
+            waiting[_picture_members.remote(source, names, request, indexes is not None, *(indexes or ()))] = names
+            continue
+        for start in range(0, len(names), _TASK_KEYS):
+            own = names[start : start + _TASK_KEYS]
+            waiting[_picture_files.remote(images.location, own, request)] = own
     pictures: dict[str, Picture | Fault] = {}
     pixels = None
     while waiting:
@@ -194,9 +149,12 @@ def _fetch(
 
 
 @ray.remote
-def _find_mistakes(output: Output, name: str, part: int, wanted: Wanted) -> Found:
+def _find_mistakes(output: Output, name: str, wanted: Wanted, noted: dict[str, Noted] | None) -> Found:
     leave_pandas_out()
-    return mistakes.find(read_batches(output, name, mistakes.columns_of(wanted)), part, wanted)
+    if noted is None:
+        noted = mistakes.note(read_batches(output, name), wanted.classes)
+    light = read_batches(output, name, mistakes.light_columns(wanted))
+    return Found(mistakes.narrow(noted, wanted), *mistakes.look_up(light, wanted))
 
 
 @ray.remote

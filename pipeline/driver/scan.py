@@ -33,7 +33,7 @@ from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
 from pipeline.errors import DataError, without_secrets
 from pipeline.plan import Plan, Shard, Target
-from pipeline.results.terminal import Progress
+from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
 
 # Archives that are indexed, or wait for it, at one time.

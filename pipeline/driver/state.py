@@ -23,7 +23,7 @@ from pipeline.driver.actors import PartRecord
 from pipeline.driver.allocation import Allocation, Storage
 from pipeline.driver.waiting import Ref
 from pipeline.plan import Plan, Shard, Target
-from pipeline.results.terminal import Progress
+from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
 
 
@@ -113,6 +113,7 @@ class ImageCounts:
         train_counts_K: Training images of each class, int64.
         means_KD: float32, 0 to 1.
         digests: Of the written prediction files, by part.
+        noted: References to what the page may show of them, by part.
         confusions: Counts of all of them together, by classifier, int64 [K, K].
         num_twins_correct: Of the validation images with a twin in training, those predicted right, by classifier.
         num_in_top: Validation images whose class is among those of the best scores, by classifier, where it is counted.
@@ -130,6 +131,7 @@ class ImageCounts:
     train_counts_K: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means_KD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     digests: dict[int, str] = field(default_factory=dict)
+    noted: dict[int, Ref] = field(default_factory=dict)
     confusions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     num_twins_correct: Counter[str] = field(default_factory=Counter)
     num_in_top: Counter[str] = field(default_factory=Counter)

@@ -28,20 +28,27 @@ _MAX_IMAGE_SIDE = 64
 _NEGATIVE, _MIDDLE, _POSITIVE = (33, 102, 172), (247, 247, 247), (178, 60, 23)
 
 
-def line_chart(epochs: Sequence[int], lines: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
-    """Lay out values by epoch as lines over one pair of axes.
+def line_chart(
+    places: Sequence[float], lines: Sequence[tuple[str, Sequence[float]]], labels: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Lay out values as lines over one pair of axes.
+
+    Args:
+        places: Rising, as epochs; a line that is shorter ends earlier.
+        lines: A name and values each.
+        labels: The places that are written below; some round ones by default.
 
     Returns:
         For each line its `name`, its `points` as SVG writes them, and its `last` value and position; and `y_ticks` and
         `x_ticks`, each a position and a label.
     """
     values = [value for _, own in lines for value in own]
-    num_epochs = epochs[-1]
+    first, last = places[0], places[-1]
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
 
-    def x_of(epoch: int) -> float:
-        return round(LEFT + (RIGHT - LEFT) * ((epoch - 1) / (num_epochs - 1) if num_epochs > 1 else 0.5), 1)
+    def x_of(place: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * ((place - first) / (last - first) if last > first else 0.5), 1)
 
     def y_of(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low), 1)
@@ -49,18 +56,17 @@ def line_chart(epochs: Sequence[int], lines: Sequence[tuple[str, Sequence[float]
     drawn = [
         {
             "name": name,
-            "points": " ".join(f"{x_of(epoch)},{y_of(value)}" for epoch, value in zip(epochs, own, strict=True)),
-            "last": (x_of(num_epochs), y_of(own[-1])),
+            "points": " ".join(f"{x_of(place)},{y_of(value)}" for place, value in zip(places, own, strict=False)),
+            "last": (x_of(places[len(own) - 1]), y_of(own[-1])),
         }
         for name, own in lines
     ]
-    labels = sorted({1, num_epochs, *(tick for tick in map(round, _ticks(1, num_epochs)) if 1 < tick < num_epochs)})
-    step = (num_epochs - 1) / 12
-    x_ticks = [epoch for epoch in labels if epoch in (1, num_epochs) or step < epoch - 1 < num_epochs - 1 - step]
+    step = (last - first) / 12
+    inner = [tick for tick in map(round, _ticks(first, last)) if first + step < tick < last - step]
     return {
         "lines": drawn,
         "y_ticks": [(y_of(tick), label) for tick, label in zip(ticks, _labels(ticks), strict=True)],
-        "x_ticks": [(x_of(epoch), str(epoch)) for epoch in x_ticks],
+        "x_ticks": [(x_of(place), f"{place:g}") for place in labels or sorted({first, *inner, last})],
     }
 
 

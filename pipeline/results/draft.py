@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import OutputError
-from pipeline.results.finished import labels_of, read_batches, read_rows
+from pipeline.results.figures import best_classifier
+from pipeline.results.finished import FinishedRun, labels_of, read_batches, read_rows
 from pipeline.results.mistakes import Found, Wanted
 from pipeline.results.writing import Output
 
@@ -70,31 +72,36 @@ class Draft:
     skipped: dict[str, list[dict[str, Any]]]
     wanted: Wanted
     example: str | None
-    found: Found = field(default_factory=lambda: Found({}, {}, {}, None))
+    found: Found = field(default_factory=Found)
 
     @property
     def best(self) -> str:
         """The classifier with the highest accuracy."""
         return self.wanted.best
 
+    @cached_property
+    def by_pair(self) -> dict[tuple[str, str], list[str]]:
+        """By pair of classes, the names of the best classifier's worst mistakes, once they are found."""
+        return self.found.by_pair(self.wanted)
+
     @property
     def example_key(self) -> str | None:
         """The image that is shown as numbers."""
-        worst = self.found.worst.get(self.best) or ([self.found.first] if self.found.first else [])
+        worst = self.found.worst(self.best) or ([self.found.first] if self.found.first else [])
         return self.example or (worst[0].key if worst else None)
 
 
-def open_draft(output: Output, run: Mapping[str, Any], example: str | None = None) -> Draft:
+def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
     """Read all tables but the predictions, no more of each than is shown.
 
     Raises:
         OutputError: If a table cannot be read.
     """
-    names = classifiers_of(run)
+    output, run, names = finished.output, finished.run, finished.classifiers
     confusions = _read_confusions(output, run["dataset"]["classes"])
     if missing := [name for name in names if name not in confusions]:
         raise OutputError(f"{output.root}/confusion.parquet: expected counts of {missing[0]}, got none; run again")
-    best = best_classifier(run)
+    best = best_classifier(run["metrics"])
     suspects = read_rows(output, "suspects", 0, _NUM_SUSPECTS)
     keys = {row["key"] for row in suspects} | ({example} if example else set())
     wanted = Wanted(
@@ -102,7 +109,7 @@ def open_draft(output: Output, run: Mapping[str, Any], example: str | None = Non
         # The most frequent class for every image is wrong where one expects it, and has no scores.
         classifiers=tuple(name for name in names if name != GUESSING),
         best=best,
-        pairs=frozenset((given, predicted) for given, predicted, _ in confusions[best].worst_pairs()),
+        pairs=tuple((given, predicted) for given, predicted, _ in confusions[best].worst_pairs()),
         keys=frozenset(keys),
     )
     num_exact = run["duplicates"]["num_exact_images"]
@@ -118,17 +125,6 @@ def open_draft(output: Output, run: Mapping[str, Any], example: str | None = Non
         wanted=wanted,
         example=example,
     )
-
-
-def classifiers_of(run: Mapping[str, Any]) -> list[str]:
-    """Return the names of the classifiers, in their order."""
-    return list(dict.fromkeys(row["classifier"] for row in run["metrics"]))
-
-
-def best_classifier(run: Mapping[str, Any]) -> str:
-    """Return the classifier with the highest accuracy."""
-    rows = [row for row in run["metrics"] if row["scope"] == "all"]
-    return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
 def _read_confusions(output: Output, classes: Sequence[str]) -> dict[str, Confusion]:

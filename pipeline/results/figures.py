@@ -7,8 +7,9 @@ intervals. Invariant: the same counts give the same figures, in whatever order t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from pipeline.config import Config
 
 # The 0.975 quantile of the standard normal distribution, for an interval of 95 %.
 _Z = 1.959963984540054
+# How far along its gradient the loss of an epoch's last step is measured, in steps of the length that was taken.
+LINE = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 # Among the classes of the best scores, so many, the true class is looked for where there are more than twice as many.
 TOP = 5
 
@@ -68,6 +71,8 @@ class EpochRecord:
         valid_confusion: int64 [K, K] of the parts held here, after the epoch.
         gradient_norm: Mean over the steps of the norm of the mean gradient.
         seconds: Time taken.
+        line_sums: By lane, sums over its images in the last step: the losses at the lengths `LINE`, the slope at the
+            first of these, and their number.
     """
 
     epoch: int
@@ -79,13 +84,15 @@ class EpochRecord:
     valid_confusion: npt.NDArray[np.int64]
     gradient_norm: float
     seconds: float
+    line_sums: dict[int, list[float]]
 
 
 @dataclass(frozen=True)
 class EpochMetric:
     """One row of `history.parquet`: training figures measured during the epoch, validation figures after the epoch.
 
-    Losses are means over images, in nats; accuracies 0 to 1.
+    Losses are means over images, in nats; accuracies 0 to 1. `step_losses` are those of the last step's images at the
+    lengths `LINE` along their gradient, `step_slope` the slope at the first of these, in nats a step.
     """
 
     epoch: int
@@ -97,6 +104,8 @@ class EpochMetric:
     valid_mean_class_accuracy: float
     gradient_norm: float
     seconds: float
+    step_losses: list[float] = field(default_factory=list)
+    step_slope: float | None = None
 
 
 def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
@@ -178,6 +187,9 @@ def epoch_metric(records: Sequence[EpochRecord]) -> EpochMetric:
     num_valid = int(valid_confusion_KK.sum())
     train_losses = [loss for record in records for loss in record.lane_losses.values()]
     valid_losses = [loss for record in records for loss in record.part_losses.values()]
+    *line, num_in_step = map(
+        math.fsum, zip(*(sums for each in records for sums in each.line_sums.values()), strict=True)
+    )
     return EpochMetric(
         epoch=records[0].epoch,
         num_steps=records[0].num_steps,
@@ -188,6 +200,8 @@ def epoch_metric(records: Sequence[EpochRecord]) -> EpochMetric:
         valid_mean_class_accuracy=mean_class_accuracy(valid_confusion_KK),
         gradient_norm=records[0].gradient_norm,
         seconds=max(record.seconds for record in records),
+        step_losses=[loss / num_in_step for loss in line[:-1]],
+        step_slope=line[-1] / num_in_step,
     )
 
 
@@ -206,6 +220,17 @@ def stop_reason(config: Config, history: Sequence[EpochMetric]) -> str | None:
     if config.max_seconds is not None and sum(row.seconds for row in history) >= config.max_seconds:
         return "max_seconds"
     return None
+
+
+def classifier_names(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the classifiers, in their order, from the rows of `metrics.parquet`."""
+    return list(dict.fromkeys(row["classifier"] for row in metrics))
+
+
+def best_classifier(metrics: Iterable[Mapping[str, Any]]) -> str:
+    """Return the classifier with the highest accuracy of all images, the first on a tie."""
+    rows = [row for row in metrics if row["scope"] == "all"]
+    return str(max(rows, key=lambda row: row["accuracy"] or 0.0)["classifier"])
 
 
 def _metric(classifier: str, scope: str, class_name: str | None, num_images: int, num_correct: int) -> Metric:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, TextIO
 
-from pipeline.results.terminal import Progress, classifier_rows, progress_line
+from pipeline.results.progress import Progress, progress_line
+from pipeline.results.summary import classifier_rows
 
 _LINE_SECONDS = 0.2
 

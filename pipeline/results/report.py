@@ -9,41 +9,36 @@ The steps: `draft.open_draft`, `mistakes.find` for each part of the predictions,
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
-from pipeline.results import charts, sections
-from pipeline.results.draft import GUESSING, Draft, classifiers_of
-from pipeline.results.terminal import STOPS
+from pipeline.results import charts, pages, sections
+from pipeline.results.draft import GUESSING, Draft
+from pipeline.results.figures import classifier_names
+from pipeline.results.summary import STOPS
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-# What all pictures together may take as files; base64 makes them a third larger, and the rest is left to text.
-_PICTURES_BYTES = 2_400_000
-_MAX_PICTURE_BYTES = 8_000
 _NUM_EPOCHS = 200
-# Categories of Unicode: controls, formats, halves of surrogate pairs, private or no characters, ends of lines.
-_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-_TEMPLATES = Path(__file__).with_name("page")
+_CONTENTS = (
+    ("headline", "Headline"), ("accuracies", "Accuracies"), ("confusion", "Confusion"), ("mistakes", "Worst mistakes"),
+    ("doubtful", "Doubtful labels"), ("duplicates", "Duplicates"), ("means", "Means and weights"),
+    ("numbers", "One image as numbers"), ("training", "Training"), ("skipped", "Skipped images"),
+    ("time", "Where the time went"), ("options", "Options and versions"),
+)  # fmt: skip
 
 
 def picture_keys(draft: Draft) -> Counter[str]:
     """Count how often the page shows each image."""
     keys: Counter[str] = Counter()
-    for mistakes in draft.found.worst.values():
-        for mistake in mistakes:
+    for name in draft.wanted.classifiers:
+        for mistake in draft.found.worst(name):
             keys[mistake.key] += 1
             keys.update(key for key, _, _ in sections.shown_neighbors(mistake))
-    keys.update(mistake.key for mistakes in draft.found.by_pair.values() for mistake in mistakes)
+    keys.update(key for own in draft.by_pair.values() for key in own)
     for row in draft.suspects:
         keys[row["key"]] += 1
         if (other := sections.counterpart(row, draft.found, draft.exact)) is not None:
@@ -55,56 +50,31 @@ def picture_keys(draft: Draft) -> Counter[str]:
     return keys
 
 
-def picture_bytes(keys: Counter[str]) -> int:
-    """Return what each picture may take, so that all of them fit the page."""
-    return min(_MAX_PICTURE_BYTES, _PICTURES_BYTES // max(1, keys.total()))
-
-
-def render(
-    draft: Draft,
-    pictures: Mapping[str, Picture | Fault],
-    pixels: npt.NDArray[np.uint8] | None,
-    made: str,
-) -> str:
+def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.NDArray[np.uint8] | None) -> bytes:
     """Fill the template.
 
     Args:
         draft: What the page shows.
         pictures: Of its images, by key, or why there are none.
         pixels: Of the image that is shown as numbers, uint8 [H, W, C]; None if it cannot be decoded any more.
-        made: When the page is made.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "figure": figure,
-        "count": "{:,}".format,
-        "seconds": "{:.1f}".format,
-        "breakable": breakable,
-    }
-    run = draft.run
+    run, names = draft.run, classifier_names(draft.run["metrics"])
     best_metrics = sections.metrics_by_class(run, draft.best)
     shown_classes = sections.shown_classes(run, best_metrics)
     suggested = [row["suggested_class"] for row in draft.suspects]
     images, limit = sections.class_images(draft.output, list(dict.fromkeys([*shown_classes, *suggested])))
     page = {
+        "contents": _CONTENTS,
+        "tabs": [(letter, len(names)) for letter in ("c", "m")],
+        "version": run["version"],
         "run": run,
-        "made": made,
-        "dataset_name": sections.dataset_name(run),
+        "dataset_name": pages.dataset_name(run),
         "best": draft.best,
         "guessing": GUESSING,
         "headline": sections.headline(run),
         "accuracies": sections.accuracies(run),
         "classes": sections.classes_table(run),
-        "confusions": [sections.confusion(draft.confusions[name], name, draft) for name in classifiers_of(run)],
+        "confusions": [sections.confusion(draft.confusions[name], name, draft) for name in names],
         "mistakes": [sections.worst_mistakes(draft, name) for name in draft.wanted.classifiers],
         "pairs": sections.mistakes_by_pair(draft),
         "suspects": [sections.suspect(row, draft) for row in draft.suspects],
@@ -122,30 +92,5 @@ def render(
         "phases": sections.phases(run),
         "options": sections.options(run),
         "chart": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
-        "pictures": {key: sections.picture(found) for key, found in pictures.items()},
     }
-    return environment.get_template("report.html.j2").render(page)
-
-
-def visible(text: str) -> str:
-    r"""Spell what cannot be seen in a text, or turns the text around it, as `\u202e` and the like."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_spelled(each) if unicodedata.category(each) in _UNSEEN else each for each in text)
-
-
-def _spelled(character: str) -> str:
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
-def breakable(name: str) -> Markup:
-    """Let a narrow column break a classifier's name after an underscore."""
-    from markupsafe import Markup, escape
-
-    return Markup("_<wbr>").join(escape(part) for part in visible(name).split("_"))
-
-
-def figure(value: float | None) -> str:
-    """Write a figure with four decimals, as everywhere in this program."""
-    return "-" if value is None else f"{value:.4f}"
+    return pages.render("report.html.j2", page, pictures)

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Config
-from pipeline.decoding.images import Fault
-from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts
-from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier, classifiers_of
+from pipeline.results.draft import GUESSING, Confusion, Draft
+from pipeline.results.figures import LINE, best_classifier, classifier_names
 from pipeline.results.finished import read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.writing import Output
@@ -43,30 +42,24 @@ def metrics_by_class(run: Mapping[str, Any], classifier: str) -> dict[str, Mappi
     return {row["class"]: row for row in rows}
 
 
-def dataset_name(run: Mapping[str, Any]) -> str:
-    """Return what the dataset is called: of a path or URI the last part."""
-    given = str(run["options"]["data"]).partition("?")[0]
-    return given.rstrip("/").rpartition("/")[2] or given
-
-
 def headline(run: Mapping[str, Any]) -> dict[str, Any]:
     """Say what was evaluated, how well it went, and what to look at first."""
     totals = {row["classifier"]: row for row in run["metrics"] if row["scope"] == "all"}
     neighbors = run["neighbors"]
     num_twins = neighbors["num_twins"] if neighbors else run["duplicates"]["num_exact_twins"]
     return {
-        "best": totals[best_classifier(run)],
+        "best": totals[best_classifier(run["metrics"])],
         "guessing": totals.get(GUESSING),
         "num_twins": num_twins,
         "num_suspects": neighbors["num_suspects"] if neighbors else run["duplicates"]["num_conflicts"],
-        "without_twins": (neighbors or {}).get("accuracy_without_twins", {}).get(best_classifier(run)),
+        "without_twins": (neighbors or {}).get("accuracy_without_twins", {}).get(best_classifier(run["metrics"])),
     }
 
 
 def accuracies(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each classifier; `more` are the figures of scopes that few runs have."""
     rows = []
-    for name in classifiers_of(run):
+    for name in classifier_names(run["metrics"]):
         own = {row["scope"]: row for row in run["metrics"] if row["classifier"] == name and row["scope"] != "class"}
         known = ("all", "mean_of_classes")
         more = {scope: row["accuracy"] for scope, row in own.items() if scope not in known}
@@ -76,7 +69,7 @@ def accuracies(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def classes_table(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return figures by class (rows) and classifier (columns), and further ones of the best classifier."""
-    names, best = classifiers_of(run), best_classifier(run)
+    names, best = classifier_names(run["metrics"]), best_classifier(run["metrics"])
     by_classifier = {name: metrics_by_class(run, name) for name in names}
     further = [name for name in ("precision", "f1") if any(name in row for row in run["metrics"])]
     rows = [
@@ -101,9 +94,9 @@ def _lowest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping
 
 def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
     """Return one classifier's matrix, or of many classes the most confused pairs; cells with their pictures' place."""
-    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.found.by_pair)} if name == draft.best else {}
+    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.by_pair)} if name == draft.best else {}
     if name != draft.best and name in draft.wanted.classifiers:
-        for number, mistake in reversed(list(enumerate(draft.found.worst.get(name, [])))):
+        for number, mistake in reversed(list(enumerate(draft.found.worst(name)))):
             places[mistake.given, mistake.predicted] = f"mistake-{draft.wanted.classifiers.index(name)}-{number}"
     num_classes = len(counts.classes)
     sizes_K = np.bincount(counts.counts_3R[0], counts.counts_3R[2], num_classes)
@@ -142,22 +135,17 @@ def worst_mistakes(draft: Draft, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "num_wrong": total["num_images"] - total["num_correct"],
-        "mistakes": [(each, shown_neighbors(each)) for each in draft.found.worst.get(name, [])],
+        "mistakes": [(each, shown_neighbors(each)) for each in draft.found.worst(name)],
     }
 
 
 def mistakes_by_pair(draft: Draft) -> list[dict[str, Any]]:
     """Return the best classifier's mistakes by pair of classes, the most confused pair first."""
-    pairs = [
-        (pair, number)
-        for *pair, number in draft.confusions[draft.best].worst_pairs()
-        if tuple(pair) in draft.found.by_pair
-    ]
-    places = {pair: f"pair-{number}" for number, pair in enumerate(draft.found.by_pair)}
+    numbers = {(given, predicted): number for given, predicted, number in draft.confusions[draft.best].worst_pairs()}
     return [
-        {"given": given, "predicted": predicted, "num_images": number, "place": places[given, predicted],
-         "mistakes": draft.found.by_pair[given, predicted]}
-        for (given, predicted), number in pairs
+        {"given": given, "predicted": predicted, "num_images": numbers[given, predicted], "place": f"pair-{place}",
+         "shown": keys}
+        for place, ((given, predicted), keys) in enumerate(draft.by_pair.items())
     ]  # fmt: skip
 
 
@@ -224,7 +212,7 @@ def example(draft: Draft, pixels_HWC: npt.NDArray[np.uint8] | None) -> dict[str,
     key = draft.example_key
     shown: dict[str, Any] = {"key": key, "is_chosen": draft.example is not None, "pixels": None, "distances": None}
     seen = draft.found.by_key.get(key or "") or next(
-        (each for each in draft.found.worst.get(draft.best, []) if each.key == key), None
+        (each for each in draft.found.worst(draft.best) if each.key == key), None
     )
     shown["seen"] = seen or (draft.found.first if draft.found.first and draft.found.first.key == key else None)
     if pixels_HWC is None:
@@ -272,16 +260,24 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     kinds = (
         ("Loss", "nats per image", {"training": "train_loss", "validation": "valid_loss"}),
         ("Accuracy", "share of images", {"training": "train_accuracy", "validation": "valid_accuracy"}),
-        ("Slope of the loss", "norm of the gradient, mean over the steps", {"training": "gradient_norm"}),
+        ("Gradient", "norm, mean over the steps", {"training": "gradient_norm"}),
     )
-    return [
-        {"title": title, "unit": unit,
+    drawn = [
+        {"title": title, "unit": f"{unit}, by epoch",
          **charts.line_chart(
              [row["epoch"] for row in history],
              [(name, [row[column] for row in history]) for name, column in columns.items()],
          )}
         for title, unit, columns in kinds
     ]  # fmt: skip
+    if last := history[-1].get("step_losses"):
+        slope = history[-1]["step_slope"]
+        # The tangent goes on as far as it is on the drawing.
+        tangent = [last[0] + slope * length for length in LINE]
+        num_shown = max(2, sum(value >= min(last) - (max(last) - min(last)) / 4 for value in tangent))
+        chart = charts.line_chart(LINE, [("loss", last), ("slope", tangent[:num_shown])], (0, 1, 2, 4, 6, 8))
+        drawn.append({"title": "Loss along the last gradient", "unit": "nats per image, by length in steps", **chart})
+    return drawn
 
 
 def phases(run: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -303,16 +299,3 @@ def options(run: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 def _option_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def picture(found: Picture | Fault) -> dict[str, Any]:
-    """Return a picture as an address that holds it, or why there is none."""
-    if isinstance(found, Fault):
-        return {"uri": None, "fault": f"{found.reason}: {found.error}"}
-    return {
-        "uri": charts.data_uri(found.data, found.media_type),
-        "width": found.width,
-        "height": found.height,
-        "is_small": max(found.width, found.height) <= _MAX_TABLE_SIDE * 2,
-        "original": found.original_size,
-    }

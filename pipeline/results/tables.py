@@ -7,7 +7,7 @@ names and types depend on the classes and the classifiers alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,9 @@ def weights_table(
 
 def history_table(history: Sequence[EpochMetric]) -> pa.Table:
     """Lay out `history.parquet`."""
-    return pa.Table.from_pylist([asdict(row) for row in history])
+    kinds = {"epoch": pa.int64(), "num_steps": pa.int64(), "step_losses": pa.list_(pa.float64())}
+    schema = pa.schema([(each.name, kinds.get(each.name, pa.float64())) for each in fields(EpochMetric)])
+    return pa.Table.from_pylist([asdict(row) for row in history], schema)
 
 
 def predictions_table(

@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.results.comparison import Paired, compare, margins, match_keys
-from pipeline.results.predicted import FinishedRun, Predictions, read_predictions, read_scores
+from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
 from pipeline.results.writing import Output, write_table
 
-COMPARISON, CHANGES = "comparison", "changes"
+COMPARISON, CHANGES, PAGE = "comparison", "changes", "compare.html"
 COMPARISON_SCHEMA = pa.schema(
     [("classifier_a", pa.string()), ("classifier_b", pa.string()), ("scope", pa.string()), ("class", pa.string()),
      ("num_images", pa.int64()), ("num_correct_a", pa.int64()), ("num_correct_b", pa.int64()),
@@ -227,9 +227,9 @@ def _certainties(
 ) -> npt.NDArray[np.float64]:
     """Read the scores of some images, and measure how certain their predictions are; NaN without scores."""
     certainty_n = np.full(len(rows_n), np.nan)
-    for places, scores_nK in read_scores(run, classes, classifier, rows_n):
-        if scores_nK is not None:
-            certainty_n[places] = margins(scores_nK, codes_n[places])
+    for places, scores, is_whole in read_scores(run, classes, classifier, rows_n):
+        own_n = codes_n[places]
+        certainty_n[places] = margins(scores, own_n if is_whole else np.zeros_like(own_n))
     return certainty_n
 
 
@@ -263,13 +263,13 @@ def comparison_table(comparison: Comparison) -> pa.Table:
 
 
 def write_comparison(output: Output, comparison: Comparison) -> None:
-    """Write `comparison.parquet` and `changes.parquet` into a folder that holds nothing else.
+    """Write `comparison.parquet` and `changes.parquet` into a folder that holds no more than a comparison.
 
     Raises:
         OutputError: If it holds other files, or cannot be written.
     """
     store, root = output.store
-    own = {f"{name}.parquet" for name in (COMPARISON, CHANGES)}
+    own = {PAGE, *(f"{name}.parquet" for name in (COMPARISON, CHANGES))}
     try:
         if foreign := [entry.name for entry in store.entries(root, recursive=False) if entry.name not in own]:
             raise OutputError(

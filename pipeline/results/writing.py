@@ -35,13 +35,14 @@ _TIMES = frozenset(("seconds",))
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: a local folder, as an absolute path, or a URI of object storage."""
+    """Where results go, or are: a local folder, as an absolute path, or a URI; and what errors call it."""
 
     root: str
+    option: str = "--out"
 
-    def __reduce__(self) -> tuple[type[Output], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Output], tuple[str, str]]:
         # Without what it has opened, which belongs to one process.
-        return Output, (self.root,)
+        return Output, (self.root, self.option)
 
     @classmethod
     def at(cls, out: str) -> Output:
@@ -51,7 +52,7 @@ class Output:
     @cached_property
     def store(self) -> tuple[Store, str]:
         """The store and the root's path on it; connects at first use in each process."""
-        return open_root("--out", self.root, OutputError)
+        return open_root(self.option, self.root, OutputError)
 
 
 def prepare(output: Output, *, overwrite: bool, resume: bool) -> None:

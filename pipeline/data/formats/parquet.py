@@ -7,7 +7,6 @@ and a read decodes only the row groups it needs, a few images at a time.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter, deque
@@ -35,7 +34,7 @@ from pipeline.data.formats.index import (
     reading,
 )
 from pipeline.data.splits import natural_sort_key
-from pipeline.data.storage import MAX_FILE_BYTES, Store
+from pipeline.data.storage import MAX_FILE_BYTES, Store, StoredFile
 from pipeline.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "png", "jpg")
@@ -135,15 +134,15 @@ def read_rows(store: Store, archive: Archive, rows: pa.Table, concurrency: int) 
             yield from _choose(batches, wanted[bounds[group] : bounds[group + 1]] - starts[group])
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(StoredFile):
     """A file in a bucket, of which some column chunks will be read in their order, ahead of the reader.
 
     Whatever else is read, as the metadata, is asked for when it is.
     """
 
     def __init__(self, store: Store, archive: Archive) -> None:
-        self._store, self._archive = store, archive
-        self._at = 0
+        super().__init__(store, archive.path, archive.size_bytes)
+        self._archive = archive
         self._spans: deque[tuple[int, int]] = deque()
         self._blocks: Iterator[bytes] = iter(())
         # What has been read and may be asked for again, by where it begins.
@@ -164,22 +163,10 @@ class _RemoteFile(io.RawIOBase):
                     start = min(first, column.data_page_offset)
                     chunks.append((start, start + column.total_compressed_size))
         self._spans = deque(_join(sorted(chunks)))
-        self._blocks = read_spans(self._store, self._archive, list(self._spans), concurrency)
+        self._blocks = read_spans(self.store, self._archive, list(self._spans), concurrency)
 
-    def readinto(self, buffer: Any) -> int:
-        """Read what comes next, up to the size of the buffer."""
-        view = memoryview(buffer).cast("B")
-        start, stop = self._at, min(self._at + len(view), self._archive.size_bytes)
-        done = start
-        while done < stop:
-            part = self._read_part(done, stop)
-            view[done - start : done - start + len(part)] = part
-            done += len(part)
-        self._at = done
-        return done - start
-
-    def _read_part(self, start: int, stop: int) -> memoryview | bytes:
-        """Read at least a byte from `start` on."""
+    def read_some(self, start: int, stop: int) -> memoryview | bytes:
+        """Read at least a byte from `start` on, none behind `stop`."""
         while self._spans and self._spans[0][0] <= start:
             begin, end = self._spans.popleft()
             block = next(self._blocks)
@@ -190,24 +177,7 @@ class _RemoteFile(io.RawIOBase):
             if begin <= start < begin + len(block):
                 return memoryview(block)[start - begin : stop - begin]
         end = min([stop, *(begin for begin, _ in list(self._spans)[:1])])
-        return self._store.read_range(self._archive.path, start, end)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a byte."""
-        self._at = offset + {0: 0, 1: self._at, 2: self._archive.size_bytes}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Say which byte comes next."""
-        return self._at
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
+        return super().read_some(start, end)
 
 
 def _open(store: Store, archive: Archive) -> pa.NativeFile | _RemoteFile:

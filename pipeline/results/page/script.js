@@ -13,7 +13,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const compare = (one, other) => {
         const [a, b] = [value(one), value(other)];
         if (column === 0) return a.localeCompare(b, "en", { numeric: true });
-        return (a === "-" ? -1 : Number(a)) - (b === "-" ? -1 : Number(b));
+        const number = (text) => (text === "-" ? -1 : parseFloat(text)); // of an interval its lower end
+        return number(a) - number(b);
       };
       const rows = [...table.tBodies[0].rows].sort((one, other) => (falls ? -1 : 1) * compare(one, other));
       table.tBodies[0].append(...rows);

@@ -1,0 +1,100 @@
+"""What the pages have in common: texts that are safe to show, pictures, the templates of `page/`.
+
+Input: plain values and pictures. Output: one HTML file. Invariant: every text is escaped, and what cannot be seen in it
+is spelled; nothing on a page asks for anything elsewhere.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.decoding.images import Fault
+from pipeline.decoding.thumbnails import Picture
+from pipeline.results import charts
+from pipeline.results.texts import chance, figure, signed
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+# What all pictures together may take as files; base64 makes them a third larger, and the rest is left to text.
+_PICTURES_BYTES = 2_400_000
+_MAX_PICTURE_BYTES = 8_000
+# A picture of less is enlarged without blur.
+_SMALL_SIDE = 64
+# Categories of Unicode: controls, formats, halves of surrogate pairs, private or no characters, ends of lines.
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+_TEMPLATES = Path(__file__).with_name("page")
+
+
+def render(template: str, page: Mapping[str, Any], pictures: Mapping[str, Picture | Fault]) -> bytes:
+    """Fill a template.
+
+    Args:
+        template: Its file's name.
+        page: What it needs; in `contents` the sections, each a place and a title, and in `tabs` the groups of panels,
+            each a letter and how many.
+        pictures: By key, or why there are none.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "signed": signed,
+        "chance": chance,
+        "count": "{:,}".format,
+        "seconds": "{:.1f}".format,
+        "breakable": breakable,
+    }
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    shown = {key: _picture(found) for key, found in pictures.items()}
+    return environment.get_template(template).render({**page, "made": made, "pictures": shown}).encode()
+
+
+def picture_bytes(num_pictures: int) -> int:
+    """Return what each picture may take, so that all of them fit a page."""
+    return min(_MAX_PICTURE_BYTES, _PICTURES_BYTES // max(1, num_pictures))
+
+
+def dataset_name(run: Mapping[str, Any]) -> str:
+    """Return what a run's dataset is called: of a path or URI the last part."""
+    given = str(run["options"].get("data") or run["dataset"]["root"]).partition("?")[0]
+    return given.rstrip("/").rpartition("/")[2] or given
+
+
+def visible(text: str) -> str:
+    r"""Spell what cannot be seen in a text, or turns the text around it, as `\u202e` and the like."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_spelled(each) if unicodedata.category(each) in _UNSEEN else each for each in text)
+
+
+def breakable(name: str) -> Markup:
+    """Let a narrow column break a classifier's name after an underscore."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in visible(name).split("_"))
+
+
+def _spelled(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _picture(found: Picture | Fault) -> dict[str, Any]:
+    """Return a picture as an address that holds it, or why there is none."""
+    if isinstance(found, Fault):
+        return {"uri": None, "fault": f"{found.reason}: {found.error}"}
+    is_small = max(found.width, found.height) <= _SMALL_SIDE
+    return {"uri": charts.data_uri(found.data, found.media_type), "is_small": is_small}
