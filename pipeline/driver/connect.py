@@ -187,8 +187,8 @@ def _wait_for_workers(folder: str, *on_wait: Callable[[], None]) -> None:
     Raises:
         ClusterError: If there is not even one in time.
     """
-    # One for each CPU, which decodes. Ray starts one more than it is asked for, which becomes an actor; asked for that too,
-    # it starts two more, and the job waits for it: 0.3 s.
+    # One for each CPU, which decodes. Ray starts one more than it is asked for, which becomes an actor; asked for that
+    # too, it starts two more, and the job waits for them: 0.3 s.
     start = ray.remote(num_cpus=1)(lambda: None)
     asked = [start.remote() for _ in range(int(ray.cluster_resources().get("CPU", 0)))]
     deadline = time.monotonic() + _WORKER_SECONDS
