@@ -30,8 +30,8 @@ from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inpu
 
 # What actors exchange at once: enough to make up for the wait.
 _ROUND_VALUES = 2**21
-# Rows of fewer values go through an operation together: more calls would cost more than threads could save.
-_MIN_SHARED_VALUES = 2**16
+# Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
+_MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**15
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Descent:
             ActorLostError: If another actor is gone.
         """
         self._num_images.append(num_images)
-        inputs_BC = self._take_inputs(images_BD, lane_counts, centre_D)
+        inputs_BC = self._take_inputs(images_BD, centre_D)
         errors_BK, losses_B, is_correct_B = self._predict(inputs_BC, labels_B, lane_counts)
         rows = _Rows(errors_BK.T, inputs_BC, lane_counts)
         if self._collective.num_actors == 1:
@@ -153,14 +153,12 @@ class Descent:
         norms_S = np.sqrt(squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64))
         return float((norms_S / self._num_images).mean())
 
-    def _take_inputs(
-        self, images_BD: torch.Tensor, lane_counts: Sequence[int], centre_D: torch.Tensor | float
-    ) -> torch.Tensor:
+    def _take_inputs(self, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> torch.Tensor:
         num_rows, num_values = images_BD.shape
         if len(self._inputs_BC) < num_rows:
             self._inputs_BC = empty_inputs(num_rows, num_values, images_BD.device)
         inputs_BC = self._inputs_BC[:num_rows]
-        shares = _share(lane_counts, inputs_BC.shape[1])
+        shares = self._share(num_rows, num_rows * num_values >= _MIN_SHARED_INPUTS)
         self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
         return inputs_BC
 
@@ -171,7 +169,7 @@ class Descent:
         num_classes, device = self.params.num_classes, inputs_BC.device
         # Rows begin where memory is aligned, as products need it.
         logits_BK = torch.empty(len(labels_B), -(-num_classes // 16) * 16, device=device)[:, :num_classes]
-        write_logits(self.params, inputs_BC.split(lane_counts), logits_BK.split(lane_counts), self._threads)
+        write_logits(self.params, inputs_BC.split(lane_counts), logits_BK, self._threads)
         losses_B = torch.empty(len(labels_B), device=device)
         is_correct_B = torch.empty(len(labels_B), dtype=torch.bool, device=device)
 
@@ -184,8 +182,13 @@ class Descent:
             torch.exp(log_probabilities_RK, out=logits_RK)
             logits_RK.scatter_add_(1, labels_R[:, None], losses_R.fill_(-1)[:, None])
 
-        self._threads.run(finish, _share(lane_counts, num_classes))
+        self._threads.run(finish, self._share(len(labels_B), len(labels_B) * num_classes >= _MIN_SHARED_LOGITS))
         return logits_BK, losses_B, is_correct_B
+
+    def _share(self, num_rows: int, is_much: bool) -> list[slice]:
+        """Cut rows that go through operations one by one into a piece a thread, or leave them together."""
+        size = max(1, -(-num_rows // self._threads.number) if is_much else num_rows)
+        return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
     def _step_tile(self, number: int, rows: _Rows) -> None:
         tile = self.params.tiles[number]
@@ -296,11 +299,3 @@ class Descent:
             self._received[key] = torch.empty(ends[-1], device=self.params.device)
         buffer_N = self._received[key]
         return [buffer_N[first:last].view(shape) for (first, last), shape in zip(pairwise(ends), shapes, strict=True)]
-
-
-def _share(lane_counts: Sequence[int], num_values: int) -> list[slice]:
-    """Cut a step's rows, each of so many values, by lanes; into one piece where they are few."""
-    ends = [0, *accumulate(lane_counts)]
-    if ends[-1] * num_values < _MIN_SHARED_VALUES:
-        return [slice(0, ends[-1])]
-    return [slice(first, last) for first, last in pairwise(ends)]

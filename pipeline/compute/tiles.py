@@ -174,25 +174,23 @@ def empty_inputs(num_rows: int, num_values: int, device: torch.device) -> torch.
 
 def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> None:
     """Write images, uint8 [B, D], less the mean image, both 0 to 1, as `empty_inputs` has room for them."""
-    inputs_BC[:, : images_BD.shape[1]].copy_(images_BD).div_(255).sub_(centre_D)
+    inputs_BC[:, : images_BD.shape[1]].copy_(images_BD).mul_(1 / 255).sub_(centre_D)
 
 
-def write_logits(
-    params: Params, inputs: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], threads: Threads
-) -> None:
+def write_logits(params: Params, inputs: Sequence[torch.Tensor], logits_BK: torch.Tensor, threads: Threads) -> None:
     """Compute the logits of groups of rows, each group by products of its own.
 
     Args:
         params: The model.
         inputs: Of each group, [R, C].
-        logits: Of each group, [R, K]; overwritten.
+        logits_BK: Of all groups, one behind the other; overwritten.
         threads: They share class blocks and groups.
     """
+    counts = [len(inputs_RC) for inputs_RC in inputs]
     if len(params.tiles) == 1:
-        weights_CK = params.matrices[0].T
-        for logits_RK, inputs_RC in zip(logits, inputs, strict=True):
-            torch.mm(inputs_RC, weights_CK, out=logits_RK)
+        _write_whole_logits(params.matrices[0], inputs, counts, logits_BK)
         return
+    logits = logits_BK.split(counts)
 
     def fill(task: tuple[list[int], slice]) -> None:
         numbers, groups = task
@@ -212,6 +210,28 @@ def write_logits(
     shares = [slice(first, first + size) for first in range(0, len(inputs), size)]
     tasks = [(numbers, groups) for numbers in params.class_blocks for groups in shares]
     threads.run(fill, tasks)
+
+
+def _write_whole_logits(
+    weights_KC: torch.Tensor, inputs: Sequence[torch.Tensor], counts: list[int], logits_BK: torch.Tensor
+) -> None:
+    """Do as `write_logits` with one tile.
+
+    [K, C] by [C, R]: of few classes in half the time that [R, C] by [C, K] takes.
+    """
+    num_classes, most = len(weights_KC), max(counts)
+    # Each product begins where memory is aligned.
+    products_GN = weights_KC.new_empty(len(inputs), -(-num_classes * most // _ALIGNED) * _ALIGNED)
+    if min(counts) == most:
+        products_GKR = products_GN[:, : num_classes * most].view(len(inputs), num_classes, most)
+        for products_KR, inputs_RC in zip(products_GKR.unbind(), inputs, strict=True):
+            torch.mm(weights_KC, inputs_RC.T, out=products_KR)
+        logits_BK.unflatten(0, (len(inputs), most)).copy_(products_GKR.transpose(1, 2))
+        return
+    for products_N, inputs_RC, logits_RK in zip(products_GN, inputs, logits_BK.split(counts), strict=True):
+        products_KR = products_N[: logits_RK.numel()].view(num_classes, len(inputs_RC))
+        torch.mm(weights_KC, inputs_RC.T, out=products_KR)
+        logits_RK.copy_(products_KR.T)
 
 
 def add_lanes(errors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
