@@ -81,15 +81,16 @@ def test_logits_are_those_of_a_plain_product_whoever_stands_beside(shape, number
     images_BD = torch.randint(0, 256, (sum(counts), num_values), dtype=torch.uint8)
     inputs_BC = tiles.empty_inputs(sum(counts), num_values, params.device)
     tiles.fill_inputs(inputs_BC, images_BD, 0.5)
-    inputs, logits_BK = inputs_BC.split(counts), torch.full((sum(counts), num_classes), torch.nan)
-    tiles.write_logits(params, inputs, logits_BK, Threads(number))
+    logits_BK = torch.full((sum(counts), num_classes), torch.nan)
+    tiles.write_logits(params, inputs_BC, counts, logits_BK, Threads(number))
     weights_KD, bias_K = tiles.split_params(params_P.double(), num_classes)
     expected_BK = (images_BD.double() / 255 - 0.5) @ weights_KD.T + bias_K
     torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=1e-4, atol=1e-5)
     for chosen in itertools.permutations(range(4), 2):
-        alone_RK = torch.empty(sum(counts[group] for group in chosen), num_classes)
-        tiles.write_logits(params, [inputs[group] for group in chosen], alone_RK, Threads())
-        assert torch.equal(alone_RK, torch.cat([logits_BK.split(counts)[group] for group in chosen]))
+        some_RC, expected_RK = (torch.cat([each.split(counts)[i] for i in chosen]) for each in (inputs_BC, logits_BK))
+        alone_RK = torch.empty_like(expected_RK)
+        tiles.write_logits(params, some_RC, [counts[i] for i in chosen], alone_RK, Threads())
+        assert torch.equal(alone_RK, expected_RK)
 
 
 @pytest.mark.parametrize("num_values", [64, 1024, 2**14, 2**14 + 64])

@@ -196,8 +196,9 @@ class Lanes:
     def _row_order(self, lane: int, epoch: int, chunk: int) -> npt.NDArray[np.int64]:
         """Draw the order in which an epoch takes a chunk's images, by their places in it, int64 [N]."""
         start = self._chunk_start(lane, chunk)
-        rows_N = np.flatnonzero(self._is_filled_M[start : start + self._chunk_rows])
-        return rows_N[shuffled(len(rows_N), self._plan.seed, epoch, lane, chunk).numpy()]
+        rows_N: npt.NDArray[np.int64] = np.flatnonzero(self._is_filled_M[start : start + self._chunk_rows])
+        order_N: npt.NDArray[np.int64] = shuffled(len(rows_N), self._plan.seed, epoch, lane, chunk).numpy()
+        return rows_N[order_N]
 
     def _lane_batches(self, lane: int, epoch: int, lane_rows: int, reader: ThreadPoolExecutor) -> Iterator[Batch]:
         rest_RD, rest_R = self._images_MD[:0].to(self._device), self._labels_M[:0].long().to(self._device)
@@ -221,10 +222,10 @@ class Lanes:
                 yield self._shuffled_chunk(lane, epoch, chunk)
             return
         coming = reader.submit(self._shuffled_chunk, lane, epoch, order[0])
-        for chunk in [*order[1:], None]:
+        for following in [*order[1:], None]:
             images_ND, labels_N = coming.result()
-            if chunk is not None:
-                coming = reader.submit(self._shuffled_chunk, lane, epoch, chunk)
+            if following is not None:
+                coming = reader.submit(self._shuffled_chunk, lane, epoch, following)
             yield images_ND, labels_N
 
     def _shuffled_chunk(self, lane: int, epoch: int, chunk: int) -> Batch:

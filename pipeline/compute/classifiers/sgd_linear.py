@@ -119,7 +119,7 @@ def log_probabilities(
         inputs_RC = empty_inputs(len(images_ND[rows]), num_values, images_ND.device)
         fill_inputs(inputs_RC, images_ND[rows], centre_D)
         logits_RK = torch.empty(len(inputs_RC), model.num_classes, device=images_ND.device)
-        write_logits(model, [inputs_RC], logits_RK, Threads())
+        write_logits(model, inputs_RC, [len(inputs_RC)], logits_RK, Threads())
         result_NK[rows] = log_softmax(logits_RK, 1)
 
     shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
