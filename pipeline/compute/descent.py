@@ -27,7 +27,7 @@ from pipeline.compute.threads import Threads
 from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inputs, fill_inputs, write_logits
 
 # What actors exchange at once: enough to make up for the wait.
-_ROUND_VALUES = 2**21
+_ROUND_VALUES = 2**20
 # Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
 _MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
 
