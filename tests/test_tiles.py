@@ -60,7 +60,7 @@ def test_eight_are_added_in_pairs_of_pairs():
     np.testing.assert_array_equal(got, ((a + b) + (c + d)) + ((e + f) + (g + h)))
 
 
-@pytest.mark.parametrize("counts", [[3], [4, 4], [2, 0, 5], [8] * 8])
+@pytest.mark.parametrize("counts", [[3], [4, 4], [2, 0, 5], [8] * 8, [700] * 3])
 def test_lanes_are_added_as_their_products_would_be(counts):
     numbers = torch.Generator().manual_seed(0)
     errors = [torch.randn(7, count, generator=numbers) for count in counts]
