@@ -168,8 +168,9 @@ class LaneActor:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
         """
         self._take_means_back()
-        plan, trained = self._plan, self._trained
-        centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares))
+        plan = self._plan
+        centre = sgd_linear.find_centre(self._trained.counts_K, self._trained.means_KD, int(self._num_squares))
+        self._put_means_away()
         self._learning_rate = plan.learning_rate or centre.safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
@@ -185,8 +186,7 @@ class LaneActor:
             )
         self._descent.load(last_P.to(self._device), mean_P.to(self._device))
         centre_D = centre.centre_D.float().to(self._device)
-        self._trained = replace(trained, model=self._descent.mean, centre_D=centre_D)
-        self._put_means_away()
+        self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D)
         return self._learning_rate, centre.centre_D.numpy()
 
     @torch.inference_mode()

@@ -66,12 +66,12 @@ def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int
 
 
 def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
-    """Return the parameters before the first step, float32 [P], zero.
+    """Return the parameters before the first step, float32 [P], zero: one value in memory, only to be read.
 
     The loss is convex, so that any start leads to the same minimum; where there are more values than images to hold
     them, random weights would stay to the end, as noise.
     """
-    return torch.zeros(num_classes * num_values + num_classes)
+    return torch.zeros(()).expand(num_classes * num_values + num_classes)
 
 
 def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> None:
