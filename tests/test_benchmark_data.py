@@ -93,4 +93,5 @@ def test_classes_are_the_same_every_time_and_every_fifth_image_is_for_validation
     assert names == _names(tmp_path / "b")
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     assert [sum(name.startswith(split) for name in names) for split in ("train", "valid")] == [12, 6]
-    assert Image.open(tmp_path / "a" / names[0]).size == (64, 64)
+    with Image.open(tmp_path / "a" / names[0]) as image:
+        assert (image.size, image.mode) == ((64, 64), "RGB")

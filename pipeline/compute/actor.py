@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from typing import IO
@@ -255,6 +256,7 @@ class LaneActor:
         try:
             if self._means_file is None:
                 self._means_file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115
+                weakref.finalize(self, self._means_file.close)
                 self._trained.means_KD.cpu().numpy().tofile(self._means_file)
         except OSError as exc:
             num_bytes = self._trained.means_KD.numel() * 4
