@@ -43,6 +43,7 @@ _DEFAULTS = {
     "sgd": ("actor", "actors_2", "torch_loop", "torch_loop_threads", "sklearn_sgd"),
     "neighbors": tuple(SEARCHES),
     "scaling": ("actor", "actors_2", "torch_loop_threads"),
+    "classes": ("evaluate",),
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
     "store": _ON_STORE,
@@ -58,10 +59,11 @@ _BASES = {
     "driver": "driver",
 }
 _MADE_IMAGES = {"many": (250_000, 1_000_000), "photos": (2000,)}
+_CLASS_IMAGES = 20_000
 _PHOTO_SIDE = 64
 _BATCH_SIZES = {256: ("actor", "torch_loop", "torch_loop_threads", "sklearn_sgd"), 4096: ("actor", "actors_2")}
-# Classes, values of an image, and images of a step.
-_SCALES = ((1000, 12_288, 64), (1000, 12_288, 512), (100, 3072, 256), (10, 784, 256), (10, 784, 64))
+# Classes, values of an image, images of a step, and epochs, so that each is timed for about a second or more.
+_SCALES = ((1000, 12_288, 64, 1), (1000, 12_288, 512, 2), (100, 3072, 256, 5), (10, 784, 256, 20), (10, 784, 64, 10))
 # Decoded in full and resized by Pillow, images are equal bit for bit, and so are the answers.
 _SAME_CHECKSUM = 1e-5
 # With a decoder at a reduced scale, or another resizer: the share of `valid` whose prediction may differ, and the
@@ -79,6 +81,9 @@ _LOOSE = {
 _LAST_LINES = 8
 # Nearest means and nothing else.
 _DECODES = ("--epochs", "0", "--neighbors", "0")
+_TRAINS = ("--epochs", "10", "--neighbors", "0", "--no-report")
+# The phase of `evaluate` that a workload is about, where it is not decoding.
+_PHASES = {"classes": "score"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,11 @@ def make_cases(options: Options) -> list[Case]:
         return [_scaling_case(options, *shape) for shape in _SCALES]
     if workload.startswith("store"):
         return _store_cases(options)
+    if workload == "classes":
+        number = next(iter(options.num_images or (_CLASS_IMAGES,)))
+        data = datasets.make_once(work / f"classes-{number}", partial(datasets.make_classes, num_images=number))
+        title = f"classes, {number:,} images of 1,000 classes"
+        return [Case(title, workload, options.names, {}, ("--data", str(data), *_TRAINS))]
     if workload == "photos":
         cases = []
         for number in options.num_images or _MADE_IMAGES["photos"]:
@@ -166,11 +176,11 @@ def make_cases(options: Options) -> list[Case]:
     return [_image_case(options, source)]
 
 
-def _scaling_case(options: Options, num_classes: int, num_values: int, batch_size: int) -> Case:
+def _scaling_case(options: Options, num_classes: int, num_values: int, batch_size: int, num_epochs: int) -> Case:
     make = partial(datasets.make_noise, num_classes=num_classes, num_values=num_values)
     arrays = datasets.make_once(options.work / f"noise-{num_classes}-{num_values}", make)
     title = f"{num_classes:,} classes of {num_values:,} values, batch {batch_size}"
-    request = {"arrays": str(arrays), "batch_size": batch_size, "num_epochs": 2, "num_threads": 2}
+    request = {"arrays": str(arrays), "batch_size": batch_size, "num_epochs": num_epochs, "num_threads": 2}
     return Case(title, options.workload, options.names, request)
 
 
@@ -271,7 +281,11 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
                 f"{name}: expected exit status 0, got {watched.exit_code}; see its standard error:\n{last}"
             )
         found = json.loads(out.read_text().splitlines()[-1])
-        answer = evaluate_answer(found, results) if name in _EVALUATES else Answer(**found)
+        answer = (
+            evaluate_answer(found, results, _PHASES.get(case.workload, "decode"))
+            if name in _EVALUATES
+            else Answer(**found)
+        )
         stack.close()
         num_requests = sum(server.num_requests.values()) if server else None
     row = {key: value for key, value in {**asdict(watched), **asdict(answer)}.items() if key in Run.__annotations__}
@@ -370,7 +384,10 @@ def choose(workload: str, only: str | None, daft_python: str) -> tuple[str, ...]
 @click.option("--workload", type=click.Choice(tuple(_DEFAULTS)), default="mnist", help="What is done.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of train, valid; most workloads need one.")
 @click.option(
-    "--images", "num_images", callback=_numbers, help="For many, photos, store.  [default: 250000,1000000; 2000; all]"
+    "--images",
+    "num_images",
+    callback=_numbers,
+    help="For many, photos, classes, store.  [default: 250000,1000000; 2000; 20000; all]",
 )
 @click.option("--form", type=click.Choice(("folder", *datasets.FORMS)), default="folder", help="What evaluate reads.")
 @click.option("--latency-ms", "latencies_ms", callback=_numbers, default="30", help="Of the workloads of a store.")

@@ -84,3 +84,14 @@ def test_arrays_hold_the_pixels(noisy_dataset, tmp_path):
     assert labels_N.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     expected_HW = np.array(Image.open(noisy_dataset / "valid" / "10" / "2.png"))
     np.testing.assert_array_equal(images_ND[8].reshape(8, 8), expected_HW)
+
+
+def test_classes_are_the_same_every_time_and_every_fifth_image_is_for_validation(tmp_path):
+    for name in ("a", "b"):
+        datasets.make_classes(tmp_path / name, 18, 3)
+    names = _names(tmp_path / "a")
+    assert names == _names(tmp_path / "b")
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert [sum(name.startswith(split) for name in names) for split in ("train", "valid")] == [12, 6]
+    with Image.open(tmp_path / "a" / names[0]) as image:
+        assert (image.size, image.mode) == ((64, 64), "RGB")

@@ -147,7 +147,7 @@ def test_lanes_grouped_otherwise_have_the_same_bits(shape):
     whole = torch.empty(4, num_classes, inputs_BC.shape[1], device=DEVICE)
     tiles.add_lanes(errors, inputs, list(whole))
     logits_BK = torch.empty(8 * 16, num_classes, device=DEVICE)
-    tiles.write_logits(params, inputs, logits_BK.split(16), Threads())
+    tiles.write_logits(params, inputs_BC, [16] * 8, logits_BK, Threads())
     for num_actors in (2, 4, 8):
         parts = []
         for lanes in lane_ranges(8, num_actors):
@@ -155,9 +155,10 @@ def test_lanes_grouped_otherwise_have_the_same_bits(shape):
             buffers = torch.empty_like(whole)
             tiles.add_lanes(errors[own], inputs[own], list(buffers))
             parts.append(buffers[0])
-            own_logits = [torch.empty(16, num_classes, device=DEVICE) for _ in lanes]
-            tiles.write_logits(params, inputs[own], own_logits, Threads())
-            assert torch.equal(torch.cat(own_logits), logits_BK[16 * lanes.start : 16 * lanes.stop])
+            rows = slice(16 * lanes.start, 16 * lanes.stop)
+            own_BK = torch.empty(16 * len(lanes), num_classes, device=DEVICE)
+            tiles.write_logits(params, inputs_BC[rows], [16] * len(lanes), own_BK, Threads())
+            assert torch.equal(own_BK, logits_BK[rows])
         assert torch.equal(tiles.add_tree(parts), whole[0])
 
 

@@ -60,7 +60,7 @@ def test_eight_are_added_in_pairs_of_pairs():
     np.testing.assert_array_equal(got, ((a + b) + (c + d)) + ((e + f) + (g + h)))
 
 
-@pytest.mark.parametrize("counts", [[3], [4, 4], [2, 0, 5], [8] * 8])
+@pytest.mark.parametrize("counts", [[3], [4, 4], [2, 0, 5], [8] * 8, [700] * 3])
 def test_lanes_are_added_as_their_products_would_be(counts):
     numbers = torch.Generator().manual_seed(0)
     errors = [torch.randn(7, count, generator=numbers) for count in counts]
@@ -81,15 +81,16 @@ def test_logits_are_those_of_a_plain_product_whoever_stands_beside(shape, number
     images_BD = torch.randint(0, 256, (sum(counts), num_values), dtype=torch.uint8)
     inputs_BC = tiles.empty_inputs(sum(counts), num_values, params.device)
     tiles.fill_inputs(inputs_BC, images_BD, 0.5)
-    inputs, logits_BK = inputs_BC.split(counts), torch.full((sum(counts), num_classes), torch.nan)
-    tiles.write_logits(params, inputs, logits_BK.split(counts), Threads(number))
+    logits_BK = torch.full((sum(counts), num_classes), torch.nan)
+    tiles.write_logits(params, inputs_BC, counts, logits_BK, Threads(number))
     weights_KD, bias_K = tiles.split_params(params_P.double(), num_classes)
     expected_BK = (images_BD.double() / 255 - 0.5) @ weights_KD.T + bias_K
     torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=1e-4, atol=1e-5)
     for chosen in itertools.permutations(range(4), 2):
-        alone = [torch.empty(counts[group], num_classes) for group in chosen]
-        tiles.write_logits(params, [inputs[group] for group in chosen], alone, Threads())
-        assert all(torch.equal(alone[place], logits_BK.split(counts)[group]) for place, group in enumerate(chosen))
+        some_RC, expected_RK = (torch.cat([each.split(counts)[i] for i in chosen]) for each in (inputs_BC, logits_BK))
+        alone_RK = torch.empty_like(expected_RK)
+        tiles.write_logits(params, some_RC, [counts[i] for i in chosen], alone_RK, Threads())
+        assert torch.equal(alone_RK, expected_RK)
 
 
 @pytest.mark.parametrize("num_values", [64, 1024, 2**14, 2**14 + 64])

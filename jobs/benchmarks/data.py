@@ -27,6 +27,7 @@ _VALID_EVERY = 5
 _FILE_IMAGES = 10_000
 _ROW_GROUP_IMAGES = 1000
 _NOISE_IMAGES = 4096
+_CLASS_SIDE, _CLASS_NOISE = 64, 64.0
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -180,6 +181,35 @@ def make_noise(folder: Path, num_classes: int, num_values: int) -> None:
             image_D += rng.integers(-64, 64, num_values, np.int8).view(np.uint8)  # which wraps round to what is meant
         np.save(folder / f"{split}_images.npy", images_ND)
         np.save(folder / f"{split}_labels.npy", labels_N)
+
+
+def make_classes(folder: Path, num_images: int, num_classes: int = 1000) -> None:
+    """Make JPEG files of 64x64 pixels of many classes: 8x8 noise a class, enlarged, and noise an image.
+
+    Every fifth image of a class is for validation.
+    """
+    num_processes = os.cpu_count() or 1
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        shares = [range(first, num_classes, num_processes) for first in range(num_processes)]
+        pool.starmap(_make_some_classes, [(folder, num_images, num_classes, labels) for labels in shares])
+
+
+def _make_some_classes(folder: Path, num_images: int, num_classes: int, labels: range) -> None:
+    import numpy as np
+    from PIL import Image
+
+    for label in labels:
+        # One random stream per class, so that the result does not depend on the number of processes.
+        random = np.random.default_rng(label)
+        small = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
+        mean_HWC = np.asarray(small.resize((_CLASS_SIDE, _CLASS_SIDE), Image.Resampling.BILINEAR)).astype(np.float32)
+        for number in range(label, num_images, num_classes):
+            split = "valid" if number // num_classes % _VALID_EVERY == 0 else "train"
+            target = folder / split / f"{label:04d}"
+            target.mkdir(parents=True, exist_ok=True)
+            pixels_HWC = mean_HWC + random.normal(0, _CLASS_NOISE, mean_HWC.shape)
+            image = Image.fromarray(pixels_HWC.clip(0, 255).astype(np.uint8))
+            image.save(target / f"{number:06d}.jpg", quality=_JPEG_QUALITY)
 
 
 def images_request(data: Path, size: tuple[int, int] | None = None) -> Images:

@@ -162,7 +162,7 @@ def torch_loop_threads(task: Task) -> Answer:
     images_ND, labels_N = (torch.from_numpy(task.load(f"train_{name}")) for name in ("images", "labels"))
     num_classes = int(labels_N.max()) + 1
     centre_D, rate = _centre_and_rate(task)
-    params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1])
+    params_P = sgd_linear.initial_params(num_classes, images_ND.shape[1]).clone()
     mean_P = params_P.clone()
     weights_KD, bias_K = tiles.split_params(params_P, num_classes)
     started, num_steps = 0.0, 0

@@ -100,8 +100,8 @@ def labelled_paths(data: str, split: str) -> tuple[list[str], npt.NDArray[np.int
     return [path for paths in by_class for path in paths], labels_N
 
 
-def evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
-    """Make an answer like the peers' from what `evaluate.py` printed and wrote."""
+def evaluate_answer(run: Mapping[str, Any], results: Path, phase: str = "decode") -> Answer:
+    """Make an answer like the peers' from what `evaluate.py` printed and wrote, with the time of one of its phases."""
     import pyarrow.parquet as pq
 
     metric = next(row for row in run["metrics"] if (row["classifier"], row["scope"]) == ("nearest_mean_l1", "all"))
@@ -113,6 +113,6 @@ def evaluate_answer(run: Mapping[str, Any], results: Path) -> Answer:
         metric["num_correct"],
         metric["num_images"],
         checksum=total / run["num_train"],
-        phase_s=run["seconds"]["decode"],
-        num_units=num_images,
+        phase_s=run["seconds"][phase],
+        num_units=num_images if phase == "decode" else run["num_valid"],
     )

@@ -9,8 +9,11 @@ Axes as in `nearest_mean` and `sgd_linear`; M positions of a buffer, one for eac
 from __future__ import annotations
 
 import math
+import tempfile
+import weakref
 from dataclasses import replace
 from functools import cached_property
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,7 @@ from pipeline.compute.parts import Part
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
+from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
 from pipeline.tree import lane_ranges
@@ -80,6 +84,7 @@ class LaneActor:
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
         self._trained = Trained(self._counts_K, empty, None, empty)
+        self._means_file: IO[bytes] | None = None
         self._descent: Descent | None = None
         self._learning_rate = 0.0
 
@@ -163,8 +168,10 @@ class LaneActor:
         Returns:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
         """
-        plan, trained = self._plan, self._trained
-        centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares))
+        self._take_means_back()
+        plan = self._plan
+        centre = sgd_linear.find_centre(self._trained.counts_K, self._trained.means_KD, int(self._num_squares))
+        self._put_means_away()
         self._learning_rate = plan.learning_rate or centre.safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
@@ -180,7 +187,7 @@ class LaneActor:
             )
         self._descent.load(last_P.to(self._device), mean_P.to(self._device))
         centre_D = centre.centre_D.float().to(self._device)
-        self._trained = replace(trained, model=self._descent.mean, centre_D=centre_D)
+        self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D)
         return self._learning_rate, centre.centre_D.numpy()
 
     @torch.inference_mode()
@@ -232,6 +239,7 @@ class LaneActor:
             part: Its number.
             median: The median distance to the nearest training image, where these were searched for.
         """
+        self._take_means_back()
         plan = self._plan
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
@@ -243,6 +251,27 @@ class LaneActor:
     def _train(self) -> Lanes:
         # Made with the first image: without training and neighbors it takes no room.
         return Lanes(self._plan, self._lanes, self._device, self._store_device, self._scratch)
+
+    def _put_means_away(self) -> None:
+        """Keep the class means in a file without a name: training does not need them."""
+        try:
+            if self._means_file is None:
+                self._means_file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115
+                weakref.finalize(self, self._means_file.close)
+                self._trained.means_KD.cpu().numpy().tofile(self._means_file)
+        except OSError as exc:
+            num_bytes = self._trained.means_KD.numel() * 4
+            raise ClusterError(
+                f"--scratch {self._scratch or tempfile.gettempdir()}: expected {num_bytes / 2**30:.1f} GiB for the "
+                f"class means, got {exc.strerror}; give another folder or a smaller --size"
+            ) from exc
+        self._trained = replace(self._trained, means_KD=torch.empty(0))
+
+    def _take_means_back(self) -> None:
+        if self._means_file is not None and not self._trained.means_KD.numel():
+            self._means_file.seek(0)
+            means_KD = np.fromfile(self._means_file, np.float32).reshape(self._plan.num_classes, -1)
+            self._trained = replace(self._trained, means_KD=torch.from_numpy(means_KD).to(self._device))
 
     def _choose_store(self, scratch: str | None) -> tuple[torch.device, str | None]:
         """Keep images on the GPU where its share of these is free; else in memory, or on disk."""

@@ -14,14 +14,12 @@ Axes: as in `tiles`; A actors, T tiles (of `look_along`, lengths); n values of s
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import log_softmax
 
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective, Pieces
@@ -30,9 +28,9 @@ from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inpu
 from pipeline.results.figures import LINE
 
 # What actors exchange at once: enough to make up for the wait.
-_ROUND_VALUES = 2**21
-# Rows of fewer values go through an operation together: more calls would cost more than threads could save.
-_MIN_SHARED_VALUES = 2**16
+_ROUND_VALUES = 2**20
+# Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
+_MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,10 @@ class Descent:
         self._received: dict[int, torch.Tensor] = {}
         tiles = self.params.tiles
         size = max(1, _ROUND_VALUES // max(tile.size for tile in tiles))
+        # Of every tile what this actor steps.
+        spans = [self._span(number, collective.rank) for number in range(len(tiles))]
+        units = zip(spans, self.params.units, self.mean.units, strict=True)
+        self._own_units = [(span, params_UM[span], mean_UM[span]) for span, params_UM, mean_UM in units]
         self._rounds = [range(len(tiles))[first : first + size] for first in range(0, len(tiles), size)]
 
     def load(self, last_P: torch.Tensor, mean_P: torch.Tensor) -> None:
@@ -146,11 +148,11 @@ class Descent:
             ActorLostError: If another actor is gone.
         """
         self._num_images.append(num_images)
-        inputs_BC = self._take_inputs(images_BD, lane_counts, centre_D)
+        inputs_BC = self._take_inputs(images_BD, centre_D)
         logits_BK = self._logits(inputs_BC, lane_counts)
         if len(self._num_images) == len(self._squares_STU):
             self._last = _LastStep(inputs_BC, labels_B, lane_counts, logits_BK.clone())
-        errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B, lane_counts)
+        errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
         rows = _Rows(errors_BK.T, inputs_BC, lane_counts)
         if self._collective.num_actors == 1:
             self._threads.run(lambda number: self._step_tile(number, rows), range(len(self.params.tiles)))
@@ -189,49 +191,50 @@ class Descent:
         norms_S = np.sqrt(squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64))
         return float((norms_S / self._num_images).mean())
 
-    def _take_inputs(
-        self, images_BD: torch.Tensor, lane_counts: Sequence[int], centre_D: torch.Tensor | float
-    ) -> torch.Tensor:
+    def _take_inputs(self, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> torch.Tensor:
         num_rows, num_values = images_BD.shape
         if len(self._inputs_BC) < num_rows:
             self._inputs_BC = empty_inputs(num_rows, num_values, images_BD.device)
-        inputs_BC = self._inputs_BC[:num_rows]
-        shares = _share(lane_counts, inputs_BC.shape[1])
-        self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
+        inputs_BC = self._inputs_BC if len(self._inputs_BC) == num_rows else self._inputs_BC[:num_rows]
+        if num_rows * num_values < _MIN_SHARED_INPUTS:
+            fill_inputs(inputs_BC, images_BD, centre_D)
+        else:
+            shares = self._shares(num_rows)
+            self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
         return inputs_BC
 
     def _logits(self, inputs_BC: torch.Tensor, lane_counts: list[int]) -> torch.Tensor:
-        num_classes = self.params.num_classes
+        num_rows, num_classes = len(inputs_BC), self.params.num_classes
         # Rows begin where memory is aligned, as products need it.
-        logits_BK = torch.empty(len(inputs_BC), -(-num_classes // 16) * 16, device=inputs_BC.device)[:, :num_classes]
-        write_logits(self.params, inputs_BC.split(lane_counts), logits_BK.split(lane_counts), self._threads)
+        strides = (-(-num_classes // 16) * 16, 1)
+        logits_BK = torch.empty_strided((num_rows, num_classes), strides, device=inputs_BC.device)
+        write_logits(self.params, inputs_BC, lane_counts, logits_BK, self._threads)
         return logits_BK
 
     def _predict(
-        self, logits_BK: torch.Tensor, labels_B: torch.Tensor, lane_counts: list[int]
+        self, logits_BK: torch.Tensor, labels_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the losses' derivatives by the logits [B, K], in their place, the losses [B], and which are right."""
-        device = logits_BK.device
-        losses_B = torch.empty(len(labels_B), device=device)
-        is_correct_B = torch.empty(len(labels_B), dtype=torch.bool, device=device)
-
-        def finish(share: slice) -> None:
-            logits_RK, labels_R = logits_BK[share], labels_B[share]
-            torch.eq(logits_RK.argmax(1), labels_R, out=is_correct_B[share])
-            log_probabilities_RK = log_softmax(logits_RK, 1)
-            losses_R = log_probabilities_RK.gather(1, labels_R[:, None]).squeeze(1)
-            torch.neg(losses_R, out=losses_B[share])
-            torch.exp(log_probabilities_RK, out=logits_RK)
-            logits_RK.scatter_add_(1, labels_R[:, None], losses_R.fill_(-1)[:, None])
-
-        self._threads.run(finish, _share(lane_counts, self.params.num_classes))
+        num_rows, device = len(labels_B), logits_BK.device
+        losses_B = torch.empty(num_rows, device=device)
+        is_correct_B = torch.empty(num_rows, dtype=torch.bool, device=device)
+        rows = (logits_BK, labels_B, losses_B, is_correct_B)
+        if logits_BK.numel() < _MIN_SHARED_LOGITS:
+            _finish(*rows)
+        else:
+            self._threads.run(lambda share: _finish(*(each[share] for each in rows)), self._shares(num_rows))
         return logits_BK, losses_B, is_correct_B
+
+    def _shares(self, num_rows: int) -> list[slice]:
+        """Cut rows that go through operations one by one into a piece a thread."""
+        size = -(-num_rows // self._threads.number)
+        return [slice(first, first + size) for first in range(0, num_rows, size)]
 
     def _step_tile(self, number: int, rows: _Rows) -> None:
         tile = self.params.tiles[number]
         sum_UM = self._buffers(tile).first_UM
         self._sum_lanes(number, sum_UM, rows)
-        self._step_units(number, slice(0, tile.num_units), sum_UM)
+        self._step_units(number, sum_UM)
 
     def _step_together(self, rows: _Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""
@@ -259,7 +262,7 @@ class Descent:
 
     def _step_own(self, number: int, parts: list[torch.Tensor]) -> None:
         """Step this actor's units of a tile, given the sums of all actors' lanes, by rank."""
-        self._step_units(number, self._span(number, self._collective.rank), add_tree(parts))
+        self._step_units(number, add_tree(parts))
 
     def _sum_lanes(self, number: int, sum_UM: torch.Tensor, rows: _Rows) -> None:
         """Write the sum of this actor's lanes' gradients of a tile."""
@@ -276,22 +279,24 @@ class Descent:
             errors, inputs = errors[tile.classes], inputs[:, tile.columns]
         add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
 
-    def _step_units(self, number: int, units: slice, sum_UM: torch.Tensor) -> None:
-        """Move some units of a tile, in place, against the sum of all lanes' gradients, and take them into the mean."""
+    def _step_units(self, number: int, sum_UM: torch.Tensor) -> None:
+        """Move this actor's units of a tile against the sum of all lanes' gradients, and take them into the mean."""
         if not sum_UM.numel():
             return
         step, num_images = len(self._num_images) - 1, self._num_images[-1]
-        squares_UM = self._buffers(self.params.tiles[number]).second_UM[units]
+        units, params_UM, mean_UM = self._own_units[number]
+        squares_UM, sums_U = (
+            self._buffers(self.params.tiles[number]).second_UM[units],
+            self._squares_STU[step, number, units],
+        )
         torch.mul(sum_UM, sum_UM, out=squares_UM)
-        # On a GPU sums of several rows may be made otherwise than those of one, which another actor may have.
-        size = len(sum_UM) if sum_UM.device.type == "cpu" else 1
-        for some_uM, out_u in zip(
-            squares_UM.split(size), self._squares_STU[step, number, units].split(size), strict=True
-        ):
-            torch.sum(some_uM, 1, out=out_u)
-        params_UM = self.params.units[number][units]
+        if sum_UM.device.type == "cpu":
+            torch.sum(squares_UM, 1, out=sums_U)
+        else:  # a GPU may make sums of several rows otherwise than those of one, which another actor may have
+            for square_1M, sum_1 in zip(squares_UM.split(1), sums_U.split(1), strict=True):
+                torch.sum(square_1M, 1, out=sum_1)
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
-        sgd_linear.average(self.mean.units[number][units], params_UM, self._num_steps_before + step + 1)
+        sgd_linear.average(mean_UM, params_UM, self._num_steps_before + step + 1)
 
     def _buffers(self, tile: Tile) -> _Buffers:
         """Return the buffers of the thread that asks, cut for a tile."""
@@ -338,9 +343,14 @@ class Descent:
         return [buffer_N[first:last].view(shape) for (first, last), shape in zip(pairwise(ends), shapes, strict=True)]
 
 
-def _share(lane_counts: Sequence[int], num_values: int) -> list[slice]:
-    """Cut a step's rows, each of so many values, by lanes; into one piece where they are few."""
-    ends = [0, *accumulate(lane_counts)]
-    if ends[-1] * num_values < _MIN_SHARED_VALUES:
-        return [slice(0, ends[-1])]
-    return [slice(first, last) for first, last in pairwise(ends)]
+def _finish(
+    logits_BK: torch.Tensor, labels_B: torch.Tensor, losses_B: torch.Tensor, is_correct_B: torch.Tensor
+) -> None:
+    """Turn logits, in place, into the losses' derivatives by them; write the losses and whether rows are right."""
+    labels_B1 = labels_B[:, None]
+    torch.eq(logits_BK.argmax(1), labels_B, out=is_correct_B)
+    log_probabilities_BK = torch.log_softmax(logits_BK, 1)
+    losses_B1 = log_probabilities_BK.gather(1, labels_B1)
+    torch.neg(losses_B1, out=losses_B[:, None])
+    torch.exp(log_probabilities_BK, out=logits_BK)
+    logits_BK.scatter_add_(1, labels_B1, losses_B1.fill_(-1))

@@ -17,6 +17,9 @@ import torch
 
 from pipeline.results.figures import EpochRecord
 
+# Steps whose figures are put together at once: one by one they would cost a small step a twentieth.
+_MAX_WAITING = 64
+
 
 class EpochSums:
     """What one actor adds up in an epoch.
@@ -34,6 +37,7 @@ class EpochSums:
         self._lanes = lanes
         self._losses_SZR = torch.zeros(num_steps, len(lanes), lane_rows, device=device)
         self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []
 
     def add_step(self, losses_B: torch.Tensor, is_correct_B: torch.Tensor, lane_counts: Sequence[int]) -> None:
         """Take the next step's figures.
@@ -43,14 +47,24 @@ class EpochSums:
             is_correct_B: bool.
             lane_counts: Rows of each lane.
         """
-        losses_ZR = self._losses_SZR[self.num_steps_done]
-        if len(losses_B) == losses_ZR.numel():
-            losses_ZR.copy_(losses_B.view_as(losses_ZR))
-        else:
-            for lane_losses_R, lane_losses_B in zip(losses_ZR, losses_B.split(list(lane_counts)), strict=True):
-                lane_losses_R[: len(lane_losses_B)] = lane_losses_B
-        self._num_correct += is_correct_B.sum()
         self.num_steps_done += 1
+        self._waiting.append((losses_B, is_correct_B, lane_counts))
+        if len(self._waiting) == _MAX_WAITING:
+            self._take_waiting()
+
+    def _take_waiting(self) -> None:
+        if not self._waiting:
+            return
+        losses, is_correct, counts = zip(*self._waiting, strict=True)
+        losses_SZR = self._losses_SZR[self.num_steps_done - len(counts) : self.num_steps_done]
+        if all(len(losses_B) == losses_SZR[0].numel() for losses_B in losses):
+            losses_SZR.view(-1).copy_(torch.cat(losses))
+        else:
+            for losses_ZR, losses_B, lane_counts in zip(losses_SZR, losses, counts, strict=True):
+                for lane_losses_R, lane_losses_B in zip(losses_ZR, losses_B.split(list(lane_counts)), strict=True):
+                    lane_losses_R[: len(lane_losses_B)] = lane_losses_B
+        self._num_correct += torch.cat(is_correct).sum()
+        self._waiting.clear()
 
     def record(
         self,
@@ -71,6 +85,7 @@ class EpochSums:
             part_losses: By part, the sum of its validation images' losses after the epoch.
             valid_confusion_KK: Of these parts.
         """
+        self._take_waiting()
         num_steps = len(self._losses_SZR)
         return EpochRecord(
             epoch=epoch,

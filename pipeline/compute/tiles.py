@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -174,25 +175,26 @@ def empty_inputs(num_rows: int, num_values: int, device: torch.device) -> torch.
 
 def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> None:
     """Write images, uint8 [B, D], less the mean image, both 0 to 1, as `empty_inputs` has room for them."""
-    inputs_BC[:, : images_BD.shape[1]].copy_(images_BD).div_(255).sub_(centre_D)
+    pixels_BD = inputs_BC[:, : images_BD.shape[1]].copy_(images_BD)
+    torch.add(-torch.as_tensor(centre_D), pixels_BD, alpha=1 / 255, out=pixels_BD)
 
 
 def write_logits(
-    params: Params, inputs: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], threads: Threads
+    params: Params, inputs_BC: torch.Tensor, counts: list[int], logits_BK: torch.Tensor, threads: Threads
 ) -> None:
     """Compute the logits of groups of rows, each group by products of its own.
 
     Args:
         params: The model.
-        inputs: Of each group, [R, C].
-        logits: Of each group, [R, K]; overwritten.
+        inputs_BC: Of all groups, one behind the other.
+        counts: Rows of each group, adding up to B.
+        logits_BK: Overwritten.
         threads: They share class blocks and groups.
     """
     if len(params.tiles) == 1:
-        weights_CK = params.matrices[0].T
-        for logits_RK, inputs_RC in zip(logits, inputs, strict=True):
-            torch.mm(inputs_RC, weights_CK, out=logits_RK)
+        _write_whole_logits(params.matrices[0], inputs_BC, counts, logits_BK)
         return
+    inputs, logits = inputs_BC.split(counts), logits_BK.split(counts)
 
     def fill(task: tuple[list[int], slice]) -> None:
         numbers, groups = task
@@ -214,6 +216,27 @@ def write_logits(
     threads.run(fill, tasks)
 
 
+def _write_whole_logits(
+    weights_KC: torch.Tensor, inputs_BC: torch.Tensor, counts: list[int], logits_BK: torch.Tensor
+) -> None:
+    """Do as `write_logits` with one tile.
+
+    [K, C] by [C, R]: of few classes in half the time that [R, C] by [C, K] takes.
+    """
+    num_classes, most, inputs = len(weights_KC), max(counts), inputs_BC.T.split(counts, 1)
+    # Each product begins where memory is aligned.
+    size = -(-num_classes * most // _ALIGNED) * _ALIGNED
+    if min(counts) == most:
+        strides = (size, most, 1)
+        products_GKR = weights_KC.new_empty_strided((len(counts), num_classes, most), strides)
+        for products_KR, inputs_CR in zip(products_GKR.unbind(), inputs, strict=True):
+            torch.mm(weights_KC, inputs_CR, out=products_KR)
+        logits_BK.unflatten(0, (len(counts), most)).copy_(products_GKR.transpose(1, 2))
+        return
+    for inputs_CR, logits_RK in zip(inputs, logits_BK.split(counts), strict=True):
+        logits_RK.copy_(torch.mm(weights_KC, inputs_CR).T)
+
+
 def add_lanes(errors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
     """Add the gradients of lanes, as a tree.
 
@@ -227,8 +250,26 @@ def add_lanes(errors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], bu
         return
     middle = halve(len(errors))
     add_lanes(errors[:middle], inputs[:middle], buffers)
+    if len(errors) - middle == 1 and _adds_last(*errors[-1].shape, inputs[-1].shape[1], inputs[-1].device.type):
+        buffers[0].addmm_(errors[-1], inputs[-1])
+        return
     add_lanes(errors[middle:], inputs[middle:], buffers[1:])
     buffers[0].add_(buffers[1])
+
+
+@cache
+def _adds_last(num_classes: int, num_rows: int, num_columns: int, device_type: str) -> bool:
+    """Say whether `addmm` gives the bits of a product that is added when it is whole, as another actor may add it.
+
+    It does where the library goes through all rows at once, which is tried for every shape on random numbers.
+    """
+    if device_type != "cpu" or num_rows == 0:
+        return False
+    numbers = torch.Generator().manual_seed(0)
+    errors_kR = torch.randn(num_rows, num_classes, generator=numbers).T
+    inputs_Rc = torch.randn(num_rows, num_columns, generator=numbers)
+    sum_kc = torch.randn(num_classes, num_columns, generator=numbers)
+    return torch.equal(torch.addmm(sum_kc, errors_kR, inputs_Rc), sum_kc + errors_kR @ inputs_Rc)
 
 
 def add_tree(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -66,12 +66,12 @@ def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int
 
 
 def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
-    """Return the parameters before the first step, float32 [P], zero.
+    """Return the parameters before the first step, float32 [P], zero: one value in memory, only to be read.
 
     The loss is convex, so that any start leads to the same minimum; where there are more values than images to hold
     them, random weights would stay to the end, as noise.
     """
-    return torch.zeros(num_classes * num_values + num_classes)
+    return torch.zeros(()).expand(num_classes * num_values + num_classes)
 
 
 def average(mean_P: torch.Tensor, params_P: torch.Tensor, num_steps: int) -> None:
@@ -119,7 +119,7 @@ def log_probabilities(
         inputs_RC = empty_inputs(len(images_ND[rows]), num_values, images_ND.device)
         fill_inputs(inputs_RC, images_ND[rows], centre_D)
         logits_RK = torch.empty(len(inputs_RC), model.num_classes, device=images_ND.device)
-        write_logits(model, [inputs_RC], [logits_RK], Threads())
+        write_logits(model, inputs_RC, [len(inputs_RC)], logits_RK, Threads())
         result_NK[rows] = log_softmax(logits_RK, 1)
 
     shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
