@@ -21,11 +21,11 @@ import numpy.typing as npt
 import torch
 
 from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_int8
-from pipeline.compute.pruning import Projected, Projection, Scan, has_axes
+from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, Scan, has_axes
 from pipeline.compute.pruning import stack as stack_projected
 from pipeline.compute.threads import Threads
 
-# Places of images, squared distances less those of the images themselves, rows and labels of training images; on the CPU.
+# Places of images, distances less their own squares, and rows and labels of training images, on the CPU.
 _Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Of a neighbor that there is none of.
 FAR = torch.iinfo(torch.int64).max
@@ -102,7 +102,8 @@ def search(
     is_on_cpu = images_ND.device.type == "cpu"
     shared = threads if threads and is_on_cpu else Threads()
     # A product of all is faster where there are instructions for it.
-    can_prune = is_on_cpu and len(images_ND) >= _MIN_PRUNED and not has_fast_int8(images_ND.device)
+    is_worth_it = is_on_cpu and len(images_ND) >= _MIN_PRUNED and images_ND.shape[1] >= MIN_VALUES
+    can_prune = is_worth_it and not has_fast_int8(images_ND.device)
     size = _PRUNED_TILE_IMAGES if can_prune else _TILE_IMAGES
     tiles = [
         _Tile(
@@ -232,7 +233,8 @@ class _Tile:
 
     def _find_pairs(self, others: _Others) -> _Pairs | None:
         """Find all pairs that can count by their projections, and compare these; None where they are too many."""
-        assert self._pruning is not None and others.projected is not None
+        assert self._pruning is not None
+        assert others.projected is not None
         projection, searched = self._pruning
         scan = Scan(searched, others.projected, partial(self._leave_out, far=math.inf, block=others.block))
         bound_N = self._best_NJ[:, -1]
@@ -280,7 +282,7 @@ class _Tile:
             values_NT[here.to(values_NT.device), there.to(values_NT.device)] = far
         if self._only_labels_N is not None:
             is_other_NT = self._only_labels_N[:, None] != block.labels_T[None, :]
-            values_NT.masked_fill_(is_other_NT.to(values_NT.device), far)
+            values_NT[:, : len(block.rows_T)].masked_fill_(is_other_NT.to(values_NT.device), far)
 
     def _candidates(self, values_NT: torch.Tensor, far: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose all values that can be among the J nearest: their images, columns, and values.

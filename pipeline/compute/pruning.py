@@ -25,7 +25,7 @@ import torch
 # Axes of the first level, and of both.
 _FIRST, _ALL = 64, 128
 # Images of fewer values are as fast compared at once.
-_MIN_VALUES = 512
+MIN_VALUES = 512
 _MIN_SAMPLE = 4 * _ALL
 # Of the sample, and of the axes.
 _MAX_BYTES = 32 * 2**20
@@ -38,9 +38,15 @@ _GROUP = 16
 _EVEN = 256
 # Pairs of the second level that stay in the cache.
 _PAIRS = 1024
-_BUFFERS = threading.local()
 # A pair by itself costs as much as so many in a product of all.
 _MAX_PASSED = 1 / 16
+
+
+class _Memory(threading.local):
+    values = torch.empty(0)
+
+
+_MEMORY = _Memory()
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,10 @@ class Projection:
         first_N, more_N = (part_NP.square().sum(1).double() for part_NP in along_NP.tensor_split([_FIRST], 1))
         # Never shorter than it is.
         rest_N, last_N = (
-            ((squares_N - covered_N).clamp_(min=0) + 4 * self._error * squares_N).sqrt_().mul_(1 + 4 * _ROUNDING).float()
+            ((squares_N - covered_N).clamp_(min=0) + 4 * self._error * squares_N)
+            .sqrt_()
+            .mul_(1 + 4 * _ROUNDING)
+            .float()
             for covered_N in (first_N, first_N + more_N)
         )
         first_NP = torch.column_stack([squares_N.float() / 2, rest_N, along_NP[:, :_FIRST]])
@@ -119,7 +128,9 @@ class Projection:
 
 def stack(parts: Sequence[Projected]) -> Projected:
     """Put training images below others, and below them so many that are infinitely far that groups come out even."""
-    first_TP, more_TP, squares_T = (torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True))
+    first_TP, more_TP, squares_T = (
+        torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)
+    )
     first_TP = torch.nn.functional.pad(first_TP, (0, 0, 0, -len(first_TP) % _EVEN))
     first_TP[len(more_TP) :, 0] = math.inf
     return Projected(first_TP, more_TP, squares_T)
@@ -128,7 +139,7 @@ def stack(parts: Sequence[Projected]) -> Projected:
 def has_axes(sample_TD: torch.Tensor) -> bool:
     """Whether images, uint8, are of enough values, and enough in number, for axes to be found and to be of use."""
     num_images, num_values = sample_TD.shape
-    return num_values >= _MIN_VALUES and min(num_images, _MAX_BYTES // (4 * num_values)) >= _MIN_SAMPLE
+    return num_values >= MIN_VALUES and min(num_images, _MAX_BYTES // (4 * num_values)) >= _MIN_SAMPLE
 
 
 class Scan:
@@ -173,7 +184,7 @@ class Scan:
             Rows of the images and of the training images, int64 [C]; None where so many are left that comparing all is
             faster.
         """
-        num_images, _, num_groups = self._values_NWG.shape
+        num_groups = self._minima_NG.shape[1]
         passed_P = _nonzero(self._minima_NG <= limit_N[:, None])
         if len(passed_P) > self._minima_NG.numel() / 2:
             return None
@@ -195,15 +206,15 @@ class Scan:
 
 def _buffer(*shape: int) -> torch.Tensor:
     """Give memory of this thread, float32: new pages would cost a third of a product of so few axes."""
-    buffer: torch.Tensor | None = getattr(_BUFFERS, "buffer", None)
-    if buffer is None or buffer.numel() < math.prod(shape):
-        buffer = _BUFFERS.buffer = torch.empty(math.prod(shape))
-    return buffer[: math.prod(shape)].view(shape)
+    if _MEMORY.values.numel() < math.prod(shape):
+        _MEMORY.values = torch.empty(math.prod(shape))
+    return _MEMORY.values[: math.prod(shape)].view(shape)
 
 
 def _nonzero(is_true: torch.Tensor) -> torch.Tensor:
     # By NumPy, at several times torch's speed.
-    return torch.from_numpy(np.flatnonzero(is_true.numpy()))
+    found: torch.Tensor = torch.from_numpy(np.flatnonzero(is_true.numpy()))
+    return found
 
 
 def _principal_axes(images_TD: torch.Tensor, num_axes: int) -> torch.Tensor:
