@@ -213,8 +213,7 @@ def _buffer(*shape: int) -> torch.Tensor:
 
 def _nonzero(is_true: torch.Tensor) -> torch.Tensor:
     # By NumPy, at several times torch's speed.
-    found: torch.Tensor = torch.from_numpy(np.flatnonzero(is_true.numpy()))
-    return found
+    return torch.from_numpy(np.flatnonzero(is_true.numpy()))
 
 
 def _principal_axes(images_TD: torch.Tensor, num_axes: int) -> torch.Tensor:
@@ -228,5 +227,5 @@ def _principal_axes(images_TD: torch.Tensor, num_axes: int) -> torch.Tensor:
         basis_DP = torch.linalg.qr(images_TD.T @ (images_TD @ basis_DP)).Q
     along_TP = images_TD @ basis_DP
     _, turn_PP = torch.linalg.eigh(along_TP.T @ along_TP)
-    axes_DP = basis_DP @ turn_PP.flip(1)[:, :num_axes]
-    return torch.linalg.qr(axes_DP).Q
+    axes_DP: torch.Tensor = torch.linalg.qr(basis_DP @ turn_PP.flip(1)[:, :num_axes]).Q
+    return axes_DP
