@@ -207,7 +207,8 @@ class Scan:
 def _buffer(*shape: int) -> torch.Tensor:
     """Give memory of this thread, float32: new pages would cost a third of a product of so few axes."""
     if _MEMORY.values.numel() < math.prod(shape):
-        _MEMORY.values = torch.empty(math.prod(shape))
+        with torch.inference_mode(False):  # so that it can be written to in either mode
+            _MEMORY.values = torch.empty(math.prod(shape))
     return _MEMORY.values[: math.prod(shape)].view(shape)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import weakref
 from typing import Any
 
 from pipeline.errors import ClusterError
@@ -30,6 +31,8 @@ class Spool:
             self._file = None if scratch is None else tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
         except OSError as exc:
             raise self._no_room(exc) from exc
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
 
     def put(self, value: object) -> int:
         """Keep a value and return its number."""
