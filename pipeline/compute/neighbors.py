@@ -33,6 +33,8 @@ FAR = torch.iinfo(torch.int64).max
 # most are left out, there are as many beside fewer images, so that the nearest are found sooner.
 _TILE_IMAGES, _PLAIN_COLUMNS, _PRUNED_TILE_IMAGES = 512, 4096, 128
 _MAX_GROUP = 64
+# Values that become float32 at once.
+_FLOAT_VALUES = 2**20
 # For fewer images axes are not worth finding.
 _MIN_PRUNED = 512
 # Pairs that are compared at once.
@@ -161,13 +163,14 @@ class _Others:
 
 
 def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads) -> _Others:
-    starts = range(0, len(block.rows_T), _TILE_IMAGES)
+    step = max(1, min(_TILE_IMAGES, _FLOAT_VALUES // block.images_TD.shape[1]))
+    starts = range(0, len(block.rows_T), step)
     images_TD = torch.empty_like(block.images_TD, dtype=torch.int8)
     squares_T = torch.empty(len(images_TD), dtype=torch.int64, device=images_TD.device)
     projected: dict[int, Projected] = {}
 
     def prepare(start: int) -> None:
-        rows = slice(start, start + _TILE_IMAGES)
+        rows = slice(start, start + step)
         images_TD[rows] = to_int8(block.images_TD[rows])
         squares_T[rows] = squares(images_TD[rows])
         if projection is not None:

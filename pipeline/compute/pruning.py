@@ -28,7 +28,7 @@ _FIRST, _ALL = 64, 128
 MIN_VALUES = 512
 _MIN_SAMPLE = 4 * _ALL
 # Of the sample, and of the axes.
-_MAX_BYTES = 32 * 2**20
+_MAX_BYTES = 16 * 2**20
 _MAX_SAMPLE = 1024
 # Values that are summed at once: rounding grows with their number.
 _SUM_VALUES = 128
@@ -83,7 +83,7 @@ class Projection:
         step = max(1, -(-len(sample_TD) // min(_MAX_SAMPLE, _MAX_BYTES // (4 * num_values))))
         sample_TD = sample_TD[::step].float()
         self._mean_D = sample_TD.mean(0).round_()
-        self._axes_DP = _principal_axes(sample_TD - self._mean_D, _ALL)
+        self._axes_DP = _principal_axes(sample_TD.sub_(self._mean_D), _ALL)
         axes_DP = self._axes_DP.double()
         skew = float((axes_DP.T @ axes_DP - torch.eye(_ALL)).norm())
         num_sums = min(num_values, _SUM_VALUES) + -(-num_values // _SUM_VALUES)
