@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 # Axes of the first level, and of both.
-_FIRST, _ALL = 64, 128
+_FIRST, _ALL = 64, 160
 # Images of fewer values are as fast compared at once.
 MIN_VALUES = 512
-_MIN_SAMPLE = 4 * _ALL
+_MIN_SAMPLE = 3 * _ALL
 # Of the sample, and of the axes.
 _MAX_BYTES = 16 * 2**20
 _MAX_SAMPLE = 1024
