@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -205,3 +206,27 @@ def test_an_actor_keeps_images_on_its_gpu_where_there_is_room(monkeypatch, tmp_p
         monkeypatch.setattr("pipeline.compute.actor._GPU_SHARE", 0.0)
     actor = LaneActor(lane_plan(203), 0, 1, is_on_gpu=True, scratch=str(tmp_path))
     assert actor.describe() == (torch.cuda.get_device_name(0), "gpu" if has_room else "disk")
+
+
+@pytest.mark.parametrize(("num_images", "num_lanes", "lane_rows", "chunk_images"), SHAPES)
+def test_blocks_hold_every_image_once(monkeypatch, scratch, num_images, num_lanes, lane_rows, chunk_images):
+    monkeypatch.setattr("pipeline.plan._CHUNK_BYTES", 4 * chunk_images)
+    monkeypatch.setattr("pipeline.compute.lanes._MIN_BLOCK_ROWS", 7)
+    monkeypatch.setattr("pipeline.compute.lanes._MAX_BLOCK_ROWS", 7)
+    rows = [row for row in range(num_images) if row % 5]
+    found = []
+    for block in fill_lanes(lane_plan(num_images, num_lanes), rows, scratch=scratch).blocks(CPU):
+        assert 0 < len(block.rows_T) <= 7
+        assert block.images_TD.numpy().view("<i4").ravel().tolist() == block.rows_T.tolist()
+        assert block.labels_T.tolist() == label_of(block.rows_T).tolist()
+        found += block.rows_T.tolist()
+    assert sorted(found) == rows
+
+
+def test_keys_are_found_wherever_they_are_kept(scratch):
+    made = Lanes(lane_plan(60), range(8), CPU, CPU, scratch)
+    for rows_N in (np.arange(30, 60), np.arange(0, 30, 2)):
+        keys = pa.chunked_array([[f"key {row}" for row in rows_N]])
+        made.put(rows_N, torch.zeros(len(rows_N), 4, dtype=torch.uint8), torch.zeros(len(rows_N)), keys)
+    wanted = np.array([58, 0, 30, 4, 4])
+    assert made.keys_of(wanted).tolist() == [f"key {row}" for row in wanted]

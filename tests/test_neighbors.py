@@ -1,11 +1,15 @@
 """The nearest training images, against a plain loop in int64."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from test_products import pixels
 
-from pipeline.compute import neighbors
+from pipeline import plan
+from pipeline.compute import lanes, neighbors
 from pipeline.compute.neighbors import FAR, TrainBlock, merge, search, stack
 from pipeline.compute.threads import Threads
 
@@ -106,6 +110,24 @@ def test_without_images_there_are_no_neighbors():
     assert search(torch.zeros(0, 5, dtype=torch.uint8), in_blocks(*others, 2), 2).rows_NJ.shape == (0, 2)
     nothing = search(torch.from_numpy(pixels(2, 5)), [], 2)
     assert (stack([nothing, nothing]).distances_NJ == FAR).all()
+
+
+def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch):
+    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: False)  # so that projections take memory too
+    sizes = plan._REQUEST_BYTES // 2048, lanes._BLOCK_BYTES // 2048
+    images, block = (np.repeat(pixels(size, 32, seed), 64, axis=1) for seed, size in enumerate(sizes))
+    blocks = (TrainBlock(torch.from_numpy(block), torch.arange(len(block)), torch.arange(len(block))) for _ in range(2))
+    search(
+        torch.from_numpy(images[:600]), in_blocks(block[:600], np.arange(600), np.arange(600), 600), 5
+    )  # loads libraries
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
+    search(torch.from_numpy(images), blocks, 5, Threads(2))
+    assert memory("VmHWM") - before < 256 * 2**20
+
+
+def memory(name):
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.gpu

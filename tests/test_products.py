@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["int8", "float32"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(products, "_has_fast_int8", lambda device: request.param == "int8")
+    monkeypatch.setattr(products, "has_fast_int8", lambda device: request.param == "int8")
 
 
 def pixels(num_images, num_values, seed=0, high=256):
@@ -53,7 +53,7 @@ def test_squares_are_those_of_numpy(num_images):
 
 
 def test_which_way_is_faster_is_measured_once():
-    assert products._has_fast_int8(CPU) is products._has_fast_int8(CPU)
+    assert products.has_fast_int8(CPU) is products.has_fast_int8(CPU)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pipeline.compute.neighbors import Neighbors
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,13 @@ def _search(task: Search, num_actors: int) -> Answer:
 
     def search_share(rank: int) -> Neighbors:
         own = slice(len(rows_N) * rank // num_actors, len(rows_N) * (rank + 1) // num_actors)
-        parts = zip(*(each[own].split(_BLOCK_ROWS) for each in (others_ND, rows_N, labels_N)), strict=True)
+        num_blocks = -(-(own.stop - own.start) // _BLOCK_ROWS)
+        # As an actor's lanes give them: every n-th image.
+        parts = (
+            [each[own][first::num_blocks] for each in (others_ND, rows_N, labels_N)] for first in range(num_blocks)
+        )
         threads = Threads(task.num_threads // num_actors)
-        return search(images_ND, [TrainBlock(*part) for part in parts], task.num_neighbors, threads)
+        return search(images_ND, (TrainBlock(*part) for part in parts), task.num_neighbors, threads)
 
     search(images_ND[:1], [TrainBlock(others_ND[:8], rows_N[:8], labels_N[:8])], 1)  # which chooses how to multiply
     started = time.perf_counter()

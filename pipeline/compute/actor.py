@@ -230,7 +230,7 @@ class LaneActor:
     @cached_property
     def neighborhood(self) -> Neighborhood:
         """This actor's share of the search for neighbors; all its images have to be here."""
-        return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads)
+        return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads, self._scratch)
 
     def score_part(self, part: int, median: float | None = None) -> ScoredPart:
         """Score a part's images by every classifier and forget them.

@@ -25,12 +25,14 @@ import torch
 
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.neighbors import TrainBlock
+from pipeline.compute.spool import Spool
 from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 
-# What is searched at once: its products with as many other images stay in a processor's cache.
+# What is searched at once, and so many of it are read together.
 _BLOCK_BYTES = 16 * 2**20
-_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 64, 4096
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 64, 16384
+_SPREAD_BLOCKS = 4
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,7 +65,9 @@ class Lanes:
         self._images_MD = empty_images(num_positions, plan.target.num_values, store, scratch)
         self._labels_M = torch.empty(num_positions, dtype=torch.int32, device=store)
         self._is_filled_M = np.zeros(num_positions, np.bool_)
-        self._keys: dict[int, tuple[npt.NDArray[np.int64], pa.StringArray]] = {}
+        self._keys = Spool(scratch)
+        # By the first row of each shard.
+        self._key_numbers: dict[int, int] = {}
 
     def put(
         self,
@@ -82,28 +86,38 @@ class Lanes:
         """
         if keys is not None and len(rows_N):
             # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
-            self._keys[int(rows_N[0])] = rows_N, pa.array(keys.to_pylist(), pa.string())
+            self._key_numbers[int(rows_N[0])] = self._keys.put((rows_N, pa.array(keys.to_pylist(), pa.string())))
         positions_N = self._positions(rows_N)
         put_images(self._images_MD, positions_N, images_ND)
         self._labels_M[torch.from_numpy(positions_N).to(self._labels_M.device)] = labels_N.to(self._labels_M)
         self._is_filled_M[positions_N] = True
 
     def blocks(self, device: torch.device) -> Iterator[TrainBlock]:
-        """Give all images, in blocks of as many positions, on a device."""
-        step = max(_MIN_BLOCK_ROWS, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // self._images_MD.shape[1]))
-        for start in range(0, len(self._images_MD), step):
-            images_TD, labels_T, rows_T = self.between(start, start + step)
-            if len(rows_T):
-                yield TrainBlock(images_TD.to(device), torch.from_numpy(rows_T), labels_T)
+        """Give all images, in blocks of as many positions, on a device.
 
-    def between(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+        A block is every n-th image of some chunks, and so of images of all classes, however the listing is sorted: the
+        nearest found in one are then near.
+        """
+        step = max(_MIN_BLOCK_ROWS, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // self._images_MD.shape[1]))
+        size = self._chunk_rows * max(1, _SPREAD_BLOCKS * step // max(1, self._chunk_rows))
+        for start in range(0, len(self._images_MD), max(1, size)):
+            stop = min(start + size, len(self._images_MD))
+            num_blocks = -(-(stop - start) // step)
+            for first in range(start, start + num_blocks):
+                images_TD, labels_T, rows_T = self.between(first, stop, num_blocks)
+                if len(rows_T):
+                    yield TrainBlock(images_TD.to(device), torch.from_numpy(rows_T), labels_T)
+
+    def between(self, start: int, stop: int, step: int = 1) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
         """Give the images at some positions, uint8 [N, D], where they are kept; their labels and rows, int64 [N]."""
-        is_filled_N = self._is_filled_M[start:stop]
+        positions = slice(start, stop, step)
+        is_filled_N = self._is_filled_M[positions]
         places_N = np.flatnonzero(is_filled_N)
-        images_ND = self._images_MD[start:stop]
+        images_ND = self._images_MD[positions]
         if len(places_N) < len(is_filled_N):
             images_ND = images_ND.index_select(0, torch.from_numpy(places_N).to(images_ND.device))
-        return images_ND, self._labels_M[start:stop].cpu().long()[places_N], self._rows(start + places_N)
+        labels_N = self._labels_M[positions].cpu().long()[places_N]
+        return images_ND.contiguous(), labels_N, self._rows(start + step * places_N)
 
     def take(self, rows_N: npt.NDArray[np.int64]) -> torch.Tensor:
         """Give the images, uint8 [N, D], of rows of the listing that are here."""
@@ -112,11 +126,11 @@ class Lanes:
 
     def keys_of(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.object_]:
         """Give the keys, str, of rows of the listing that are here."""
-        firsts_S = sorted(self._keys)
+        firsts_S = sorted(self._key_numbers)
         keys_N = np.full(len(rows_N), "", object)
         shards_N = np.searchsorted(firsts_S, rows_N, side="right") - 1
         for shard in np.unique(shards_N):
-            rows_R, keys = self._keys[firsts_S[shard]]
+            rows_R, keys = self._keys.get(self._key_numbers[firsts_S[shard]])
             chosen_N = np.flatnonzero(shards_N == shard)
             # One by one: Arrow's own way loads pyarrow.compute.
             keys_N[chosen_N] = [keys[place].as_py() for place in np.searchsorted(rows_R, rows_N[chosen_N]).tolist()]

@@ -26,6 +26,7 @@ from pipeline.compute.classifiers.knn import votes
 from pipeline.compute.lanes import Lanes
 from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, merge, search, stack
 from pipeline.compute.parts import Part
+from pipeline.compute.spool import Spool
 from pipeline.compute.threads import Threads
 from pipeline.compute.twins import find_twins
 from pipeline.plan import Plan, Request
@@ -87,17 +88,27 @@ class Neighborhood:
         parts: Its validation images.
         device: Where is searched.
         threads: They share it, on a CPU.
+        scratch: The folder whose disk keeps what is found; None for memory.
     """
 
     def __init__(
-        self, plan: Plan, train: Lanes, parts: Mapping[int, Part], device: torch.device, threads: Threads
+        self,
+        plan: Plan,
+        train: Lanes,
+        parts: Mapping[int, Part],
+        device: torch.device,
+        threads: Threads,
+        scratch: str | None = None,
     ) -> None:
         self._plan = plan
         self._train = train
         self._parts = parts
         self._device = device
         self._threads = threads
-        self._found: dict[int, list[Answer]] = {part: [] for part in parts}
+        self._answers = Spool(scratch)
+        # Numbers of answers, by part.
+        self._found: dict[int, list[int]] = {part: [] for part in parts}
+        self._histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         self._settled: list[npt.NDArray[np.void]] = [np.zeros(0, _DOUBTFUL)]
         self._pending = np.zeros(0, _DOUBTFUL)
         self.num_blocks_done = 0
@@ -148,7 +159,11 @@ class Neighborhood:
             rows = slice(start, start + len(places_N))
             start = rows.stop
             if twins is not None:
-                self._found[span[0]].append(Answer(neighbors[rows], twins[rows]))
+                self._found[span[0]].append(self._answers.put(Answer(neighbors[rows], twins[rows])))
+                nearest_N = self._rms(neighbors.distances_NJ[rows, 0])
+                self._histogram += np.bincount(
+                    (nearest_N * (HISTOGRAM_BINS - 1)).astype(np.int64), minlength=HISTOGRAM_BINS
+                )
             doubtful_S = self._doubt(request.kind == "valid", span[0], places_N, labels_N, neighbors[rows])
             is_settled_S = doubtful_S["own"] != FAR
             self._settled.append(doubtful_S[is_settled_S])
@@ -157,9 +172,7 @@ class Neighborhood:
 
     def histogram(self) -> npt.NDArray[np.int64]:
         """Count this actor's validation images by the distance to their nearest training image, [HISTOGRAM_BINS]."""
-        nearest = [self._rms(found.neighbors.distances_NJ[:, 0]) for parts in self._found.values() for found in parts]
-        bins_N = (np.concatenate([np.zeros(0), *nearest]) * (HISTOGRAM_BINS - 1)).astype(np.int64)
-        return np.bincount(bins_N, minlength=HISTOGRAM_BINS)
+        return self._histogram
 
     def columns(self, part: int) -> NeighborColumns:
         """Give what the predictions of a part say of neighbors, in the order of the listing."""
@@ -287,7 +300,7 @@ class Neighborhood:
         return self._stacked(part, "neighbors")
 
     def _stacked(self, part: int, name: Literal["neighbors", "twins"]) -> Neighbors:
-        return stack([getattr(found, name) for found in self._found[part]])
+        return stack([getattr(self._answers.get(number), name) for number in self._found[part]])
 
     def _twin_distances(self, part: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return the distances of a part's images to their likely twins, rms, by themselves and by a neighbor's."""

@@ -29,7 +29,7 @@ def to_int8(images_ND: torch.Tensor) -> torch.Tensor:
 
 def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
     """Multiply images with images, both int8: [N, T], int32 or, where that is too small, int64."""
-    multiply, max_values = (_multiply_int8, _INT_VALUES) if _has_fast_int8(images_ND.device) else (
+    multiply, max_values = (_multiply_int8, _INT_VALUES) if has_fast_int8(images_ND.device) else (
         _multiply_float32, _FLOAT_VALUES)  # fmt: skip
     num_values = images_ND.shape[1]
     sums_NT = torch.zeros(0)
@@ -41,6 +41,15 @@ def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
         else:
             sums_NT += products_NT
     return sums_NT
+
+
+def pair_products(images_CD: torch.Tensor, others_CD: torch.Tensor) -> torch.Tensor:
+    """Multiply each image with one other, both int8: [C], int64."""
+    sums_C = torch.zeros(len(images_CD), dtype=torch.int64, device=images_CD.device)
+    for start in range(0, images_CD.shape[1], _FLOAT_VALUES):
+        values = slice(start, start + _FLOAT_VALUES)
+        sums_C += images_CD[:, values].float().mul_(others_CD[:, values].float()).sum(1).long()
+    return sums_C
 
 
 def squares(images_ND: torch.Tensor) -> torch.Tensor:
@@ -64,7 +73,7 @@ def _multiply_int8(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Te
 
 
 @cache
-def _has_fast_int8(device: torch.device) -> bool:
+def has_fast_int8(device: torch.device) -> bool:
     """Measure once which way is faster; both give the same.
 
     Without instructions for it (VNNI, AMX, tensor cores) torch's product of int8 is a plain loop.
