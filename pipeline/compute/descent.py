@@ -173,7 +173,7 @@ class Descent:
         assert last is not None
         moves_BK = self._logits(last.inputs_BC, last.lane_counts).sub_(last.logits_BK)
         columns = [
-            -log_softmax(torch.add(last.logits_BK, moves_BK, alpha=length), 1).gather(1, last.labels_B[:, None])
+            -torch.add(last.logits_BK, moves_BK, alpha=length).log_softmax(1).gather(1, last.labels_B[:, None])
             for length in LINE
         ]
         slopes_B = (last.logits_BK.softmax(1) * moves_BK).sum(1) - moves_BK.gather(1, last.labels_B[:, None])[:, 0]
