@@ -5,7 +5,7 @@ then by row of the listing. Invariant: the answer depends on the images alone: d
 training images are cut into blocks, and blocks spread over actors, changes nothing.
 
 Axes: N images that are searched for, T training images of a block, J neighbors, D values of an image, G groups of W
-neighboring columns of a block. Distances are squared, in pixels of 0 to 255, int64.
+neighboring columns of a block. Distances are squared, in pixels of 0 to 255 or units of `features.LENGTH`, int64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.compute.products import products, squares, to_int8
+from pipeline.compute.products import products, squares, to_whole
 from pipeline.compute.threads import Threads
 
 # Of a neighbor that there is none of.
@@ -87,7 +87,7 @@ def search(
             neighbor.
         only_labels_N: The classes among whose images alone each is searched for, int64.
     """
-    searched_ND = to_int8(images_ND)
+    searched_ND = to_whole(images_ND)
     tiles = [
         _Tile(
             searched_ND[start : start + _TILE_IMAGES],
@@ -99,7 +99,7 @@ def search(
     ]
     shared = threads if threads and images_ND.device.type == "cpu" else Threads()
     for block in blocks:
-        others_TD = to_int8(block.images_TD)
+        others_TD = to_whole(block.images_TD)
         shared.run(partial(_Tile.take, others_TD=others_TD, squares_T=squares(others_TD), block=block), tiles)
     empty = np.zeros((0, num_neighbors))
     none = Neighbors(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.int64), empty.astype(object))
@@ -147,7 +147,7 @@ class _Tile:
         self._labels_NJ = torch.full(shape, -1, dtype=torch.int64)
 
     def take(self, others_TD: torch.Tensor, squares_T: torch.Tensor, block: TrainBlock) -> None:
-        """Meet the images of a block: int8, with their `squares`."""
+        """Meet the images of a block, as `to_whole` gives them, with their `squares`."""
         products_NT = products(self._images_ND, others_TD)
         values_NT = torch.sub(squares_T.to(products_NT.dtype), products_NT, alpha=2)
         # `pad` takes a float64, which has not every int64.

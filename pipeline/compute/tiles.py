@@ -173,8 +173,11 @@ def empty_inputs(num_rows: int, num_values: int, device: torch.device) -> torch.
 
 
 def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> None:
-    """Write images, uint8 [B, D], less the mean image, both 0 to 1, as `empty_inputs` has room for them."""
-    inputs_BC[:, : images_BD.shape[1]].copy_(images_BD).div_(255).sub_(centre_D)
+    """Write images less the mean one: pixels, uint8 [B, D], as 0 to 1, features as they are."""
+    values_BD = inputs_BC[:, : images_BD.shape[1]].copy_(images_BD)
+    if not images_BD.is_floating_point():
+        values_BD.div_(255)
+    values_BD.sub_(centre_D)
 
 
 def write_logits(

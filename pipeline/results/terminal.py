@@ -326,6 +326,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
             + (kept if run["options"]["cache"] is not None else ""),
         ),
+        *([("model", _model(run["model"]))] if run.get("model") else []),
         ("twins", _twins(run)),
         *([("labels", _labels(run["neighbors"]))] if run["neighbors"] else []),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
@@ -334,6 +335,14 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sha256", run["results_sha256"]),
         *([("page", f"{run['out']}/{REPORT_FILE}")] if run["options"]["report"] else []),
     ]
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    wanted = model["input"]
+    kind = f"{model['num_outputs']:,} {'logits' if model['output'] == 'logits' else 'features'}"
+    batches = f"batches of {model['batch_size']}, {model['images_per_s']:,.0f} images a second"
+    shape = f"{wanted['height']}x{wanted['width']} {wanted['mode']}"
+    return f"{kind} of {shape} from {printable(model['file'])}, {batches}; the limit was {model['limit']}"
 
 
 def _twins(run: Mapping[str, Any]) -> str:
