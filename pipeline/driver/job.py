@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
@@ -29,7 +29,7 @@ from pipeline.driver.allocation import Allocation, Storage, allocate, choose_sto
 from pipeline.driver.cluster import Node, wait_for_nodes
 from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
-from pipeline.driver.own_model import describe_model, probe_model, read_model, second_input
+from pipeline.driver.own_model import ModelFile, describe_model, probe_model, read_model, second_input
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
 from pipeline.driver.waiting import Ref, get_result, wait_all
@@ -42,7 +42,7 @@ from pipeline.errors import (
     OutputError,
     without_secrets,
 )
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, Target, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
 from pipeline.results.notebook import Run
@@ -111,29 +111,59 @@ def evaluate(
         model_ref = model_file.place() if model_file else None
         actors = _start_actors(config, allocation, model_ref)  # which import torch while the listing is read
         try:
-            listing, target = scan.finish_listing(pending, location, config, nodes, output, clock, show)
-            _say_what_may_surprise(listing)
-            model = None
-            if model_file:
-                clock.enter("model")
-                model = probe_model(config, model_file, actors, listing.classes, target, partial(_tick, show))
-                target = replace(target, model_input=second_input(target, model))
-            scored_bytes = score_bytes(len(listing.classes), model)
-            plan, shards = make_plan(config, listing, target, scored_bytes, model)
-            kept_in = _choose_storage(config, plan, allocation, nodes, show)
-            writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
-            if cache is not None:
-                clock.enter("scan")
-                shards = scan.name_entries(listing, plan, shards, show)
-            node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(
-                config, listing, target, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show,
-                model_ref,
-            )  # fmt: skip
+            listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
+            begun = _Begun(config, allocation, nodes, output, cache, clock, show, model_file, model_ref)
+            job = _plan(begun, actors, *listed)
             run = _run(job, actors)
         finally:
             end_actors(actors)
         return Run(_write_report(job, run) if config.report else run)
+
+
+class _Begun(NamedTuple):
+    """What is settled before the listing is there."""
+
+    config: Config
+    allocation: Allocation
+    nodes: list[Node]
+    output: Output
+    cache: Cache | None
+    clock: Clock
+    show: Callable[[Progress], None]
+    model_file: ModelFile | None
+    model_ref: Ref | None
+
+
+def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) -> Job:
+    """Look at the model, cut the listing, choose where images are kept, and prepare the results' folder."""
+    config, clock, show = begun.config, begun.clock, begun.show
+    _say_what_may_surprise(listing)
+    model = None
+    if begun.model_file:
+        clock.enter("model")
+        model = probe_model(config, begun.model_file, actors, listing.classes, target, partial(_tick, show))
+        target = replace(target, model_input=second_input(target, model))
+    plan, shards = make_plan(config, listing, target, score_bytes(len(listing.classes), model), model)
+    kept_in = _choose_storage(config, plan, begun.allocation, begun.nodes, show)
+    writing.prepare(begun.output, overwrite=config.overwrite, resume=config.resume)
+    if begun.cache is not None:
+        clock.enter("scan")
+        shards = scan.name_entries(listing, plan, shards, show)
+    return Job(
+        config=config,
+        listing=listing,
+        target=target,
+        plan=plan,
+        shards=shards,
+        allocation=begun.allocation,
+        storage=kept_in,
+        node_ids=frozenset(node.node_id for node in begun.nodes),
+        output=begun.output,
+        cache=begun.cache,
+        clock=clock,
+        on_progress=show,
+        model=begun.model_ref,
+    )
 
 
 def _write_report(job: Job, run: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Wanted:
     """What to look for.
 
     Attributes:
-        classes: Names of the K classes.
+        classes: Names of the K classes, and of further ones that a model may predict.
         classifiers: Of which the worst mistakes are wanted.
         best: The classifier of which mistakes by pair of classes are wanted.
         pairs: These pairs, given and predicted.
@@ -164,7 +164,8 @@ def _answers(batch: pa.RecordBatch, name: str, given_N: npt.NDArray[np.int64], l
     predicted_N = labels_of(batch[f"{name}_prediction"], labels)
     scores_2N, lead_N = None, np.zeros(num_rows, np.float32)
     if f"{name}_scores" in batch.schema.names:
-        scores_NK = batch[f"{name}_scores"].flatten().to_numpy().reshape(num_rows, len(labels))
+        scores_NK = batch[f"{name}_scores"].flatten().to_numpy()
+        scores_NK = scores_NK.reshape(num_rows, len(scores_NK) // max(1, num_rows))
         rows_N = np.arange(num_rows)
         scores_2N = np.stack((scores_NK[rows_N, predicted_N], scores_NK[rows_N, given_N]))
         lead_N = np.abs(scores_2N[0] - scores_2N[1])

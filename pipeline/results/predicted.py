@@ -51,6 +51,11 @@ class FinishedRun:
         return list(self.run["dataset"]["classes"])
 
     @property
+    def all_classes(self) -> list[str]:
+        """Its classes, and behind them those that the user's own model knows besides."""
+        return [*self.classes, *(self.run.get("model") or {}).get("extra_classes", ())]
+
+    @property
     def classifiers(self) -> list[str]:
         """Its classifiers, in the order in which they are shown."""
         return list(dict.fromkeys(row["classifier"] for row in self.run["metrics"]))
@@ -112,7 +117,7 @@ def read_predictions(finished: FinishedRun, classes: Sequence[str], classifiers:
 
     Args:
         finished: The run.
-        classes: Names by whose place classes are numbered; all of the run's.
+        classes: Names by whose place classes are numbered; all of the run's, and those that its model knows besides.
         classifiers: Some of the run's.
 
     Raises:
@@ -152,28 +157,35 @@ def read_scores(
 
     Args:
         finished: The run.
-        classes: Names of the K classes, in the order in which scores are wanted.
+        classes: Names of the K classes, in the order in which scores are wanted; behind the run's own may be further
+            ones, which a model may have scores of.
         classifier: One of the run's.
         rows_n: Rows of these images.
 
     Yields:
-        For a file: places in `rows_n`, and the scores of these images, float32 [., K], or None where it has none.
+        For a file: places in `rows_n`, and the scores of these images, float32 [., K] or of the run's own classes
+            alone, or None where it has none.
 
     Raises:
         OutputError: If a file is damaged.
     """
     column, start = f"{classifier}_scores", 0
-    columns_K = [finished.classes.index(name) for name in classes]
+    num_own = len(finished.classes)
+    places = {name: place for place, name in enumerate(classes)}
+    places_P = [places[name] for name in finished.all_classes]
     for part in finished.parts:
         with _open(finished, part) as file:
             stop = start + file.metadata.num_rows
-            places = np.flatnonzero((rows_n >= start) & (rows_n < stop))
-            if len(places):
+            chosen = np.flatnonzero((rows_n >= start) & (rows_n < stop))
+            if len(chosen):
                 scores_nK = None
                 if column in file.schema_arrow.names:
-                    lists = file.read(columns=[column])[column].take(pa.array(rows_n[places] - start)).combine_chunks()
-                    scores_nK = lists.flatten().to_numpy().reshape(len(places), -1)[:, columns_K]
-                yield places, scores_nK
+                    lists = file.read(columns=[column])[column].take(pa.array(rows_n[chosen] - start)).combine_chunks()
+                    scores_nP = lists.flatten().to_numpy().reshape(len(chosen), -1)
+                    width = scores_nP.shape[1]
+                    scores_nK = np.zeros((len(chosen), num_own if width == num_own else len(classes)), np.float32)
+                    scores_nK[:, places_P[:width]] = scores_nP
+                yield chosen, scores_nK
             start = stop
 
 

@@ -94,10 +94,12 @@ def render(
     best_metrics = sections.metrics_by_class(run, draft.best)
     shown_classes = sections.shown_classes(run, best_metrics)
     suggested = [row["suggested_class"] for row in draft.suspects]
-    images, limit = sections.class_images(draft.output, list(dict.fromkeys([*shown_classes, *suggested])))
+    pictured = [] if sections.has_features(run) else list(dict.fromkeys([*shown_classes, *suggested]))
+    images, limit = sections.class_images(draft.output, pictured)
     page = {
         "run": run,
         "made": made,
+        "has_features": sections.has_features(run),
         "dataset_name": sections.dataset_name(run),
         "best": draft.best,
         "guessing": GUESSING,
