@@ -26,7 +26,7 @@ def by_the_definition(image, size, crop_pct, interpolation):
     is_upright = width <= height
     resized = (scale, int(scale * height / width)) if is_upright else (int(scale * width / height), scale)
     image = image.resize(resized, interpolation)
-    left, top = (int(round((side - size) / 2.0)) for side in resized)
+    left, top = (round((side - size) / 2.0) for side in resized)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -213,7 +213,10 @@ def test_pixels_are_prepared_as_torchvision_does():
     pixels_NHWC = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = [
-        [(image[:, :, c].astype(np.float32) / np.float32(255) - np.float32(mean[c])) / np.float32(std[c]) for c in range(3)]
+        [
+            (channel / np.float32(255) - np.float32(mean[c])) / np.float32(std[c])
+            for c, channel in enumerate(image.transpose(2, 0, 1).astype(np.float32))
+        ]
         for image in pixels_NHWC
     ]  # fmt: skip
     got = prepare(torch.from_numpy(pixels_NHWC).flatten(1), (4, 5, 3), mean, std)
