@@ -2,7 +2,7 @@
 
 Run from `jobs/` as `python -m benchmarks.model NAME REQUEST`.
 
-Input: the name of a loop and an `Images` request as JSON. Output: an `Answer` as JSON, the last line of standard output.
+Input: the name of a loop and an `Images` request as JSON. Output: an `Answer` as JSON, the last line written.
 Invariant: the same random weights everywhere.
 
 Axes: N images, B images of a batch, K classes, F features.

@@ -152,7 +152,8 @@ def probe(program: Program, wanted: Wanted, device: torch.device) -> Probed:
         0, 256, (batch_size, program.channels * sides[0] * sides[1]), dtype=torch.uint8, generator=numbers
     )
     images_BD[-1], images_BD[-2:-1] = 255, 0
-    prepared_BCHW = prepare(images_BD.to(device), (*sides, program.channels), wanted.mean, wanted.std)
+    shape = *sides, program.channels
+    prepared_BCHW = prepare(images_BD.to(device), shape, wanted.mean, wanted.std, batch_size)
     outputs_BO = _run(program, prepared_BCHW, "a batch")
     num_outputs = outputs_BO.shape[1]
     if wanted.num_names is not None and num_outputs != wanted.num_names:
@@ -162,14 +163,17 @@ def probe(program: Program, wanted: Wanted, device: torch.device) -> Probed:
         )
     if program.batch_size is None:
         other_size = 2 if batch_size != 2 else 3
-        rows = torch.arange(other_size, device=device) % batch_size
-        others_bO = _run(program, prepared_BCHW[rows], f"a batch of {other_size}")
-        _expect_near(outputs_BO[rows], others_bO, "in a batch of another size")
+        rows = torch.arange(other_size) % batch_size
+        some_bCHW = prepare(images_BD[rows].to(device), shape, wanted.mean, wanted.std, other_size)
+        others_bO = _run(program, some_bCHW, f"a batch of {other_size}")
+        _expect_near(outputs_BO[rows.to(device)], others_bO, "in a batch of another size")
     again_BO = _run(program, prepared_BCHW, "the same batch")
     _expect_near(outputs_BO, again_BO, "when it is computed again")
-    moved_BO = _run(program, prepared_BCHW.flip(0).contiguous(), "the same batch in another order").flip(0)
-    _expect_near(outputs_BO, moved_BO, "beside other images")
-    is_exact = torch.equal(outputs_BO, again_BO) and torch.equal(outputs_BO, moved_BO)
+    copies_BCHW = prepare(images_BD[:1].expand(batch_size, -1).to(device), shape, wanted.mean, wanted.std, batch_size)
+    copies_BO = _run(program, copies_BCHW, "a batch of one image")
+    first_BO = outputs_BO[:1].expand(batch_size, -1)
+    _expect_near(first_BO, copies_BO, "beside other images")
+    is_exact = torch.equal(outputs_BO, again_BO) and torch.equal(first_BO, copies_BO)
     return Probed(*sides, program.channels, batch_size, num_outputs, is_exact)
 
 
@@ -216,19 +220,29 @@ def _expect_near(outputs_NO: torch.Tensor, others_NO: torch.Tensor, where: str) 
 
 
 def prepare(
-    images_ND: torch.Tensor, shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    images_ND: torch.Tensor,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
 ) -> torch.Tensor:
-    """Turn pixels into what a model takes, as torchvision's `ToTensor` and `Normalize` do; float32 [N, C, H, W].
+    """Turn pixels into what a model takes, as torchvision's `ToTensor` and `Normalize` do; float32 [B, C, H, W].
 
     Args:
         images_ND: uint8.
         shape: H, W, C.
         mean: Taken off pixels from 0 to 1, for all channels or each.
         std: By which the rest is divided, likewise.
+        batch_size: B; behind the images it is filled up with zeros.
     """
-    pixels_NCHW = images_ND.view(-1, *shape).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    height, width, channels = shape
+    # Not by `contiguous`, which leaves grey images with strides by which other kernels are chosen.
+    batch_BCHW = torch.zeros(batch_size, channels, height, width, device=images_ND.device)
+    pixels_NCHW = batch_BCHW[: len(images_ND)]
+    pixels_NCHW.copy_(images_ND.view(-1, *shape).permute(0, 3, 1, 2)).div_(255)
     mean_C11, std_C11 = (torch.tensor(each, device=images_ND.device)[:, None, None] for each in (mean, std))
-    return pixels_NCHW.sub_(mean_C11).div_(std_C11)
+    pixels_NCHW.sub_(mean_C11).div_(std_C11)
+    return batch_BCHW
 
 
 @dataclass
@@ -313,10 +327,8 @@ class Runner:
         model, wanted = self._model, self._model.input
         images_ND = torch.cat([pending.images_ND[rows] for pending, rows in pieces])
         shape = wanted.height, wanted.width, len(wanted.mode)
-        batch_NCHW = prepare(images_ND.to(self._device), shape, model.mean, model.std)
-        if more := model.batch_size - len(images_ND):
-            batch_NCHW = torch.cat((batch_NCHW, batch_NCHW.new_zeros(more, *batch_NCHW.shape[1:])))
-        outputs_NO = self._program.call(batch_NCHW)[: len(images_ND)].float()
+        batch_BCHW = prepare(images_ND.to(self._device), shape, model.mean, model.std, model.batch_size)
+        outputs_NO = self._program.call(batch_BCHW)[: len(images_ND)].float()
         most = MAX_FEATURE if model.has_features else torch.finfo(torch.float32).max
         if not (outputs_NO.abs() <= most).all():  # so that NaN fails too
             raise ModelError(
