@@ -429,6 +429,7 @@ def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
     return {
         "number": job.plan.num_neighbors,
         "of": "all" if job.plan.searches_train else "valid",
+        "by": "features" if job.plan.has_features else "pixels",
         "median_distance": found.median,
         "num_twins": found.num_twins,
         "num_near_twins": found.num_twins - found.num_same,

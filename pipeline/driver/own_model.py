@@ -59,7 +59,7 @@ def read_model(config: Config) -> ModelFile | None:
     names = None
     if config.model_classes is not None:
         try:
-            lines = _read("--model-classes", config.model_classes).decode().splitlines()
+            lines = _read("--model-classes", config.model_classes).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as exc:
             raise ModelError(
                 f"--model-classes {config.model_classes}: expected text in UTF-8, got {exc.reason}; give a name a line"

@@ -355,7 +355,8 @@ def _twins(run: Mapping[str, Any]) -> str:
         parts.append(f"{counts['num_conflicts']:,} of several classes (suspects.parquet)")
     if neighbors is None:
         return "; ".join([*parts, f"{counts['num_exact_twins']:,} validation images have a twin in training"])
-    twins = f"{neighbors['num_twins']:,} validation images have a twin in training"
+    by = " by the model's features" if neighbors.get("by") == "features" else ""
+    twins = f"{neighbors['num_twins']:,} validation images have a twin in training{by}"
     if neighbors["num_twins"]:
         figures = ", ".join(f"{name} {_figure(value)}" for name, value in neighbors["accuracy_without_twins"].items())
         twins += f", {neighbors['num_near_twins']:,} of them changed a little; accuracy without them: {figures}"
@@ -364,7 +365,8 @@ def _twins(run: Mapping[str, Any]) -> str:
 
 def _labels(neighbors: Mapping[str, Any]) -> str:
     split = "images" if neighbors["of"] == "all" else "validation images"
-    return f"{neighbors['num_suspects']:,} {split} look more like another class (suspects.parquet)"
+    look = "are by the model's features" if neighbors.get("by") == "features" else "look"
+    return f"{neighbors['num_suspects']:,} {split} {look} more like another class (suspects.parquet)"
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
