@@ -3,6 +3,7 @@
 import io
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -244,3 +245,16 @@ def test_classes_are_matched_by_their_names():
 def test_names_that_cannot_be_matched_are_refused(names, match):
     with pytest.raises(ModelError, match=match):
         match_classes(names, ["a", "b"])
+
+
+def test_what_changes_an_output_is_in_the_identity_of_a_model():
+    model = Model("a", "logits", ModelInput(8, 8, "L"), (0.0,), (1.0,), 32, 10, tuple(range(10)))
+    changes = {
+        "sha256": "b",
+        "mean": (0.5,),
+        "batch_size": 64,
+        "input": ModelInput(8, 8, "L", "crop"),
+        "places": (1, 0),
+    }
+    assert all(replace(model, **{name: value}).identity != model.identity for name, value in changes.items())
+    assert replace(model).identity == model.identity

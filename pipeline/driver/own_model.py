@@ -167,7 +167,11 @@ def describe_model(
     share = min(1.0, max((busy_s for _, busy_s in counts.runs), default=0.0) / (seconds["decode"] + seconds["means"]))
     return {
         "file": without_secrets(config.model),
-        **{name: value for name, value in model.identity.items() if name != "places"},
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in model.identity.items()
+            if name != "places"
+        },
         "num_images": sum(number for number, _ in counts.runs),
         "images_per_s": sum(number / busy_s for number, busy_s in counts.runs if busy_s > 0),
         "busy_share": share,
