@@ -187,7 +187,7 @@ def _model_cases(options: Options) -> list[Case]:
         replace(case, title=f"{case.title}, ResNet-18", commands=resnet, options=(*case.options, *own)),
         replace(case, title=f"{case.title}, free or none", commands=none, more=free),
     ]
-    return [each for each in cases if len(each.commands) > 1 or len(options.names) == 1]
+    return [each for each in cases if each.commands and (len(each.commands) > 1 or len(options.names) == 1)]
 
 
 def _scaling_case(options: Options, num_classes: int, num_values: int, batch_size: int) -> Case:

@@ -332,6 +332,8 @@ def make_plan(
         model: The user's own model, where there is one.
     """
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
+    if model and not config.shard_images:  # that an actor is done with one before it seems to stand still
+        num_images = min(num_images, _SHARD_IMAGES)
     max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.decoded_bytes))
     kept_bytes = model.feature_bytes if model and model.has_features else target.num_values
     bounds = part_bounds(len(listing.valid), kept_bytes + score_bytes, config.lanes)

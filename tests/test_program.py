@@ -130,7 +130,7 @@ BROKEN = {
     ),
     "batch norm that learns": (
         lambda: save_bytes(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)), training=True),
-        {}, r"expected a model that stays as it is, got one that changes 0\.num_batches_tracked|0\.running",
+        {}, "expected the same output of an image in a batch of another size",
     ),
     "images that see each other": (
         lambda: save_bytes(Body(lambda linear, one: logits(linear, one - one.mean(0, keepdim=True)))),
@@ -211,10 +211,12 @@ def test_how_images_arrive_changes_no_bit(exported, num_threads, pieces):
 
 
 def test_outputs_that_are_no_numbers_end_the_job():
-    content = save_bytes(Body(lambda linear, one: logits(linear, one) / one.flatten(1).sum(1, keepdim=True)))
+    content = save_bytes(
+        Body(lambda linear, one: logits(linear, one) / (one.amax((1, 2, 3)) - one.amin((1, 2, 3)))[:, None])
+    )
     runner = make_runner(content, 1)
     with pytest.raises(ModelError, match=r"expected outputs of at most .*, got NaN or larger ones for an image"):
-        runner.put(torch.tensor([[64] * 32 + [0] * 32] * 8, dtype=torch.uint8), lambda outputs: None)
+        runner.put(torch.full((8, 64), 9, dtype=torch.uint8), lambda outputs: None)
 
 
 def test_pixels_are_prepared_as_torchvision_does():

@@ -97,11 +97,6 @@ def _check_signature(exported: Any) -> None:
             f"--model: expected one output, a row of numbers for each image, got {_describe(outputs)}; wrap the model "
             "in one that returns that"
         )
-    if signature.buffers_to_mutate:
-        raise ModelError(
-            "--model: expected a model that stays as it is, got one that changes "
-            f"{next(iter(signature.buffers_to_mutate.values()))} with every batch; call model.eval() before the export"
-        )
 
 
 def _is_batch(values: list[Any], num_axes: int) -> bool:
