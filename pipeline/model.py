@@ -26,6 +26,7 @@ class ModelInput:
         resize: `squash` resizes both sides, `crop` keeps the aspect ratio; the middle is cut out of both.
         crop_pct: Which share of the sides the middle is.
         interpolation: Of the resizing, with Pillow's filters.
+        is_made: Whether these pixels are made; else a file is only decoded at a scale that would do for them.
     """
 
     height: int
@@ -34,6 +35,7 @@ class ModelInput:
     resize: str = "squash"
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
+    is_made: bool = True
 
     @property
     def num_values(self) -> int:
@@ -134,7 +136,8 @@ class Model:
     @property
     def identity(self) -> dict[str, Any]:
         """All that its outputs depend on, beside the images."""
-        return {**asdict(self), "places": list(self.places)}
+        wanted = {name: value for name, value in asdict(self.input).items() if name != "is_made"}
+        return {**asdict(self), "input": wanted, "places": list(self.places)}
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -88,6 +88,11 @@ class Target:
     def decoded_bytes(self) -> int:
         """Bytes of a decoded image, with those for the model."""
         return self.num_values + (self.model_input.num_values if self.model_input else 0)
+
+    @property
+    def without_model(self) -> Target:
+        """The same for images that the model is not run on: the same pixels, decoded at the same scale."""
+        return replace(self, model_input=self.model_input and replace(self.model_input, is_made=False))
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -272,6 +277,10 @@ class Plan:
         """Nearest training images that are searched for: of features as many as a vote by weights takes, or more."""
         return max(self.num_neighbors, WEIGHTED_NEIGHBORS) if self.num_neighbors and self.has_features else (
             self.num_neighbors)  # fmt: skip
+
+    def target_of(self, split: Split) -> Target:
+        """What images of a split become: a model that only predicts is not given those to train on."""
+        return self.target.without_model if split == "train" and self.num_logits else self.target
 
     @property
     def num_lanes(self) -> int:

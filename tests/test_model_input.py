@@ -111,3 +111,14 @@ def test_a_shard_has_both_images_of_what_could_be_decoded():
     assert decoded.table["image"].combine_chunks().to_numpy_ndarray().shape == (2, 4, 5)
     assert decoded.table["model_image"].combine_chunks().to_numpy_ndarray().shape == (2, 6, 7, 3)
     assert isinstance(decode_image(images[1], target), Fault)
+
+
+def test_training_images_that_no_model_sees_have_the_same_pixels_and_no_others():
+    wanted = ModelInput(90, 90, "RGB")
+    target = Target(8, 8, "RGB", model_input=wanted)
+    large = encode(draw(60, 40).resize((900, 800)), "JPEG")
+    pixels, is_resized = decode_image(large, target.without_model)
+    assert (pixels, is_resized) == (decode_image(large, target)[0], True)
+    decoded = decode_images(pa.array([b"a"]), pa.array([0], pa.int32()), [large], target.without_model)
+    assert decoded.table.column_names == ["key", "class", "image"]
+    assert Target(8, 8, "L").without_model == Target(8, 8, "L")

@@ -135,7 +135,7 @@ def decode_images(
         target: What every image becomes.
     """
     shapes = {"image": target.shape}
-    if target.model_input is not None:
+    if target.model_input is not None and target.model_input.is_made:
         shapes["model_image"] = target.model_input.shape
     sizes = [math.prod(shape) for shape in shapes.values()]
     pixels = [bytearray(len(keys) * size) for size in sizes]
@@ -181,7 +181,7 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
     stream = io.BytesIO(data)
     try:
         image = load_image(stream, target)
-        if target.model_input is not None:
+        if target.model_input is not None and target.model_input.is_made:
             return _decode_twice(image, target, target.model_input)
         is_resized = image.size != (target.width, target.height)
         if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):

@@ -118,6 +118,7 @@ class _Feeding:
                 cache=job.cache,
                 split_names=(job.config.train_split, job.listing.valid_split),
                 keeps_train_keys=job.plan.num_neighbors > 0,
+                train_target=job.plan.target_of("train"),
             )
         )
         self.grouping = Grouping(len(job.shards), job.listing.num_images)
