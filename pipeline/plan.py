@@ -275,8 +275,8 @@ class Plan:
     @property
     def num_searched(self) -> int:
         """Nearest training images that are searched for: of features as many as a vote by weights takes, or more."""
-        return max(self.num_neighbors, WEIGHTED_NEIGHBORS) if self.num_neighbors and self.has_features else (
-            self.num_neighbors)  # fmt: skip
+        is_weighted = self.num_neighbors > 0 and self.has_features
+        return max(self.num_neighbors, WEIGHTED_NEIGHBORS) if is_weighted else self.num_neighbors
 
     def target_of(self, split: Split) -> Target:
         """What images of a split become: a model that only predicts is not given those to train on."""
