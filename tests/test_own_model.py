@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import signal
 
 import numpy as np
@@ -310,5 +309,6 @@ def test_a_model_that_cannot_be_used_exits_with_1_and_one_line(tmp_path):
     process = command("--model", tmp_path / "model.pt2", "--out", tmp_path / "out")
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
-    assert re.fullmatch(r"error: --model: expected a program that torch [^\n]*\n", stderr), stderr
+    [error] = [line for line in stderr.splitlines() if "starting Ray" not in line]  # which a slow machine shows
+    assert error.startswith("error: --model: expected a program that torch ")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
