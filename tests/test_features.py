@@ -145,6 +145,7 @@ def score_digits(content, dtype, num_epochs):
     return actor.score_part(0, 0.01)
 
 
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # of a feature that is always 0
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_classifiers_of_features_count_as_scikit_learn(trained, one_thread, dtype):
     body, _ = trained

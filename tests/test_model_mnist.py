@@ -66,6 +66,7 @@ def test_the_count_and_the_logits_are_those_of_a_plain_loop(mnist_png, images, t
     np.testing.assert_allclose(got_NK[is_seen_NK], expected_NK[is_seen_NK], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # of a feature that is always 0
 def test_classifiers_of_features_count_as_scikit_learn(mnist_png, images, trained, tmp_path):
     model = save(trained[0], tmp_path / "model.pt2", (1, 28, 28))
     run = evaluate(mnist_png, tmp_path / "out", model=model, model_output="embedding", neighbors_of="valid")

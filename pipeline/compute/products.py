@@ -26,9 +26,12 @@ _TRIAL = (256, 512, 784)
 
 
 def to_whole(images_ND: torch.Tensor) -> torch.Tensor:
-    """Take 128 off pixels, uint8, giving int8; of features give unit vectors, float64."""
-    if images_ND.is_floating_point():
-        return to_unit_vectors(images_ND)
+    """Turn images into whole numbers that can be multiplied: pixels by `to_int8`, features by `to_unit_vectors`."""
+    return to_unit_vectors(images_ND) if images_ND.is_floating_point() else to_int8(images_ND)
+
+
+def to_int8(images_ND: torch.Tensor) -> torch.Tensor:
+    """Take 128 off pixels, uint8; int8."""
     return images_ND.contiguous().view(torch.int8).bitwise_xor(-128)
 
 
