@@ -273,7 +273,9 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_model_option(
     "--model", default=None, help="File or URI of a program that torch.export saved; it is run, so take your own only."
 )
-@_model_option("--model-output", type=click.Choice(OUTPUTS), default=_DEFAULTS.model_output, help="What it answers.")
+@_model_option(
+    "--model-output", type=click.Choice(OUTPUTS), default=_DEFAULTS.model_output, help="A number a class, or features."
+)
 @_model_option(
     "--model-classes", default=None, help="File with a name a line for its logits.  [default: the dataset's]"
 )
@@ -285,10 +287,18 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_model_option("--model-resize", type=click.Choice(RESIZES), default=_DEFAULTS.model_resize, help="How images fit it.")
 @_model_option("--model-crop-pct", type=float, help="Share of the sides that it sees.  [default: 1, or 0.875 of crop]")
 @_model_option(
-    "--model-interpolation", type=click.Choice(INTERPOLATIONS), default=_DEFAULTS.model_interpolation, help="Resizing."
+    "--model-interpolation",
+    type=click.Choice(INTERPOLATIONS),
+    default=_DEFAULTS.model_interpolation,
+    help="Filter of the resizing.",
 )
 @_model_option("--model-batch-size", type=int, help="Images of a batch.  [default: that of the export, or 32]")
-@_model_option("--feature-dtype", type=click.Choice(FEATURE_DTYPES), default=_DEFAULTS.feature_dtype, help="As kept.")
+@_model_option(
+    "--feature-dtype",
+    type=click.Choice(FEATURE_DTYPES),
+    default=_DEFAULTS.feature_dtype,
+    help="What features are kept as.",
+)
 @_training_option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves the linear model out.")
 @_training_option(
     "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."
