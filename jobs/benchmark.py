@@ -24,6 +24,7 @@ from typing import Any
 import click
 
 import benchmarks.data as datasets
+from benchmarks.model import LOOPS, export_models
 from benchmarks.peers import PEERS
 from benchmarks.request import Answer, evaluate_answer
 from benchmarks.search import SEARCHES
@@ -32,7 +33,7 @@ from benchmarks.table import Figure, Run, compare_sizes, format_table, summarise
 from benchmarks.watch import INTERRUPTS, watch
 from commands import OneLineCommand
 
-_EVALUATES = ("evaluate", "evaluate_first", "evaluate_again", "evaluate_local")
+_EVALUATES = ("evaluate", "evaluate_first", "evaluate_again", "evaluate_local", "evaluate_free")
 _ON_IMAGES = ("evaluate", *(name for name in PEERS if name != "client"))
 _ON_STORE = ("evaluate", "evaluate_local", "client", "ray_data_read_images", "daft_decode", "limit")
 # The commands of each workload without --only.
@@ -46,6 +47,7 @@ _DEFAULTS = {
     "classes": ("evaluate",),
     "cache": ("evaluate_first", "evaluate_again"),
     "driver": ("driver",),
+    "model": ("evaluate", "evaluate_free", *LOOPS),
     "store": _ON_STORE,
     "store_photos": _ON_STORE,
 }
@@ -72,6 +74,7 @@ _LOOSE_CORRECT, _LOOSE_CHECKSUM = 0.02, 0.01
 _LOOSE = {
     "photos": frozenset(("evaluate", "ray_data_map_batches", "daft")),
     "store_photos": frozenset(("evaluate", "evaluate_local")),
+    "model": frozenset(LOOPS),
     # Sums in another order; scikit-learn trains another model.
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
     # Distances in float32, and ties as they come.
@@ -96,6 +99,7 @@ class Case:
         commands: The names of the commands.
         request: The request to peers and parts.
         options: Options for `evaluate.py`.
+        more: Further ones for `evaluate_free`.
         bucket: The folder that is served as a bucket.
         latency_ms: Of each of its answers.
     """
@@ -105,6 +109,7 @@ class Case:
     commands: tuple[str, ...]
     request: dict[str, Any]
     options: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
     bucket: Path | None = None
     latency_ms: int = 0
 
@@ -139,11 +144,8 @@ def make_cases(options: Options) -> list[Case]:
         return [_scaling_case(options, *shape) for shape in _SCALES]
     if workload.startswith("store"):
         return _store_cases(options)
-    if workload == "classes":
-        number = next(iter(options.num_images or (_CLASS_IMAGES,)))
-        data = datasets.make_once(work / f"classes-{number}", partial(datasets.make_classes, num_images=number))
-        title = f"classes, {number:,} images of 1,000 classes"
-        return [Case(title, workload, options.names, {}, ("--data", str(data), *_TRAINS))]
+    if make := {"classes": _class_cases, "model": _model_cases}.get(workload):
+        return make(options)
     if workload == "photos":
         cases = []
         for number in options.num_images or _MADE_IMAGES["photos"]:
@@ -174,6 +176,30 @@ def make_cases(options: Options) -> list[Case]:
             for number in options.num_images or _MADE_IMAGES["many"]
         ]
     return [_image_case(options, source)]
+
+
+def _class_cases(options: Options) -> list[Case]:
+    number = next(iter(options.num_images or (_CLASS_IMAGES,)))
+    data = datasets.make_once(options.work / f"classes-{number}", partial(datasets.make_classes, num_images=number))
+    title = f"classes, {number:,} images of 1,000 classes"
+    return [Case(title, options.workload, options.names, {}, ("--data", str(data), *_TRAINS))]
+
+
+def _model_cases(options: Options) -> list[Case]:
+    """Make two cases on photographs: a model of ResNet-18's size, and one that costs nothing beside none at all."""
+    number = next(iter(options.num_images or _MADE_IMAGES["photos"]))
+    data = datasets.make_once(options.work / f"photos-{number}", partial(datasets.make_photographs, num_images=number))
+    models = datasets.make_once(options.work / "models", partial(export_models, num_classes=4))
+    case = _image_case(options, data, (_PHOTO_SIDE, _PHOTO_SIDE))
+    own = ("--model", str(models / "resnet18.pt2"), "--model-output", "embedding")
+    free = ("--model", str(models / "free.pt2"))
+    pairs = (("evaluate", *LOOPS), ("evaluate", "evaluate_free"))
+    resnet, none = (tuple(name for name in names if name in options.names) for names in pairs)
+    cases = [
+        replace(case, title=f"{case.title}, ResNet-18", commands=resnet, options=(*case.options, *own)),
+        replace(case, title=f"{case.title}, free or none", commands=none, more=free),
+    ]
+    return [each for each in cases if each.commands and (len(each.commands) > 1 or len(options.names) == 1)]
 
 
 def _scaling_case(options: Options, num_classes: int, num_values: int, batch_size: int, num_epochs: int) -> Case:
@@ -267,9 +293,12 @@ def measure(name: str, index: int, case: Case, options: Options) -> tuple[Run, A
         ):  # an absolute path, since the working folder is another; not that of a link's target
             python = str(Path(shutil.which(options.daft_python) or options.daft_python).absolute())
         if name in _EVALUATES:
-            command = [python, str(jobs / "evaluate.py"), *case.options, "--json", "--out", str(results)]
+            more = case.more if name == "evaluate_free" else ()
+            command = [python, str(jobs / "evaluate.py"), *case.options, *more, "--json", "--out", str(results)]
         else:
-            tables: dict[str, Mapping[str, object]] = {"benchmarks.peers": PEERS, "benchmarks.search": SEARCHES}
+            tables: dict[str, Mapping[str, object]] = {
+                "benchmarks.peers": PEERS, "benchmarks.search": SEARCHES, "benchmarks.model": LOOPS,
+            }  # fmt: skip
             module = next((module for module, table in tables.items() if name in table), "benchmarks.parts")
             command = [python, "-m", module, name, json.dumps(case.request)]
         if name == "evaluate_first":

@@ -26,7 +26,18 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from pipeline import __version__
-from pipeline.config import DEVICES, INCOMPLETE_CLASSES, MODES, NEIGHBORS_OF, SCORES, Config
+from pipeline.config import (
+    DEVICES,
+    FEATURE_DTYPES,
+    INCOMPLETE_CLASSES,
+    INTERPOLATIONS,
+    MODES,
+    NEIGHBORS_OF,
+    OUTPUTS,
+    RESIZES,
+    SCORES,
+    Config,
+)
 from pipeline.errors import EvaluationError, OptionError, without_secrets
 from pipeline.results.progress import Progress, StatusLine, is_terminal, progress_line, progress_parts
 from pipeline.results.summary import print_summary, summary
@@ -218,6 +229,7 @@ class _Command(click.Command):
 
 
 _data_option = partial(click.option, cls=_Option, heading="Data")
+_model_option = partial(click.option, cls=_Option, heading="Model of your own")
 _training_option = partial(click.option, cls=_Option, heading="Training")
 _cluster_option = partial(click.option, cls=_Option, heading="Cluster")
 _results_option = partial(click.option, cls=_Option, heading="Results")
@@ -251,6 +263,35 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_data_option("--draft/--no-draft", default=_DEFAULTS.draft, help="Decode very large JPEG files at a reduced scale.")
 @_data_option("--cache", default=None, help="Folder or URI that keeps decoded images for the next run.")
 @_data_option("--cache-gib", type=float, help="Size limit of the cache; the least recently used entries are removed.")
+@_model_option(
+    "--model", default=None, help="File or URI of a program that torch.export saved; it is run, so take your own only."
+)
+@_model_option(
+    "--model-output", type=click.Choice(OUTPUTS), default=_DEFAULTS.model_output, help="A number a class, or features."
+)
+@_model_option(
+    "--model-classes", default=None, help="File with a name a line for its logits.  [default: the dataset's]"
+)
+@_model_option(
+    "--model-size", default=_DEFAULTS.model_size, help="Height and width that it takes, as 224x224, or auto."
+)
+@_model_option("--model-mean", default=_DEFAULTS.model_mean, help="Taken off pixels from 0 to 1; three, or imagenet.")
+@_model_option("--model-std", default=_DEFAULTS.model_std, help="What the rest is divided by; three, or imagenet.")
+@_model_option("--model-resize", type=click.Choice(RESIZES), default=_DEFAULTS.model_resize, help="How images fit it.")
+@_model_option("--model-crop-pct", type=float, help="Share of the sides that it sees.  [default: 1, or 0.875 of crop]")
+@_model_option(
+    "--model-interpolation",
+    type=click.Choice(INTERPOLATIONS),
+    default=_DEFAULTS.model_interpolation,
+    help="Filter of the resizing.",
+)
+@_model_option("--model-batch-size", type=int, help="Images of a batch.  [default: that of the export, or 32]")
+@_model_option(
+    "--feature-dtype",
+    type=click.Choice(FEATURE_DTYPES),
+    default=_DEFAULTS.feature_dtype,
+    help="What features are kept as.",
+)
 @_training_option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes of SGD; 0 leaves the linear model out.")
 @_training_option(
     "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."

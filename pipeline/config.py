@@ -22,6 +22,16 @@ INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
 SCORES = ("auto", "top", "all")
 MAX_NEIGHBORS = 1000
+OUTPUTS = ("logits", "embedding")
+RESIZES = ("squash", "crop")
+INTERPOLATIONS = ("bilinear", "bicubic")
+FEATURE_DTYPES = ("float32", "float16")
+# Of pixels from 0 to 1, by channel: what most models for photographs were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# As timm's, where a model says nothing else.
+_CROP_PCT = {"squash": 1.0, "crop": 0.875}
+# An image may be resized to so many times the model's size, before its middle is cut out.
+_MIN_CROP_PCT = 0.1
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "L", "RGB")
 # By a field's annotation, what it expects and how to give it.
@@ -58,6 +68,17 @@ class Config:
     size: str = "auto"
     mode: str = "auto"
     draft: bool = True
+    model: str | None = None
+    model_output: str = "logits"
+    model_classes: str | None = None
+    model_size: str = "auto"
+    model_mean: str = "0"
+    model_std: str = "1"
+    model_resize: str = "squash"
+    model_crop_pct: float | None = None
+    model_interpolation: str = "bilinear"
+    model_batch_size: int | None = None
+    feature_dtype: str = "float32"
     epochs: int = 40
     neighbors: int | None = None
     neighbors_of: str = "auto"
@@ -88,6 +109,7 @@ class Config:
     def __post_init__(self) -> None:
         self._take_types()
         self._check_data()
+        self._check_model()
         self._check_training()
         self._check_shape_of_work()
 
@@ -97,23 +119,48 @@ class Config:
             value, (kind, *or_none) = getattr(self, each.name), str(each.type).split(" | ")
             if not (value is None and or_none):
                 object.__setattr__(self, each.name, _as_type(_option(each.name), kind, value))
-        if self.size.isascii() and self.size.isdigit():
-            object.__setattr__(self, "size", f"{self.size}x{self.size}")
+        for name in ("size", "model_size"):
+            if (size := getattr(self, name)).isascii() and size.isdigit():
+                object.__setattr__(self, name, f"{size}x{size}")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
         """The target's height and width in pixels, or None for `auto`."""
-        if self.size == "auto":
-            return None
-        height, _, width = self.size.partition("x")
-        return int(height), int(width)
+        return _height_width(self.size)
+
+    @property
+    def model_height_width(self) -> tuple[int, int] | None:
+        """Height and width of the model's input in pixels, or None for `auto`."""
+        return _height_width(self.model_size)
+
+    @property
+    def crop_pct(self) -> float:
+        """Which share of the sides of a resized image the model is given."""
+        return _CROP_PCT[self.model_resize] if self.model_crop_pct is None else self.model_crop_pct
+
+    def channel_values(self, name: str) -> tuple[float, ...]:
+        """The numbers of `model_mean` or `model_std`: one for all channels, or one for each of three."""
+        text = getattr(self, name)
+        if text == "imagenet":
+            return IMAGENET_MEAN if name == "model_mean" else IMAGENET_STD
+        try:
+            values = tuple(float(word) for word in text.split(","))
+        except ValueError:
+            values = ()
+        is_wrong = len(values) not in (1, 3) or not all(map(math.isfinite, values))
+        if is_wrong or (name == "model_std" and min(values) <= 0):
+            raise OptionError(
+                f"{_option(name)}: expected imagenet, or one number or three, of std above 0, got {text}; as "
+                "0.485,0.456,0.406"
+            )
+        return values
 
     def wants_class(self, name: str) -> bool:
         """Say whether a class is asked for."""
         return name not in self.exclude_classes and (not self.classes or name in self.classes)
 
     def _check_data(self) -> None:
-        for name in ("cache", "scratch", "address", "label_column", "image_column"):
+        for name in ("cache", "scratch", "address", "label_column", "image_column", "model_classes"):
             given = getattr(self, name)
             _expect(given != "", f"{_option(name)}: expected a text, got nothing; leave it out for the default")
         _expect(bool(self.data), "--data: expected a name, folder or URI, got nothing; say what to evaluate")
@@ -150,6 +197,46 @@ class Config:
             _is_size(self.size),
             f"--size: expected auto, or HxW with sides of 1 to {MAX_SIDE}, got {self.size}; as 28x28, or 28 for both",
         )
+
+    def _check_model(self) -> None:
+        given = {each.name: getattr(self, each.name) for each in fields(self)
+                 if each.name.startswith("model_") or each.name == "feature_dtype"}  # fmt: skip
+        defaults = {each.name: each.default for each in fields(self)}
+        idle = [name for name, value in given.items() if value != defaults[name]]
+        _expect(
+            self.model is not None or not idle,
+            f"{_option(idle[0]) if idle else ''}: expected --model beside it, got none; name the file of the model",
+        )
+        _expect(self.model != "", "--model: expected a file or URI, got nothing; as model.pt2")
+        for name, known in (
+            ("model_output", OUTPUTS), ("model_resize", RESIZES), ("model_interpolation", INTERPOLATIONS),
+            ("feature_dtype", FEATURE_DTYPES),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _expect(value in known, f"{_option(name)}: expected one of {', '.join(known)}, got {value}; choose one")
+        _expect(
+            _is_size(self.model_size),
+            f"--model-size: expected auto, or HxW with sides of 1 to {MAX_SIDE}, got {self.model_size}; as 224x224",
+        )
+        _expect(
+            self.model_crop_pct is None or _MIN_CROP_PCT <= self.model_crop_pct <= 1,
+            f"--model-crop-pct: expected {_MIN_CROP_PCT} to 1, got {self.model_crop_pct}; 0.875 cuts 224 pixels out of "
+            "256",
+        )
+        _expect(
+            self.model_batch_size is None or 1 <= self.model_batch_size <= MAX_SIDE,
+            f"--model-batch-size: expected 1 to {MAX_SIDE}, got {self.model_batch_size}; leave it out for 32",
+        )
+        _expect(
+            self.model_classes is None or self.model_output == "logits",
+            "--model-classes: expected --model-output logits, got embedding; features have no classes, leave it out",
+        )
+        _expect(
+            self.feature_dtype == "float32" or self.model_output == "embedding",
+            "--feature-dtype: expected --model-output embedding beside it, got logits; leave it out",
+        )
+        self.channel_values("model_mean")
+        self.channel_values("model_std")
 
     def _check_training(self) -> None:
         _expect(self.epochs >= 0, f"--epochs: expected 0 or more, got {self.epochs}; 0 leaves SGD out")
@@ -263,6 +350,13 @@ def _as_type(option: str, kind: str, value: Any) -> Any:
             return tuple(_as_type(option, "str", name) for name in value)
     expected, advice = _TYPES[kind]
     raise OptionError(f"{option}: expected {expected}, got {value!r}; {advice}")
+
+
+def _height_width(size: str) -> tuple[int, int] | None:
+    if size == "auto":
+        return None
+    height, _, width = size.partition("x")
+    return int(height), int(width)
 
 
 def _is_size(text: str) -> bool:

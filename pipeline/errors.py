@@ -4,6 +4,7 @@
     ├── OptionError        an option's value cannot be used (exit status 2)
     ├── DataError          the dataset is missing, empty or inconsistent
     │   └── DownloadError  a dataset known by name could not be fetched
+    ├── ModelError         the user's own model cannot be used
     ├── TrainingError      the loss is no number any more
     ├── ImageCountError    images listed, used and skipped do not add up
     ├── OutputError        the results' folder cannot be used or written
@@ -60,6 +61,10 @@ class DataError(EvaluationError):
 
 class DownloadError(DataError):
     """A dataset known by name could not be fetched, checked or unpacked."""
+
+
+class ModelError(EvaluationError):
+    """The user's own model cannot be read, run, or fitted to the dataset."""
 
 
 class TrainingError(EvaluationError):

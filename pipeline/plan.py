@@ -10,8 +10,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
+from pipeline.model import Model, ModelInput
 from pipeline.tree import lane_ranges
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ _CHUNK_BYTES = 8 * 2**20
 # image, and of each training image.
 _DEFAULT_NEIGHBORS = 5
 _MAX_PRODUCTS, _MAX_TRAIN_PRODUCTS = 4 * 10**12, 10**12
+# The field's k-nearest-neighbor evaluation of features: neighbors that vote by weights.
+WEIGHTED_NEIGHBORS = 20
+_FEATURE_PRODUCTS = 4
 # Of a core without instructions for int8.
 _PRODUCTS_PER_HOUR = 10**14
 # With more classes than these, results hold the best scores of an image.
@@ -59,13 +64,15 @@ _MAX_RUN = 2048
 class Target:
     """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
 
-    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale.
+    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale. `model_input` is what it
+    becomes a second time, for a model that is given other pixels.
     """
 
     height: int
     width: int
     mode: Literal["L", "RGB"]
     draft: bool = True
+    model_input: ModelInput | None = None
 
     @property
     def channels(self) -> int:
@@ -76,6 +83,29 @@ class Target:
     def num_values(self) -> int:
         """Values of one image, D = H·W·C, which is also its size in bytes."""
         return self.height * self.width * self.channels
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of a decoded image, with those for the model."""
+        return self.num_values + (self.model_input.num_values if self.model_input else 0)
+
+    @property
+    def without_model(self) -> Target:
+        """The same for images that the model is not run on: the same pixels, decoded at the same scale."""
+        return replace(self, model_input=self.model_input and replace(self.model_input, is_made=False))
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Height and width that a file is needed at, for whatever it becomes."""
+        heights, widths = zip(
+            (self.height, self.width), *([self.model_input.scaled] if self.model_input else []), strict=True
+        )
+        return max(heights), max(widths)
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.height, self.width, self.channels
 
     @property
     def shape(self) -> list[int]:
@@ -197,7 +227,8 @@ class Plan:
         gpus_per_actor: The share of a GPU that an actor has, where there are GPUs.
         num_neighbors: Nearest training images that are searched for every validation image; 0 for none.
         searches_train: Whether they are searched for every training image too.
-        keeps_all_scores: Whether results hold the scores of all classes, or of the best ones.
+        max_scores: With more scores of an image than these, results hold the best ones.
+        model: The user's own model, where there is one.
     """
 
     target: Target
@@ -211,7 +242,45 @@ class Plan:
     gpus_per_actor: float
     num_neighbors: int = 0
     searches_train: bool = False
-    keeps_all_scores: bool = True
+    max_scores: int = _MAX_SCORES
+    model: Model | None = None
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the model's features take the place of pixels."""
+        return self.model is not None and self.model.has_features
+
+    @property
+    def num_values(self) -> int:
+        """Values of an image as classifiers see it, D: pixels, or features."""
+        return self.model.num_outputs if self.model and self.model.has_features else self.target.num_values
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image as classifiers see it; features are a row of one channel."""
+        if self.has_features:
+            return 1, self.num_values, 1
+        return self.target.sides
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image as it is kept."""
+        return self.model.feature_bytes if self.model and self.model.has_features else self.target.num_values
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of the model that are kept with a validation image; 0 without one."""
+        return self.model.num_outputs if self.model and not self.model.has_features else 0
+
+    @property
+    def num_searched(self) -> int:
+        """Nearest training images that are searched for: of features as many as a vote by weights takes, or more."""
+        is_weighted = self.num_neighbors > 0 and self.has_features
+        return max(self.num_neighbors, WEIGHTED_NEIGHBORS) if is_weighted else self.num_neighbors
+
+    def target_of(self, split: Split) -> Target:
+        """What images of a split become: a model that only predicts is not given those to train on."""
+        return self.target.without_model if split == "train" and self.num_logits else self.target
 
     @property
     def num_lanes(self) -> int:
@@ -226,7 +295,7 @@ class Plan:
     @property
     def num_chunks(self) -> int:
         """Chunks of each lane: every n-th image of it, shuffled together, chunk after chunk in another order."""
-        max_rows = max(1, _CHUNK_BYTES // self.target.num_values)
+        max_rows = max(1, _CHUNK_BYTES // self.image_bytes)
         return max(1, -(-max(self.assignment.lane_sizes) // max_rows))
 
     @property
@@ -236,7 +305,7 @@ class Plan:
 
     def requests(self, kind: Literal["valid", "train", "doubtful"], sizes: Mapping[int, int]) -> list[Request]:
         """Cut what one actor has, by the number of positions of each part, into requests of bounded size."""
-        most = max(1, _REQUEST_BYTES // self.target.num_values)
+        most = max(1, _REQUEST_BYTES // self.image_bytes)
         requests, spans, num_left = [], [], most
         for part, size in sizes.items():
             start = 0
@@ -256,10 +325,12 @@ class Plan:
         # Else a part is scored and forgotten when it is complete; the next one fills meanwhile.
         num_valid = sum(self.part_sizes) if self.keeps_images else 2 * max(self.part_sizes, default=0)
         num_train = self.assignment.num_images if self.keeps_images else 0
-        return (num_train + num_valid) * self.target.num_values
+        return (num_train + num_valid) * self.image_bytes + num_valid * 4 * self.num_logits
 
 
-def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int) -> tuple[Plan, list[Shard]]:
+def make_plan(
+    config: Config, listing: Listing, target: Target, score_bytes: int, model: Model | None = None
+) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first.
 
     Args:
@@ -267,13 +338,19 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
         listing: What the dataset holds.
         target: What every image becomes.
         score_bytes: Of one validation image's scores by all classifiers.
+        model: The user's own model, where there is one.
     """
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
-    max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
-    bounds = part_bounds(len(listing.valid), target.num_values + score_bytes, config.lanes)
+    if model and not config.shard_images:  # that an actor is done with one before it seems to stand still
+        num_images = min(num_images, _SHARD_IMAGES)
+    max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.decoded_bytes))
+    kept_bytes = model.feature_bytes if model and model.has_features else target.num_values
+    bounds = part_bounds(len(listing.valid), kept_bytes + score_bytes, config.lanes)
     train = cut_train(listing.row_groups("train"), max_images)
     valid = cut_valid(listing.row_groups("valid"), max_images, bounds, len(train))
-    num_neighbors = choose_neighbors(config, len(listing.train), len(listing.valid), target.num_values)
+    # Products of features are of float64, which takes some times as long as whole numbers of a byte.
+    num_products = _FEATURE_PRODUCTS * model.num_outputs if model and model.has_features else target.num_values
+    num_neighbors = choose_neighbors(config, len(listing.train), len(listing.valid), num_products)
     plan = Plan(
         target=target,
         num_classes=len(listing.classes),
@@ -281,8 +358,9 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
         part_sizes=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
         has_training=config.epochs > 0,
         num_neighbors=num_neighbors,
-        searches_train=num_neighbors > 0 and _searches_train(config, len(listing.train), target.num_values),
-        keeps_all_scores=config.scores == "all" or (config.scores == "auto" and len(listing.classes) <= _MAX_SCORES),
+        searches_train=num_neighbors > 0 and _searches_train(config, len(listing.train), num_products),
+        max_scores={"top": 0, "auto": _MAX_SCORES, "all": sys.maxsize}[config.scores],
+        model=model,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,

@@ -85,13 +85,13 @@ def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighb
     tables = {
         "metrics": metrics,
         "confusion": confusion_table(classes, confusions),
-        "means": means_table(classes, target, np.ones(num_classes, np.int64), means_KD),
+        "means": means_table(classes, target.sides, np.ones(num_classes, np.int64), means_KD),
         "skipped": pa.table(skipped, schema=SKIPPED_SCHEMA),
         "duplicates": pa.table(duplicates, schema=DUPLICATES_SCHEMA),
         "suspects": pa.table([*suspects, [0.9, 0.8]], schema=SUSPECTS_SCHEMA),
     }
     if num_epochs:
-        tables["weights"] = weights_table(classes, target, weights_P, np.zeros(target.num_values))
+        tables["weights"] = weights_table(classes, target.sides, weights_P, np.zeros(target.num_values))
         tables["history"] = history_table(history)
     for name, table in tables.items():
         write_table(output, name, table)

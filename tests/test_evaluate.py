@@ -83,7 +83,7 @@ def test_bad_usage_exits_with_2_and_a_line(args, message):
 def test_help_groups_all_options_and_fits_80_columns():
     text = click.testing.CliRunner().invoke(main, ["--help"]).stdout
     headings = [line for line in text.splitlines()[1:] if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Data:", "Training:", "Cluster:", "Results:", "Other:"]
+    assert headings == ["Data:", "Model of your own:", "Training:", "Cluster:", "Results:", "Other:"]
     assert [
         option.opts[0] for option in main.params if not re.search(rf"^  (-h, )?{option.opts[0]}\b", text, re.M)
     ] == []

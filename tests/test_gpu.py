@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from models import save_bytes
+from torch import nn
 
-from pipeline.compute import tiles
+from pipeline.compute import features, tiles
 from pipeline.compute.classifiers import nearest_mean, sgd_linear
 from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
+from pipeline.compute.neighbors import TrainBlock, search
+from pipeline.compute.program import Runner, load_program, prepare
 from pipeline.compute.scoring import confusion
 from pipeline.compute.threads import Threads
+from pipeline.model import Model, ModelInput
 from pipeline.tree import lane_ranges
 
 pytestmark = [
@@ -182,3 +187,33 @@ def test_probabilities_are_those_of_the_cpu():
     expected_NK = sgd_linear.log_probabilities(on_cpu, images_ND)
     got_NK = sgd_linear.log_probabilities(on_gpu, images_ND.to(DEVICE))
     torch.testing.assert_close(got_NK.cpu(), expected_NK, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_on_a_gpu_answers_as_on_the_cpu_in_any_batches():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    content, model = save_bytes(net), Model("", "logits", ModelInput(8, 8, "L"), (0.5,), (0.5,), 32, 10)
+    images_ND = draw_tensors(500, 64, 10)[0]
+    answers = []
+    for pieces in ([500], [7] * 71 + [3]):
+        runner, taken = Runner(load_program(content, DEVICE), model, DEVICE, Threads()), []
+        for piece in images_ND.split(pieces):
+            runner.put(piece, taken.append)
+        runner.flush()
+        answers.append(torch.cat(taken).cpu())
+    assert torch.equal(*answers)
+    with torch.inference_mode():
+        expected_NO = net(prepare(images_ND, (8, 8, 1), (0.5,), (0.5,), 500))
+    torch.testing.assert_close(answers[0], expected_NO, rtol=1e-2, atol=1e-2)  # TF32 in convolutions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_features_are_added_and_searched_exactly_as_on_the_cpu(dtype):
+    numbers = torch.Generator().manual_seed(0)
+    kept_ND = features.to_features(torch.randn(700, 96, generator=numbers) * 5, dtype)
+    labels_N, rows_T = torch.arange(700) % 3, torch.arange(600)
+    sums = [nearest_mean.class_sums(each, labels_N.to(each.device), 3)[0].cpu() for each in (kept_ND, kept_ND.cuda())]
+    assert torch.equal(*sums)
+    assert torch.equal(features.to_unit_vectors(kept_ND.cuda()).cpu(), features.to_unit_vectors(kept_ND))
+    found = [search(each[600:], [TrainBlock(each[:600], rows_T, rows_T % 3)], 20) for each in (kept_ND, kept_ND.cuda())]
+    for expected, got in zip(vars(found[0]).values(), vars(found[1]).values(), strict=True):
+        np.testing.assert_array_equal(got, expected)

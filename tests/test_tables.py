@@ -113,7 +113,7 @@ def test_confusion_has_the_pairs_that_occur():
 
 def test_means_are_row_major_by_height_width_and_channel():
     means_KD = np.random.default_rng(0).random((3, 18), np.float32)
-    [_, row, _] = means_table(RESULT_CLASSES, RESULT_TARGET, np.arange(3), means_KD).to_pylist()
+    [_, row, _] = means_table(RESULT_CLASSES, RESULT_TARGET.sides, np.arange(3), means_KD).to_pylist()
     image_HWC = np.array(row["mean"], np.float32).reshape(row["height"], row["width"], row["channels"])
     np.testing.assert_array_equal(image_HWC, means_KD[1].reshape(2, 3, 3))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import IO
@@ -27,9 +28,11 @@ from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
 from pipeline.compute.epoch import EpochSums
 from pipeline.compute.exchange import Address
-from pipeline.compute.lanes import Lanes
+from pipeline.compute.features import SQUARE_UNIT, UNIT, to_features
+from pipeline.compute.lanes import Lanes, image_dtype
 from pipeline.compute.neighborhood import Neighborhood
 from pipeline.compute.parts import Part
+from pipeline.compute.program import Program, Runner
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
@@ -52,6 +55,7 @@ class LaneActor:
         is_on_gpu: Whether a GPU was given to this process.
         num_threads: Threads that share the work on the CPU.
         scratch: The folder whose disk keeps the images; None where memory holds them. A GPU that holds them does.
+        program: The user's own model, where the plan has one, on the device that `choose_device` chooses.
     """
 
     def __init__(
@@ -63,18 +67,18 @@ class LaneActor:
         is_on_gpu: bool,
         num_threads: int = 1,
         scratch: str | None = None,
+        program: Program | None = None,
     ) -> None:
         # One thread inside torch: sums are then added in one order, whatever OMP_NUM_THREADS says.
         torch.set_num_threads(1)
         self._plan = plan
         self._rank = rank
         self._num_actors = num_actors
-        # A pretended GPU, or a build of torch without CUDA, computes on the CPU.
-        self._device = torch.device("cuda", 0) if is_on_gpu and torch.cuda.is_available() else torch.device("cpu")
+        self._device = choose_device(is_on_gpu=is_on_gpu)
         self._collective = Collective(rank, num_actors)
         self._threads = Threads(num_threads if self._device.type == "cpu" else 1)
         self._epoch: EpochSums | None = None
-        num_classes, num_values = plan.num_classes, plan.target.num_values
+        num_classes, num_values = plan.num_classes, plan.num_values
         self._sums_KD = torch.zeros(num_classes, num_values, dtype=torch.int64, device=self._device)
         self._num_squares = torch.zeros((), dtype=torch.int64)
         self._counts_K = torch.zeros(num_classes, dtype=torch.int64, device=self._device)
@@ -83,8 +87,11 @@ class LaneActor:
         self._store_device, self._scratch = self._choose_store(scratch)
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
-        self._trained = Trained(self._counts_K, empty, None, empty)
+        self._trained = Trained(self._counts_K, empty, None, empty, plan.model)
         self._means_file: IO[bytes] | None = None
+        self._runner: Runner | None = None
+        if program is not None and plan.model is not None:
+            self._runner = Runner(program, plan.model, self._device, self._threads)
         self._descent: Descent | None = None
         self._learning_rate = 0.0
 
@@ -122,16 +129,44 @@ class LaneActor:
             start: The shard's first row in the training listing.
             table: `row` int32, counted from there, `class`, `image` and, for neighbors, `key`: of this actor's lanes.
         """
-        images_ND, labels_N = _to_tensors(table, self._device)
         rows_N = start + table["row"].to_numpy().astype(np.int64)
+        labels_N = _labels_of(table, self._device)
+        keys = table["key"] if self._plan.num_neighbors > 0 else None
+        if self._plan.has_features:
+            self._run_model(table, lambda outputs_NO: self._take_train(
+                rows_N, to_features(outputs_NO, image_dtype(self._plan)), labels_N, keys))  # fmt: skip
+        else:
+            self._take_train(rows_N, _pixels_of(table, "image").to(self._device), labels_N, keys)
+
+    def _take_train(
+        self,
+        rows_N: npt.NDArray[np.int64],
+        images_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        keys: pa.ChunkedArray | None,
+    ) -> None:
         self._counts_K += nearest_mean.add_class_sums(self._sums_KD, images_ND, labels_N)
         lanes_N = torch.from_numpy(self._plan.assignment.lanes(rows_N))
         self._lane_counts_L += torch.bincount(lanes_N, minlength=self._plan.num_lanes)
         if self._plan.has_training:
             self._num_squares += nearest_mean.sum_squares(images_ND)
         if self._plan.keeps_images:
-            keys = table["key"] if self._plan.num_neighbors > 0 else None
             self._train.put(rows_N, images_ND, labels_N, keys)
+
+    def _run_model(self, table: pa.Table, take: Callable[[torch.Tensor], object]) -> None:
+        """Run the model on a shard's images: `take` is called with their outputs, perhaps by a later shard."""
+        assert self._runner is not None
+        self._runner.put(_pixels_of(table, "model_image" if "model_image" in table.column_names else "image"), take)
+
+    def flush(self) -> None:
+        """Run the model on images that have waited for a whole batch."""
+        if self._runner:
+            self._runner.flush()
+
+    def describe_runs(self) -> tuple[int, float]:
+        """Return the images that the model was run on, and the seconds of that."""
+        assert self._runner is not None
+        return self._runner.num_images, self._runner.busy_s
 
     def add_valid(self, part: int, offset: int, table: pa.Table) -> None:
         """Keep a validation shard's images until their part is scored.
@@ -141,12 +176,23 @@ class LaneActor:
             offset: Where its first listed image stands in the part.
             table: `row` int32, counted from there, `key`, `class` and `image`.
         """
+        plan = self._plan
         if part not in self._parts:
-            size, num_values = self._plan.part_sizes[part], self._plan.target.num_values
-            scratch = self._scratch if self._plan.keeps_images else None
-            self._parts[part] = Part(size, num_values, self._store_device, scratch)
-        rows_N = offset + table["row"].to_numpy().astype(np.int64)
-        self._parts[part].put(rows_N, table["key"], *_to_tensors(table, self._store_device))
+            scratch = self._scratch if plan.keeps_images else None
+            self._parts[part] = Part(
+                plan.part_sizes[part], plan.num_values, self._store_device, scratch, image_dtype(plan), plan.num_logits
+            )
+        rows_N, stored = offset + table["row"].to_numpy().astype(np.int64), self._parts[part]
+        labels_N, keys = _labels_of(table, self._store_device), table["key"]
+        if plan.has_features:
+            self._run_model(table, lambda outputs_NO: stored.put(
+                rows_N, keys, to_features(outputs_NO, image_dtype(plan)), labels_N))  # fmt: skip
+            return
+        pixels_ND = _pixels_of(table, "image").to(self._store_device)
+        if plan.num_logits:
+            self._run_model(table, lambda logits_NO: stored.put(rows_N, keys, pixels_ND, labels_N, logits_NO))
+        else:
+            stored.put(rows_N, keys, pixels_ND, labels_N)
 
     def finish_means(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Add up all actors' class sums and divide: every actor then holds the same means.
@@ -154,10 +200,11 @@ class LaneActor:
         Returns:
             The classes' counts, int64 [K], and means, float32 [K, D], 0 to 1. A class without images has NaN.
         """
+        self.flush()
         self._sums_KD, self._counts_K = self._collective.add_up(self._sums_KD), self._collective.add_up(self._counts_K)
         self._lane_counts_L = self._collective.add_up(self._lane_counts_L)
         self._num_squares = self._collective.add_up(self._num_squares)
-        means_KD = nearest_mean.class_means(self._sums_KD, self._counts_K)
+        means_KD = nearest_mean.class_means(self._sums_KD, self._counts_K, UNIT if self._plan.has_features else 255)
         self._sums_KD = torch.empty(0)  # which are twice as large as the means
         self._trained = replace(self._trained, counts_K=self._counts_K, means_KD=means_KD)
         return self._counts_K.cpu().numpy(), means_KD.cpu().numpy()
@@ -168,18 +215,20 @@ class LaneActor:
         Returns:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
         """
+        self.flush()
         self._take_means_back()
-        plan = self._plan
-        centre = sgd_linear.find_centre(self._trained.counts_K, self._trained.means_KD, int(self._num_squares))
+        plan, trained = self._plan, self._trained
+        square_unit = SQUARE_UNIT if plan.has_features else 255**2
+        centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares), square_unit)
         self._put_means_away()
         self._learning_rate = plan.learning_rate or centre.safe_rate
-        initial_P = sgd_linear.initial_params(plan.num_classes, plan.target.num_values)
+        initial_P = sgd_linear.initial_params(plan.num_classes, plan.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
         last_P, mean_P = (initial_P, initial_P) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
         if self._descent is None:
             self._descent = Descent(
                 plan.num_classes,
-                plan.target.num_values,
+                plan.num_values,
                 len(self._lanes),
                 device=self._device,
                 collective=self._collective,
@@ -230,6 +279,7 @@ class LaneActor:
     @cached_property
     def neighborhood(self) -> Neighborhood:
         """This actor's share of the search for neighbors; all its images have to be here."""
+        self.flush()
         return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads, self._scratch)
 
     def score_part(self, part: int, median: float | None = None) -> ScoredPart:
@@ -239,11 +289,12 @@ class LaneActor:
             part: Its number.
             median: The median distance to the nearest training image, where these were searched for.
         """
+        self.flush()
         self._take_means_back()
         plan = self._plan
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
-        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training)
+        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model)
         stored = self._parts.pop(part)
         return score_part(stored, self._trained, used, self._device, self._threads, neighbors, is_twin_N)
 
@@ -289,7 +340,7 @@ class LaneActor:
         total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._device)
         for part, stored in sorted(self._parts.items()):
             block_losses = []
-            for images_ND, labels_N in stored.blocks(self._device):
+            for images_ND, labels_N, _ in stored.blocks(self._device):
                 log_probabilities_NK = sgd_linear.log_probabilities(
                     model, images_ND, self._trained.centre_D, self._threads
                 )
@@ -299,12 +350,21 @@ class LaneActor:
         return losses, total_KK.cpu().numpy()
 
 
-def _to_tensors(table: pa.Table, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take a decoded shard to the device: images uint8 [N, D], on a CPU only to be read, and labels int64 [N]."""
-    images = one_chunk(table["image"]).storage
+def choose_device(*, is_on_gpu: bool) -> torch.device:
+    """Return what an actor computes on: a pretended GPU, or a build of torch without CUDA, computes on the CPU."""
+    return torch.device("cuda", 0) if is_on_gpu and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _labels_of(table: pa.Table, device: torch.device) -> torch.Tensor:
+    """Take the labels of a decoded shard to a device, int64 [N]."""
+    return torch.from_numpy(table["class"].to_numpy().astype(np.int64)).to(device)
+
+
+def _pixels_of(table: pa.Table, column: str) -> torch.Tensor:
+    """View the images of a decoded shard, uint8 [N, D], only to be read."""
+    images = one_chunk(table[column]).storage
     # Nothing is copied on a CPU: what is done with the pixels is done in the object store's memory.
     size = images.type.list_size
     values = images.values.slice(images.offset * size, len(images) * size)
-    images_ND = from_dlpack(values).view(len(images), size).to(device)
-    labels_N = torch.from_numpy(table["class"].to_numpy().astype(np.int64)).to(device)
-    return images_ND, labels_N
+    pixels_ND: torch.Tensor = from_dlpack(values).view(len(images), size)
+    return pixels_ND

@@ -16,6 +16,7 @@ import torch
 from pipeline.compute.classifiers import nearest_mean
 from pipeline.compute.threads import Threads
 from pipeline.compute.tiles import Params
+from pipeline.model import Model
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Trained:
         means_KD: Their means, float32, 0 to 1.
         model: The linear model, the mean over the steps of SGD; None without SGD.
         centre_D: The mean image, which is taken off the linear model's inputs, float32; empty without SGD.
+        own_model: What is known of the user's own model; None without one.
     """
 
     counts_K: torch.Tensor
     means_KD: torch.Tensor
     model: Params | None
     centre_D: torch.Tensor
+    own_model: Model | None = None
 
 
 @dataclass
@@ -44,12 +47,16 @@ class Block:
         trained: What was learnt.
         threads: They share the work, on the CPU.
         neighbor_labels_NJ: The classes of their nearest training images, int64; empty where none are searched for.
+        logits_NO: What the user's own model answers, float32; empty without one.
+        voters: Of features, the classes, int64, and cosine distances, float32, of the nearest training images, [N, J].
     """
 
     images_ND: torch.Tensor
     trained: Trained
     threads: Threads = field(default_factory=Threads)
     neighbor_labels_NJ: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    logits_NO: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    voters: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:

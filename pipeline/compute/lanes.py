@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.compute.classifiers import sgd_linear
+from pipeline.compute.features import DTYPES
 from pipeline.compute.neighbors import TrainBlock
 from pipeline.compute.spool import Spool
 from pipeline.errors import ClusterError
@@ -62,7 +63,7 @@ class Lanes:
         self._chunk_rows = lane_positions // self._num_chunks
         self._starts = {lane: index * lane_positions for index, lane in enumerate(lanes)}
         num_positions = len(lanes) * lane_positions
-        self._images_MD = empty_images(num_positions, plan.target.num_values, store, scratch)
+        self._images_MD = empty_images(num_positions, plan.num_values, store, scratch, image_dtype(plan))
         self._labels_M = torch.empty(num_positions, dtype=torch.int32, device=store)
         self._is_filled_M = np.zeros(num_positions, np.bool_)
         self._keys = Spool(scratch)
@@ -98,7 +99,8 @@ class Lanes:
         A block is every n-th image of some chunks, and so of images of all classes, however the listing is sorted: the
         nearest found in one are then near.
         """
-        step = max(_MIN_BLOCK_ROWS, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // self._images_MD.shape[1]))
+        value_bytes = 8 if self._plan.has_features else 1  # as they are searched
+        step = max(_MIN_BLOCK_ROWS, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // (value_bytes * self._images_MD.shape[1])))
         size = self._chunk_rows * max(1, _SPREAD_BLOCKS * step // max(1, self._chunk_rows))
         for start in range(0, len(self._images_MD), max(1, size)):
             stop = min(start + size, len(self._images_MD))
@@ -109,7 +111,7 @@ class Lanes:
                     yield TrainBlock(images_TD.to(device), torch.from_numpy(rows_T), labels_T)
 
     def between(self, start: int, stop: int, step: int = 1) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
-        """Give the images at some positions, uint8 [N, D], where they are kept; their labels and rows, int64 [N]."""
+        """Give the images at some positions, [N, D], where they are kept; their labels and rows, int64 [N]."""
         positions = slice(start, stop, step)
         is_filled_N = self._is_filled_M[positions]
         places_N = np.flatnonzero(is_filled_N)
@@ -253,8 +255,15 @@ class Lanes:
         return chosen_ND.to(self._device), self._labels_M[start:stop][rows_N].long().to(self._device)
 
 
-def empty_images(num_images: int, num_values: int, device: torch.device, scratch: str | None) -> torch.Tensor:
-    """Make room for images, uint8 [M, D]: on a device, or mapped from a file without a name in a folder.
+def image_dtype(plan: Plan) -> torch.dtype:
+    """Return what images are kept as: pixels, or features."""
+    return DTYPES[plan.model.feature_dtype] if plan.model and plan.has_features else torch.uint8
+
+
+def empty_images(
+    num_images: int, num_values: int, device: torch.device, scratch: str | None, dtype: torch.dtype = torch.uint8
+) -> torch.Tensor:
+    """Make room for images, [M, D]: on a device, or mapped from a file without a name in a folder.
 
     Such a file goes with the process, however it ends.
 
@@ -262,22 +271,22 @@ def empty_images(num_images: int, num_values: int, device: torch.device, scratch
         ClusterError: If there is no room on disk.
     """
     if scratch is None or num_images == 0:
-        return torch.empty(num_images, num_values, dtype=torch.uint8, device=device)
-    num_bytes = num_images * num_values
+        return torch.empty(num_images, num_values, dtype=dtype, device=device)
+    num_bytes = num_images * num_values * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=scratch) as file:
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # else a full disk would be a crash later
-            images_MD = np.memmap(file, np.uint8, "r+", shape=(num_images, num_values))
+            bytes_M = np.memmap(file, np.uint8, "r+", shape=num_bytes)
     except OSError as exc:
         raise ClusterError(
             f"--scratch {scratch}: expected {num_bytes / 2**30:.1f} GiB for images that memory cannot hold, got "
             f"{exc.strerror}; give another folder, a smaller --size, or more nodes"
         ) from exc
-    return torch.from_numpy(images_MD)
+    return torch.from_numpy(bytes_M).view(dtype).view(num_images, num_values)
 
 
 def put_images(images_MD: torch.Tensor, positions_N: npt.NDArray[np.int64], images_ND: torch.Tensor) -> None:
-    """Copy images, uint8 [N, D], to their positions in [M, D]."""
+    """Copy images, [N, D], to their positions in [M, D]."""
     if images_MD.device.type == "cpu":
         # By NumPy, which copies rows at once: torch goes byte by byte, at a tenth of the speed.
         images_MD.numpy()[positions_N] = images_ND.cpu().numpy()

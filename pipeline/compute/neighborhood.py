@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ import pyarrow as pa
 import torch
 
 from pipeline.compute.classifiers.knn import votes
-from pipeline.compute.lanes import Lanes
+from pipeline.compute.features import LENGTH
+from pipeline.compute.lanes import Lanes, image_dtype
 from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, merge, search, stack
 from pipeline.compute.parts import Part
 from pipeline.compute.spool import Spool
@@ -48,14 +49,14 @@ class Queries:
     """Images that are searched for.
 
     Attributes:
-        images_ND: uint8.
+        images_ND: uint8, or features.
         own_rows_N: Their own rows, where they are training images, int64.
         only_labels_N: The classes among which each is searched for, int64; None for all.
         num_neighbors: How many neighbors each is to have.
         has_twins: Whether their near-duplicates are wanted.
     """
 
-    images_ND: npt.NDArray[np.uint8]
+    images_ND: npt.NDArray[Any]
     own_rows_N: npt.NDArray[np.int64]
     only_labels_N: npt.NDArray[np.int64] | None
     num_neighbors: int
@@ -124,7 +125,8 @@ class Neighborhood:
         images_ND = torch.cat([images_ND.cpu() for images_ND, _, _ in found]).numpy()
         is_train = request.kind == "train"
         own_rows_N = np.concatenate([rows_N for _, _, rows_N in found]) if is_train else np.full(len(images_ND), -1)
-        return Queries(images_ND, own_rows_N, None, self._plan.num_neighbors, has_twins=not is_train)
+        number = self._plan.num_neighbors if is_train else self._plan.num_searched
+        return Queries(images_ND, own_rows_N, None, number, has_twins=not is_train)
 
     def search(self, queries: Queries) -> Answer:
         """Search this actor's training images."""
@@ -135,6 +137,9 @@ class Neighborhood:
         neighbors = search(images_ND, self._blocks(), number, threads, own_rows_N, only_labels_N)
         if not queries.has_twins:
             return Answer(self._named(neighbors), None)
+        if self._plan.has_features:  # which a small change of an image leaves near, or nothing does
+            named = self._named(neighbors)
+            return Answer(named, named.map(lambda values: values[:, :1].copy()))
         target = self._plan.target
         shape = target.height, target.width, target.channels
         twins = find_twins(images_ND, neighbors, shape, self._blocks(), self._train.take, threads)
@@ -146,13 +151,14 @@ class Neighborhood:
         Returns:
             Of how many of this actor's images so far the nearest one of the given class is to be searched for.
         """
-        neighbors = merge([answer.neighbors for answer in answers], self._plan.num_neighbors)
+        neighbors = merge([answer.neighbors for answer in answers], self._plan.num_searched)
         if request.kind == "doubtful":
             doubtful_S = self._pending[slice(*request.spans[0][1:])]
             doubtful_S["own"] = neighbors.distances_NJ[:, 0] if neighbors.distances_NJ.shape[1] else FAR
             return 0
         found = [answer.twins for answer in answers if answer.twins is not None]
         twins = merge(found, 1) if found else None
+        voters = neighbors.map(lambda values: values[:, : self._plan.num_neighbors])
         start = 0
         for span in request.spans:
             _, labels_N, places_N = self._between(request.kind, span)
@@ -160,11 +166,11 @@ class Neighborhood:
             start = rows.stop
             if twins is not None:
                 self._found[span[0]].append(self._answers.put(Answer(neighbors[rows], twins[rows])))
-                nearest_N = self._rms(neighbors.distances_NJ[rows, 0])
+                nearest_N = self._rms(neighbors.distances_NJ[rows, 0]).clip(max=1)
                 self._histogram += np.bincount(
                     (nearest_N * (HISTOGRAM_BINS - 1)).astype(np.int64), minlength=HISTOGRAM_BINS
                 )
-            doubtful_S = self._doubt(request.kind == "valid", span[0], places_N, labels_N, neighbors[rows])
+            doubtful_S = self._doubt(request.kind == "valid", span[0], places_N, labels_N, voters[rows])
             is_settled_S = doubtful_S["own"] != FAR
             self._settled.append(doubtful_S[is_settled_S])
             self._pending = np.concatenate([self._pending, doubtful_S[~is_settled_S]])
@@ -176,13 +182,17 @@ class Neighborhood:
 
     def columns(self, part: int) -> NeighborColumns:
         """Give what the predictions of a part say of neighbors, in the order of the listing."""
-        neighbors = self._neighbors(part)
-        return NeighborColumns(neighbors.keys_NJ, neighbors.labels_NJ, self._rms(neighbors.distances_NJ))
+        found = self._neighbors(part)
+        distances_NJ, number = self._rms(found.distances_NJ), self._plan.num_neighbors
+        voters = (found.labels_NJ, distances_NJ) if self._plan.has_features else None
+        return NeighborColumns(found.keys_NJ[:, :number], found.labels_NJ[:, :number], distances_NJ[:, :number], voters)
 
     def are_twins(self, part: int, median: float) -> npt.NDArray[np.bool_]:
         """Say which images of a part are a training image once more, as it is or changed a little; bool [N]."""
         distance_N, ratio_N = self._twin_distances(part)
-        return (distance_N <= MAX_MEDIAN_SHARE * median) | (ratio_N <= MAX_RATIO)
+        # Cosine distances go with the squares of others.
+        power = 2 if self._plan.has_features else 1
+        return (distance_N <= MAX_MEDIAN_SHARE**power * median) | (ratio_N <= MAX_RATIO**power)
 
     def judge(
         self, classes: Sequence[str], split_names: Sequence[str], median: float
@@ -281,8 +291,8 @@ class Neighborhood:
         doubtful_S["own"] = np.where(is_own_SJ, distances_SJ, FAR).min(1, initial=FAR)
         return doubtful_S
 
-    def _images_of(self, doubtful_S: npt.NDArray[np.void]) -> npt.NDArray[np.uint8]:
-        images_SD = np.empty((len(doubtful_S), self._plan.target.num_values), np.uint8)
+    def _images_of(self, doubtful_S: npt.NDArray[np.void]) -> npt.NDArray[Any]:
+        images_SD = torch.empty(len(doubtful_S), self._plan.num_values, dtype=image_dtype(self._plan)).numpy()
         for source, chosen_S in _by_source(doubtful_S):
             places = doubtful_S["place"][chosen_S]
             found_SD = self._train.take(places) if source is None else self._parts[source].take(places)[0]
@@ -310,7 +320,9 @@ class Neighborhood:
         return distance_N, ratio_N
 
     def _rms(self, distances: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Turn squared distances into root mean squared ones of pixels of 0 to 1, float32."""
+        """Turn squared distances into root mean squared ones of pixels of 0 to 1, or cosine distances, float32."""
+        if self._plan.has_features:
+            return (distances / (2 * LENGTH**2)).astype(np.float32)
         return (np.sqrt(distances / self._plan.target.num_values) / 255).astype(np.float32)
 
 

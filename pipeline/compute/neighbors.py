@@ -5,7 +5,7 @@ then by row of the listing. Invariant: the answer depends on the images alone: d
 training images are cut into blocks, and blocks spread over actors, changes nothing.
 
 Axes: N images that are searched for, T training images of a block, J neighbors, D values of an image, G groups of W
-neighboring columns of a block. Distances are squared, in pixels of 0 to 255, int64.
+neighboring columns of a block. Distances are squared, in pixels of 0 to 255 or units of `features.LENGTH`, int64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_int8
+from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_whole
 from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, Scan, has_axes
 from pipeline.compute.pruning import stack as stack_projected
 from pipeline.compute.threads import Threads
@@ -103,9 +103,9 @@ def search(
     """
     is_on_cpu = images_ND.device.type == "cpu"
     shared = threads if threads and is_on_cpu else Threads()
-    # A product of all is faster where there are instructions for it.
+    # A product of all is faster where there are instructions for it; and of features it is one of float64.
     is_worth_it = is_on_cpu and len(images_ND) >= _MIN_PRUNED and images_ND.shape[1] >= MIN_VALUES
-    can_prune = is_worth_it and not has_fast_int8(images_ND.device)
+    can_prune = is_worth_it and not images_ND.is_floating_point() and not has_fast_int8(images_ND.device)
     size = _PRUNED_TILE_IMAGES if can_prune else _TILE_IMAGES
     tiles = [
         _Tile(
@@ -150,7 +150,7 @@ def merge(found: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
 
 @dataclass
 class _Others:
-    """A block of training images, as tiles need it: int8, with their squares, and, to leave most out, projected."""
+    """A block of training images, as `to_whole` gives them, with their squares; projected, to leave most out."""
 
     block: TrainBlock
     images_TD: torch.Tensor
@@ -165,13 +165,14 @@ class _Others:
 def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads) -> _Others:
     step = max(1, min(_TILE_IMAGES, _FLOAT_VALUES // block.images_TD.shape[1]))
     starts = range(0, len(block.rows_T), step)
-    images_TD = torch.empty_like(block.images_TD, dtype=torch.int8)
+    dtype = torch.float64 if block.images_TD.is_floating_point() else torch.int8
+    images_TD = torch.empty_like(block.images_TD, dtype=dtype)
     squares_T = torch.empty(len(images_TD), dtype=torch.int64, device=images_TD.device)
     projected: dict[int, Projected] = {}
 
     def prepare(start: int) -> None:
         rows = slice(start, start + step)
-        images_TD[rows] = to_int8(block.images_TD[rows])
+        images_TD[rows] = to_whole(block.images_TD[rows])
         squares_T[rows] = squares(images_TD[rows])
         if projection is not None:
             projected[start] = projection.apply(block.images_TD[rows])
@@ -182,7 +183,7 @@ def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads)
 
 
 class _Tile:
-    """Some images, uint8, with the J nearest that they have met so far.
+    """Some images with the J nearest that they have met so far.
 
     A distance is |a|^2 + |b|^2 - 2ab; while searching, |a|^2, which is the same for all b, is left out.
     """
@@ -194,7 +195,7 @@ class _Tile:
         own_rows_N: torch.Tensor | None,
         only_labels_N: torch.Tensor | None,
     ) -> None:
-        self._images_ND = to_int8(images_ND)
+        self._images_ND = to_whole(images_ND)
         self._squares_N = squares(self._images_ND)
         self._pixels_ND = images_ND
         self._pruning: tuple[Projection, Projected] | None = None

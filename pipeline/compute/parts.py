@@ -30,19 +30,36 @@ class Part:
         num_values: D.
         device: Where they are kept.
         scratch: The folder whose disk keeps them; None for memory or the GPU's.
+        dtype: Of the values: uint8 pixels, or features.
+        num_logits: Of each image by the user's own model.
 
     Raises:
         ClusterError: If there is no room on that disk.
     """
 
-    def __init__(self, num_positions: int, num_values: int, device: torch.device, scratch: str | None) -> None:
-        self._images_MD = empty_images(num_positions, num_values, device, scratch)
+    def __init__(
+        self,
+        num_positions: int,
+        num_values: int,
+        device: torch.device,
+        scratch: str | None,
+        dtype: torch.dtype = torch.uint8,
+        num_logits: int = 0,
+    ) -> None:
+        self._images_MD = empty_images(num_positions, num_values, device, scratch, dtype)
+        on_disk = scratch if num_logits else None
+        self._logits_MO = empty_images(num_positions, num_logits, torch.device("cpu"), on_disk, torch.float32)
         self._labels_M = torch.empty(num_positions, dtype=torch.int64)
         self._is_filled_M = np.zeros(num_positions, np.bool_)
         self._keys: dict[int, pa.StringArray] = {}
 
     def put(
-        self, rows_N: npt.NDArray[np.int64], keys: pa.ChunkedArray, images_ND: torch.Tensor, labels_N: torch.Tensor
+        self,
+        rows_N: npt.NDArray[np.int64],
+        keys: pa.ChunkedArray,
+        images_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        logits_NO: torch.Tensor | None = None,
     ) -> None:
         """Copy a shard's images to their positions.
 
@@ -51,12 +68,15 @@ class Part:
             keys: Of the images, string.
             images_ND: uint8.
             labels_N: int64.
+            logits_NO: float32, where there is a model.
         """
         if not len(rows_N):
             return
         put_images(self._images_MD, rows_N, images_ND)
         self._labels_M[rows_N] = labels_N.cpu()
         self._is_filled_M[rows_N] = True
+        if logits_NO is not None:
+            self._logits_MO[rows_N] = logits_NO.cpu()
         # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
         self._keys[int(rows_N[0])] = pa.array(keys.to_pylist(), pa.string())
 
@@ -88,8 +108,8 @@ class Part:
         keys, places_N = self.keys(), np.cumsum(self._is_filled_M)[positions_N] - 1
         return np.array([keys[place].as_py() for place in places_N.tolist()], object)
 
-    def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give images and labels in blocks of as many rows, wherever they are kept; an empty one if there is none."""
+    def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Give images, labels and logits in blocks of as many rows; an empty one if there is none."""
         rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
         for block_N in rows_N.split(_BLOCK_PRODUCTS * sgd_linear.score_rows(self._images_MD.shape[1])):
             num_rows = len(block_N)
@@ -100,4 +120,4 @@ class Part:
                 if is_run
                 else self._images_MD.index_select(0, block_N.to(self._images_MD.device))
             )
-            yield images_ND.to(device), self._labels_M[block_N].to(device)
+            yield images_ND.to(device), self._labels_M[block_N].to(device), self._logits_MO[block_N].to(device)

@@ -1,7 +1,8 @@
 """Exact products of images with images, in whole numbers.
 
-Input: pixels less 128, int8. Output: their scalar products. Invariant: the same whole numbers from every way of
-computing them, in whatever order sums are added: on CPU or GPU, by int8 or float32.
+Input: pixels less 128, int8, or unit vectors of features in whole numbers, float64. Output: their scalar products.
+Invariant: the same whole numbers from every way of computing them, in whatever order sums are added: on CPU or GPU, by
+int8, float32 or float64.
 
 Axes: N and T images, D values of an image.
 """
@@ -14,6 +15,8 @@ from functools import cache
 
 import torch
 
+from pipeline.compute.features import to_unit_vectors
+
 # Products of int8 are at most 2^14: their sums stay below 2^24, where float32 is exact, for so many values,
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with those of the distances that are made of them.
@@ -22,13 +25,20 @@ _INT_VALUES = 2**15
 _TRIAL = (256, 512, 784)
 
 
+def to_whole(images_ND: torch.Tensor) -> torch.Tensor:
+    """Turn images into whole numbers that can be multiplied: pixels by `to_int8`, features by `to_unit_vectors`."""
+    return to_unit_vectors(images_ND) if images_ND.is_floating_point() else to_int8(images_ND)
+
+
 def to_int8(images_ND: torch.Tensor) -> torch.Tensor:
     """Take 128 off pixels, uint8; int8."""
     return images_ND.contiguous().view(torch.int8).bitwise_xor(-128)
 
 
 def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
-    """Multiply images with images, both int8: [N, T], int32 or, where that is too small, int64."""
+    """Multiply images with images, both int8 or float64: [N, T], int32 or, where that is too small, int64."""
+    if images_ND.is_floating_point():
+        return (images_ND @ others_TD.T).long()
     multiply, max_values = (_multiply_int8, _INT_VALUES) if has_fast_int8(images_ND.device) else (
         _multiply_float32, _FLOAT_VALUES)  # fmt: skip
     num_values = images_ND.shape[1]
@@ -53,7 +63,9 @@ def pair_products(images_CD: torch.Tensor, others_CD: torch.Tensor) -> torch.Ten
 
 
 def squares(images_ND: torch.Tensor) -> torch.Tensor:
-    """Add up each image's squares, int8; int64 [N]."""
+    """Add up each image's squares, int8 or float64; int64 [N]."""
+    if images_ND.is_floating_point():
+        return images_ND.square().sum(1).long()
     blocks = [block_ND.float().square_().sum(1, dtype=torch.float64) for block_ND in images_ND.split(256)]
     return torch.cat(blocks).long() if blocks else torch.zeros(0, dtype=torch.int64, device=images_ND.device)
 

@@ -32,7 +32,7 @@ class ScoredPart:
         labels: int64 [N].
         predictions: By classifier, int64 [N].
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
-        confusions: By classifier, int64 [K, K].
+        confusions: By classifier, int64 [K, K]; the user's own model may predict further classes, [K, P].
         num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
             of the `TOP` best scores.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
@@ -79,14 +79,16 @@ def score_part(
     neighbor_labels_NJ = torch.from_numpy(
         np.zeros((len(labels_N), 0), int) if neighbors is None else neighbors.labels_NJ
     )
+    voters = neighbors.voters or () if neighbors else ()
     num_classes = len(trained.counts_K)
     num_in_top = dict.fromkeys(scores, 0) if has_top(num_classes) else {}
     has_distances = {classifier.name: classifier.has_distances for classifier in classifiers}
     start = 0
-    for images_ND, block_labels_N in part.blocks(device):
+    for images_ND, block_labels_N, logits_NO in part.blocks(device):
         rows = slice(start, start + len(images_ND))
         start = rows.stop
-        block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device))
+        block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device), logits_NO)
+        block.voters = tuple(torch.from_numpy(each[rows]).to(device) for each in voters)
         for name, scorer in scorers.items():
             scores_NK, predictions_N = scorer(block)
             predictions[name].append(predictions_N)
@@ -95,6 +97,9 @@ def score_part(
                 if name in num_in_top:
                     ranked_NK = -scores_NK if has_distances[name] else scores_NK
                     num_in_top[name] += count_in_top(ranked_NK, block_labels_N)
+    num_predicted = dict.fromkeys(scorers, num_classes)
+    if trained.own_model is not None:
+        num_predicted["model"] = num_classes + len(trained.own_model.extra_classes)
     all_predictions = {name: torch.cat(blocks).cpu() for name, blocks in predictions.items()}
     return ScoredPart(
         keys=part.keys(),
@@ -102,7 +107,7 @@ def score_part(
         predictions={name: predictions_N.numpy() for name, predictions_N in all_predictions.items()},
         scores={name: torch.cat(blocks).cpu().numpy() for name, blocks in scores.items()},
         confusions={
-            name: confusion(labels_N, predictions_N, num_classes).numpy()
+            name: confusion(labels_N, predictions_N, num_classes, num_predicted[name]).numpy()
             for name, predictions_N in all_predictions.items()
         },
         num_in_top=num_in_top,
@@ -130,7 +135,10 @@ def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     return int((num_better_N < TOP).sum())
 
 
-def confusion(labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count images by true class (rows) and predicted class (columns); int64 [K, K]."""
-    pairs_N = labels_N * num_classes + predictions_N
-    return torch.bincount(pairs_N, minlength=num_classes**2).view(num_classes, num_classes)
+def confusion(
+    labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int, num_predicted: int | None = None
+) -> torch.Tensor:
+    """Count images by true class (rows) and predicted class (columns), of which there may be more; int64 [K, P]."""
+    num_columns = num_predicted or num_classes
+    pairs_N = labels_N * num_columns + predictions_N
+    return torch.bincount(pairs_N, minlength=num_classes * num_columns).view(num_classes, num_columns)

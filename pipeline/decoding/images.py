@@ -9,6 +9,7 @@ Axes: N images, H height, W width, C channels (1 for mode L, 3 for RGB); pixels 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.config import Config
 from pipeline.data.files import ReadFault, display
 from pipeline.errors import DataError
+from pipeline.model import ModelInput
 from pipeline.plan import Target
 
 # What `files.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
@@ -73,7 +75,8 @@ class Decoded:
     """What became of a shard's images.
 
     Attributes:
-        table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3].
+        table: `key` string, `class` int32, `image` fixed_shape_tensor of uint8, [H, W] or [H, W, 3]; and likewise
+            `model_image`, where a model is given other pixels.
         faults: The rows that were skipped, with the reasons.
         num_resized: How many images had another size than the target.
         is_from_cache: Whether all this was found in the cache.
@@ -131,8 +134,11 @@ def decode_images(
         images: Their bytes, in the same order.
         target: What every image becomes.
     """
-    num_values = target.num_values
-    pixels = bytearray(len(keys) * num_values)
+    shapes = {"image": target.shape}
+    if target.model_input is not None and target.model_input.is_made:
+        shapes["model_image"] = target.model_input.shape
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    pixels = [bytearray(len(keys) * size) for size in sizes]
     kept: list[int] = []
     faults: list[tuple[int, Fault]] = []
     num_resized = 0
@@ -144,25 +150,29 @@ def decode_images(
             if isinstance(decoded, Fault):
                 faults.append((row, decoded))
                 continue
-            image_bytes, is_resized = decoded
-            start = len(kept) * num_values
-            pixels[start : start + num_values] = image_bytes
+            *images_bytes, is_resized = decoded
+            for own, size, image_bytes in zip(pixels, sizes, images_bytes, strict=True):
+                start = len(kept) * size
+                own[start : start + size] = image_bytes
             kept.append(row)
             num_resized += is_resized
     if faults:
-        del pixels[len(kept) * num_values :]  # unused bytes that would be sent with the rest
+        for own, size in zip(pixels, sizes, strict=True):
+            del own[len(kept) * size :]  # unused bytes that would be sent with the rest
         keys, labels = keys.take(pa.array(kept, pa.int64())), labels.take(pa.array(kept, pa.int64()))
-    table = pa.table(
-        {"key": _to_text(keys), "class": labels, "image": _to_tensors(pixels, len(kept), target)},
-    )
+    columns = {
+        name: _to_tensors(own, len(kept), shape) for (name, shape), own in zip(shapes.items(), pixels, strict=True)
+    }
+    table = pa.table({"key": _to_text(keys), "class": labels, **columns})
     return Decoded(table, faults, num_resized)
 
 
-def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] | Fault:
+def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] | tuple[bytes, bytes, bool] | Fault:
     """Decode one image file.
 
     Returns:
-        The pixels, H·W·C bytes in row-major order, and whether it was resized; or why there are none.
+        The pixels, H·W·C bytes in row-major order, those for a model where it is given others, and whether it was
+        resized; or why there are none.
     """
     if isinstance(data, ReadFault):
         return Fault(data.reason, data.error)
@@ -171,6 +181,8 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
     stream = io.BytesIO(data)
     try:
         image = load_image(stream, target)
+        if target.model_input is not None and target.model_input.is_made:
+            return _decode_twice(image, target, target.model_input)
         is_resized = image.size != (target.width, target.height)
         if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
             plain = to_mode(upright(image), target.mode)
@@ -189,6 +201,41 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
     except Exception as exc:  # noqa: BLE001 - decoders raise what they like; the fault is recorded, with its words
         words = str(exc).replace(repr(stream), "the file")
         return Fault("damaged", f"{type(exc).__name__}: {words}" if words else type(exc).__name__)
+
+
+def _decode_twice(image: Image.Image, target: Target, wanted: ModelInput) -> tuple[bytes, bytes, bool]:
+    """Make the pixels of a decoded image for the classifiers and for the model."""
+    turned = upright(image)
+    by_mode = {mode: to_mode(turned, mode) for mode in {target.mode, wanted.mode}}
+    plain = by_mode[target.mode]
+    is_resized = plain.size != (target.width, target.height)
+    if is_resized:
+        plain = plain.resize((target.width, target.height), Image.Resampling.BILINEAR)
+    return plain.tobytes(), to_model_input(by_mode[wanted.mode], wanted).tobytes(), is_resized
+
+
+def to_model_input(image: Image.Image, wanted: ModelInput) -> Image.Image:
+    """Resize an image, and cut its middle out, as timm and torchvision do when they evaluate.
+
+    `squash` resizes both sides to the size before the cut. `crop` keeps the aspect ratio: of a square one the shorter
+    side gets that length, the longer one the whole pixels of it; else the image covers it, rounded (timm 1.0,
+    `transforms_imagenet_eval`; torchvision, `Resize` and `CenterCrop`).
+    """
+    height, width = wanted.scaled
+    resized = (width, height)
+    if wanted.resize == "crop" and height == width:
+        short, long = sorted(image.size)
+        other = int(height * long / short)
+        resized = (height, other) if image.width <= image.height else (other, height)
+    elif wanted.resize == "crop":
+        ratio = min(image.height / height, image.width / width)
+        resized = (round(image.width / ratio), round(image.height / ratio))
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling[wanted.interpolation.upper()])
+    left, top = round((resized[0] - wanted.width) / 2), round((resized[1] - wanted.height) / 2)
+    if (left, top) == (0, 0) and image.size == (wanted.width, wanted.height):
+        return image
+    return image.crop((left, top, left + wanted.width, top + wanted.height))
 
 
 def load_image(stream: io.BytesIO, target: Target) -> Image.Image:
@@ -216,7 +263,7 @@ def _reduce_scale(image: Image.Image, target: Target) -> bool:
     libjpeg does so in whole numbers from fewer coefficients of each block; the rest is averaged by the resizing, which
     twice the target leaves something to do.
     """
-    width, height = 2 * target.width, 2 * target.height
+    height, width = (2 * side for side in target.largest)
     if image.width * image.height < 4 * width * height:
         return False  # however it is turned; most images need not be asked
     image.draft(None, (height, width) if _orientation(image) in _TURNS_OF_SIDES else (width, height))
@@ -334,9 +381,10 @@ def _to_text(keys: pa.BinaryArray) -> pa.StringArray:
         return pa.array([display(key) for key in keys.to_pylist()], pa.string())
 
 
-def _to_tensors(pixels: bytearray, num_images: int, target: Target) -> pa.FixedShapeTensorArray:
-    num_bytes = num_images * target.num_values
+def _to_tensors(pixels: bytearray, num_images: int, shape: list[int]) -> pa.FixedShapeTensorArray:
+    size = math.prod(shape)
+    num_bytes = num_images * size
     values = pa.Array.from_buffers(pa.uint8(), num_bytes, [None, pa.py_buffer(pixels)])
     # From the storage, since from_numpy_ndarray refuses a shard of which nothing was left.
-    storage = pa.FixedSizeListArray.from_arrays(values, target.num_values)
-    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), target.shape), storage)
+    storage = pa.FixedSizeListArray.from_arrays(values, size)
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), storage)

@@ -37,6 +37,7 @@ class Loader:
         cache: Where outcomes are kept; None for nowhere.
         split_names: What the dataset calls the splits, train and valid.
         keeps_train_keys: Whether the training images' keys are wanted too.
+        train_target: What training images become, where that is something else.
     """
 
     location: Location
@@ -47,6 +48,7 @@ class Loader:
     cache: Cache | None
     split_names: tuple[str, str] = ("train", "valid")
     keeps_train_keys: bool = False
+    train_target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,22 @@ def _load(
     loader: Loader, shard: Shard, rows: pa.Table, keys: pa.BinaryArray, labels: pa.Int32Array, archive: Archive | None
 ) -> Decoded:
     images = _read(loader.location, rows, keys, archive)
+    target = loader.train_target or loader.target if shard.split == "train" else loader.target
     if loader.cache is None:
-        return decode_images(keys, labels, images, loader.target)
+        return decode_images(keys, labels, images, target)
     if archive is None:
         assert shard.entry
         name = shard.entry
     else:
         changed = [archive.size_bytes, -1 if archive.mtime_ns is None else archive.mtime_ns]
         stamps = (np.full(len(keys), changed[0], np.int64), np.full(len(keys), changed[1], np.int64))
-        name = cache_key.entry_key(loader.location, loader.target, keys, labels, stamps)
+        name = cache_key.entry_key(loader.location, target, keys, labels, stamps)
     decoded = cache.load(loader.cache, name)
     if decoded is None:
-        decoded = decode_images(keys, labels, images, loader.target)
+        decoded = decode_images(keys, labels, images, target)
         # A local file may have changed since it was named, or be another on this node: it is looked at again.
         is_local = archive is None and loader.location.kind != "uri"
-        if not is_local or cache_key.name_entry(loader.location, loader.target, rows) == name:
+        if not is_local or cache_key.name_entry(loader.location, target, rows) == name:
             cache.store(loader.cache, name, decoded)
     return decoded
 

@@ -24,7 +24,8 @@ from pipeline.compute.exchange import TOKEN_BYTES, Address
 from pipeline.driver.allocation import Allocation
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, is_finished
-from pipeline.errors import ActorLostError
+from pipeline.errors import ActorLostError, ModelError
+from pipeline.model import Probed, Wanted
 from pipeline.plan import Plan
 from pipeline.results import tables
 
@@ -41,7 +42,7 @@ class PartRecord:
 
     Attributes:
         digest: Of its content.
-        confusions: By classifier, int64 [K, K].
+        confusions: By classifier, int64 [K, K], or [K, P] of a model with further classes.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
         num_in_top: By classifier with scores, of many classes, how many images have theirs among the best scores.
     """
@@ -67,15 +68,46 @@ class ActorProcess:
         importlib.import_module("torch")
         gc.freeze()
         gc.enable()
+        self._program: Any = None
+        self._fault: ModelError | None = None
+
+    def load_model(self, content: npt.NDArray[np.uint8], *, is_on_gpu: bool) -> None:
+        """Load the user's own model from the bytes of its file."""
+        from pipeline.compute.actor import choose_device
+        from pipeline.compute.program import load_program
+
+        torch: Any = importlib.import_module("torch")
+        torch.set_num_threads(1)  # as when it is run
+        self._device = choose_device(is_on_gpu=is_on_gpu)
+        try:
+            self._program = load_program(content.tobytes(), self._device)
+        except ModelError as exc:  # which nobody waits for; it is raised when the model is asked for
+            self._fault = exc
+
+    def probe_model(self, wanted: Wanted) -> Probed:
+        """Look at the model that was loaded."""
+        from pipeline.compute.program import probe
+
+        if self._fault is not None:
+            raise self._fault
+        return probe(self._program, wanted, self._device)
 
     def begin(self, plan: Plan, rank: int, allocation: Allocation, scratch: str | None) -> tuple[str, str]:
         """Become one of a job's actors; name its device and where it keeps its images."""
         from pipeline.compute.actor import LaneActor
 
+        if self._fault is not None:
+            raise self._fault
         on_gpu, threads = allocation.gpus_per_actor > 0, min(allocation.threads_per_actor, os.cpu_count() or 1)
         self._plan = plan
         self._actor = LaneActor(
-            plan, rank, allocation.num_actors, is_on_gpu=on_gpu, num_threads=threads, scratch=scratch
+            plan,
+            rank,
+            allocation.num_actors,
+            is_on_gpu=on_gpu,
+            num_threads=threads,
+            scratch=scratch,
+            program=self._program,
         )
         return self._actor.describe()
 
@@ -108,33 +140,36 @@ class ActorProcess:
 
         scored, plan = self._actor.score_part(part, median), self._plan
         scores: dict[str, Any] = dict(scored.scores)
-        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training):
-            if each.has_scores and not plan.keeps_all_scores:
+        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model):
+            if each.has_scores and scores[each.name].shape[1] > plan.max_scores:
                 scores[each.name] = tables.choose_top(
                     scores[each.name], scored.labels, are_distances=each.has_distances
                 )
+        names = (*classes, *(plan.model.extra_classes if plan.model else ()))
         table = tables.predictions_table(
-            classes, scored.keys, scored.labels, scored.predictions, scores, scored.neighbors
+            names, scored.keys, scored.labels, scored.predictions, scores, scored.neighbors
         )
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
         record = PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
         # While the scores are in memory: to read them again takes longer than all else of the page.
-        return record, mistakes.note(table.to_batches(), classes) if has_report else None
+        return record, mistakes.note(table.to_batches(), names) if has_report else None
 
 
-def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]:
+def start_actors(allocation: Allocation, node_ids: Sequence[str], model: Ref | None = None) -> list[Actor]:
     """Start the actors' processes, which import torch; nothing is waited for.
 
     Args:
         allocation: How the job fits the cluster.
         node_ids: Of the nodes with CPUs, over which actors without a GPU are spread; GPUs are where they are.
+        model: A reference to the bytes of the user's own model, uint8, which they load; what is wrong with it shows
+            when they are asked for anything of it.
     """
     if not node_ids:
         raise ActorLostError("the actors: expected a node with CPUs, got none")
     # The group "watch" answers while an epoch runs.
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": allocation.gpus_per_actor, "concurrency_groups": {"watch": 1}}
     actor_class: Any = ray.remote(**options)(ActorProcess)
-    return [
+    actors = [
         actor_class.options(
             scheduling_strategy="DEFAULT"
             if allocation.gpus_per_actor > 0
@@ -142,6 +177,10 @@ def start_actors(allocation: Allocation, node_ids: Sequence[str]) -> list[Actor]
         ).remote()
         for rank in range(allocation.num_actors)
     ]
+    if model is not None:
+        for actor in actors:
+            actor.load_model.remote(model, is_on_gpu=allocation.gpus_per_actor > 0)
+    return actors
 
 
 def begin_actors(actors: Sequence[Actor], plan: Plan, allocation: Allocation, scratch: str | None) -> list[Ref]:

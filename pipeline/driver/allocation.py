@@ -89,7 +89,7 @@ def max_shards_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str
 
     More are asked for than there are CPUs to decode them: what waits tells an autoscaler to start nodes.
     """
-    shard_bytes = max(shard.num_images for shard in shards) * plan.target.num_values
+    shard_bytes = max(shard.num_images for shard in shards) * plan.target.decoded_bytes
     store_bytes = resources.get("object_store_memory", math.inf) * _STORE_SHARE
     most = max(_MIN_IN_FLIGHT, _SHARDS_PER_CPU * int(resources.get("CPU", 0)))
     return int(max(1, min(most, store_bytes // shard_bytes)))

@@ -120,6 +120,7 @@ class _Feeding:
                 cache=job.cache,
                 split_names=(job.config.train_split, job.listing.valid_split),
                 keeps_train_keys=job.plan.num_neighbors > 0,
+                train_target=job.plan.target_of("train"),
             )
         )
         self.grouping = Grouping(len(job.shards), job.listing.num_images)
@@ -133,11 +134,7 @@ class _Feeding:
         A few at a time may, so that the validation images are never all held; small ones are not worth waiting for.
         """
         plan = self.job.plan
-        if (
-            plan.keeps_images
-            or shard.split == "train"
-            or sum(plan.part_sizes) * plan.target.num_values < MAX_PART_BYTES
-        ):
+        if plan.keeps_images or shard.split == "train" or sum(plan.part_sizes) * plan.image_bytes < MAX_PART_BYTES:
             return True
         num_begun = shard.part - len(self.counts.digests)
         return self._num_train_left == 0 and num_begun <= len(self.actors)

@@ -7,11 +7,13 @@ means and parameters, never pixels, and the work in flight is bounded by bytes.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
@@ -27,9 +29,10 @@ from pipeline.driver.allocation import Allocation, Storage, allocate, choose_sto
 from pipeline.driver.cluster import Node, wait_for_nodes
 from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
+from pipeline.driver.own_model import ModelFile, describe_model, probe_model, read_model, second_input
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
-from pipeline.driver.waiting import Ref, get_result
+from pipeline.driver.waiting import Ref, get_result, wait_all
 from pipeline.errors import (
     ActorLostError,
     ClusterError,
@@ -39,7 +42,7 @@ from pipeline.errors import (
     OutputError,
     without_secrets,
 )
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, Target, make_plan
 from pipeline.results import checkpoint, figures, tables, writing
 from pipeline.results.duplicates import merge_duplicates, merge_suspects
 from pipeline.results.finished import open_run
@@ -90,6 +93,7 @@ def evaluate(
     if config.cache is not None:
         cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
         prepare_cache(cache, [*data, output.root])
+    model_file = read_model(config)
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
     pending = scan.begin_listing(location, config)
@@ -105,22 +109,62 @@ def evaluate(
         show(Progress("start", 0, 1, 0.0))  # which may end the job: what was asked meanwhile waits for an answer
         nodes = _meet_nodes(config, show, is_joined=connection.is_joined)
         allocation = _allocate(config, nodes)
-        actors = _start_actors(config, allocation)  # which import torch while the listing is read
+        model_ref = model_file.place() if model_file else None
+        actors = _start_actors(config, allocation, model_ref)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
-            _say_what_may_surprise(listed[0])
-            plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
-            kept_in = _choose_storage(config, plan, allocation, nodes, show)
-            writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
-            if cache is not None:
-                clock.enter("scan")
-                shards = scan.name_entries(listed[0], plan, shards, show)
-            node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
+            begun = _Begun(config, allocation, nodes, output, cache, clock, show, model_file, model_ref)
+            job = _plan(begun, actors, *listed)
             run, noted = _run(job, actors)
         finally:
             end_actors(actors)
         return Run(_write_report(job, run, noted) if config.report else run)
+
+
+class _Begun(NamedTuple):
+    """What is settled before the listing is there."""
+
+    config: Config
+    allocation: Allocation
+    nodes: list[Node]
+    output: Output
+    cache: Cache | None
+    clock: Clock
+    show: Callable[[Progress], None]
+    model_file: ModelFile | None
+    model_ref: Ref | None
+
+
+def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) -> Job:
+    """Look at the model, cut the listing, choose where images are kept, and prepare the results' folder."""
+    config, clock, show = begun.config, begun.clock, begun.show
+    _say_what_may_surprise(listing)
+    model = None
+    if begun.model_file:
+        clock.enter("model")
+        model = probe_model(config, begun.model_file, actors, listing.classes, target, partial(_tick, show))
+        target = replace(target, model_input=second_input(target, model))
+    plan, shards = make_plan(config, listing, target, score_bytes(len(listing.classes), model), model)
+    kept_in = _choose_storage(config, plan, begun.allocation, begun.nodes, show)
+    writing.prepare(begun.output, overwrite=config.overwrite, resume=config.resume)
+    if begun.cache is not None:
+        clock.enter("scan")
+        shards = scan.name_entries(listing, plan, shards, show)
+    return Job(
+        config=config,
+        listing=listing,
+        target=target,
+        plan=plan,
+        shards=shards,
+        allocation=begun.allocation,
+        storage=kept_in,
+        node_ids=frozenset(node.node_id for node in begun.nodes),
+        output=begun.output,
+        cache=begun.cache,
+        clock=clock,
+        on_progress=show,
+        model=begun.model_ref,
+    )
 
 
 def _write_report(job: Job, run: dict[str, Any], noted: list[Ref]) -> dict[str, Any]:
@@ -185,9 +229,15 @@ def _allocate(config: Config, nodes: list[Node]) -> Allocation:
     return allocate(config, resources, sum(node.num_cpus > 0 for node in nodes))
 
 
-def _start_actors(config: Config, allocation: Allocation) -> list[Actor]:
+def _tick(show: Callable[[Progress], None]) -> bool:
+    """Show that the job is still at its start, which is no sign of life."""
+    show(Progress("start", 0, 1, 0.0))
+    return False
+
+
+def _start_actors(config: Config, allocation: Allocation, model: Ref | None) -> list[Actor]:
     node_ids = [node.node_id for node in cluster.working_nodes()]
-    return start_actors(allocation, node_ids)
+    return start_actors(allocation, node_ids, model)
 
 
 def _choose_storage(
@@ -226,13 +276,16 @@ def _run(job: Job, actors: list[Actor]) -> tuple[dict[str, Any], list[Ref]]:
     while True:
         num_epochs = len(training.history)
         try:
-            actors = actors or _start_actors(job.config, job.allocation)
+            actors = actors or _start_actors(job.config, job.allocation, job.model)
             scratch = job.config.scratch if job.storage == "disk" else None
             counts = feed(job, actors, begin_actors(actors, job.plan, job.allocation, scratch))
             _check_images(job, counts, fingerprint)
             if num_deaths == 0:
                 _say_where_gpus_are_missing(job, counts)
             _compute(job, actors, counts, training, fingerprint)
+            if job.plan.model is not None:
+                runs = [actor.call.remote("describe_runs") for actor in actors]
+                counts.runs = wait_all(runs, "the model", partial(job.show, "score", 1, 1))
             run = _write(job, counts, training, find_duplicates(job, counts))
             return run, [counts.noted[part] for part in sorted(counts.noted)]
         except ActorLostError as exc:
@@ -319,13 +372,16 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
         for row in figures.accuracies(name, listing.classes, counts_KK, counts.num_in_top.get(name))
     ]
     digests = {f"part-{part:05d}": digest for part, digest in counts.digests.items()}
+    model = job.plan.model
+    if model is not None:
+        digests["model"] = hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest()
     contents = {
         "metrics": tables.metrics_table(rows),
-        "confusion": tables.confusion_table(listing.classes, confusions),
-        "means": tables.means_table(listing.classes, job.target, counts.train_counts_K, counts.means_KD),
+        "confusion": tables.confusion_table((*listing.classes, *(model.extra_classes if model else ())), confusions),
+        "means": tables.means_table(listing.classes, job.plan.shape, counts.train_counts_K, counts.means_KD),
     }
     if training.model is not None and training.centre_D is not None:
-        weights = tables.weights_table(listing.classes, job.target, training.model, training.centre_D)
+        weights = tables.weights_table(listing.classes, job.plan.shape, training.model, training.centre_D)
         contents["weights"] = weights
         contents["history"] = tables.history_table(training.history)
     for name, table in contents.items():
@@ -360,6 +416,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
             seconds=job.clock.read(),
             duplicates=duplicates.counts,
             neighbors=_describe_neighbors(job, counts),
+            model=describe_model(job.config, model, counts, job.clock.read()),
             last_epoch=asdict(training.history[-1]) if training.history else None,
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),
@@ -379,6 +436,7 @@ def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
     return {
         "number": job.plan.num_neighbors,
         "of": "all" if job.plan.searches_train else "valid",
+        "by": "features" if job.plan.has_features else "pixels",
         "median_distance": found.median,
         "num_twins": found.num_twins,
         "num_near_twins": found.num_twins - found.num_same,

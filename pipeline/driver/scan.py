@@ -213,7 +213,7 @@ def name_entries(
     while len(named) < len(shards):
         while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
             rows = listed[shard.split].slice(shard.start, shard.num_images)
-            waiting[tasks.submit_entry_name(listing.location, plan.target, rows)] = shard
+            waiting[tasks.submit_entry_name(listing.location, plan.target_of(shard.split), rows)] = shard
         for done in wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
             shard = waiting.pop(done)
             named[shard.index] = replace(shard, entry=get_result(done, f"looking up files of shard {shard.index}"))

@@ -56,7 +56,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """What all phases know; `storage` is where actors keep images that are not on a GPU."""
+    """What all phases know; `storage` is where actors keep images that are not on a GPU.
+
+    `model` is a reference to the bytes of the user's own model, where there is one.
+    """
 
     config: Config
     listing: Listing
@@ -70,6 +73,7 @@ class Job:
     cache: Cache | None
     clock: Clock
     on_progress: Callable[[Progress], None]
+    model: Ref | None = None
 
     def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> bool:
         """Tell the caller how far the phase under way is; returns False, as this is no sign of life."""
@@ -114,10 +118,11 @@ class ImageCounts:
         means_KD: float32, 0 to 1.
         digests: Of the written prediction files, by part.
         noted: References to what the page may show of them, by part.
-        confusions: Counts of all of them together, by classifier, int64 [K, K].
+        confusions: Counts of all of them together, by classifier, int64 [K, K] or [K, P].
         num_twins_correct: Of the validation images with a twin in training, those predicted right, by classifier.
         num_in_top: Validation images whose class is among those of the best scores, by classifier, where it is counted.
         neighbors: What the search for neighbors came to, where there was one.
+        runs: Of each actor what `describe_runs` returns, where there is a model.
         devices: What the actors compute on.
         stores: Where they keep their images: `gpu`, `memory` or `disk`.
     """
@@ -136,6 +141,7 @@ class ImageCounts:
     num_twins_correct: Counter[str] = field(default_factory=Counter)
     num_in_top: Counter[str] = field(default_factory=Counter)
     neighbors: NeighborCounts | None = None
+    runs: list[tuple[int, float]] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
     stores: list[str] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job
 from pipeline.driver.waiting import get_result, wait_all
 from pipeline.errors import TrainingError
+from pipeline.model import Model
 from pipeline.results import checkpoint, figures
 from pipeline.results.checkpoint import Checkpoint
 from pipeline.results.figures import EpochMetric
@@ -102,8 +103,10 @@ def save(job: Job, training: Training, fingerprint: dict[str, Any]) -> None:
 
 def fingerprint_of(job: Job) -> dict[str, Any]:
     """Say what training depends on: with these equal, it can go on where it stopped."""
-    config = job.config
+    config, model = job.config, job.plan.model
+    own = {} if model is None else {"--model": model.sha256, "--model-output": model.output, **_input_of(model)}
     return {
+        **own,
         "listing": job.listing.sha256,
         "target": f"{job.target.height}x{job.target.width} {job.target.mode}",
         "--draft": config.draft,
@@ -113,6 +116,12 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--lanes": config.lanes,
         "model": _MODEL,
     }
+
+
+def _input_of(model: Model) -> dict[str, Any]:
+    """Say what features depend on, beside the model."""
+    asked = {"--model-mean": list(model.mean), "--model-std": list(model.std), "--feature-dtype": model.feature_dtype}
+    return {**asked, "--model-batch-size": model.batch_size, "model input": asdict(model.input)}
 
 
 def _say_if_it_only_guesses(job: Job, training: Training) -> None:

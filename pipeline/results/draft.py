@@ -98,14 +98,15 @@ def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
         OutputError: If a table cannot be read.
     """
     output, run, names = finished.output, finished.run, finished.classifiers
-    confusions = _read_confusions(output, run["dataset"]["classes"])
+    classes = tuple(finished.all_classes)
+    confusions = _read_confusions(output, classes, len(finished.classes))
     if missing := [name for name in names if name not in confusions]:
         raise OutputError(f"{output.root}/confusion.parquet: expected counts of {missing[0]}, got none; run again")
     best = best_classifier(run["metrics"])
     suspects = read_rows(output, "suspects", 0, _NUM_SUSPECTS)
     keys = {row["key"] for row in suspects} | ({example} if example else set())
     wanted = Wanted(
-        classes=tuple(run["dataset"]["classes"]),
+        classes=classes,
         # The most frequent class for every image is wrong where one expects it, and has no scores.
         classifiers=tuple(name for name in names if name != GUESSING),
         best=best,
@@ -127,7 +128,8 @@ def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
     )
 
 
-def _read_confusions(output: Output, classes: Sequence[str]) -> dict[str, Confusion]:
+def _read_confusions(output: Output, classes: Sequence[str], num_own: int) -> dict[str, Confusion]:
+    """Read each classifier's counts; of classes behind the dataset's own, those are kept that are predicted."""
     labels = {name: label for label, name in enumerate(classes)}
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
     for batch in read_batches(output, "confusion"):
@@ -138,7 +140,13 @@ def _read_confusions(output: Output, classes: Sequence[str]) -> dict[str, Confus
         names = batch["classifier"].dictionary_encode()
         for number, name in enumerate(names.dictionary.to_pylist()):
             found.setdefault(name, []).append(counts_3R[:, names.indices.to_numpy() == number])
-    return {name: Confusion(tuple(classes), np.concatenate(parts, 1)) for name, parts in found.items()}
+    return {name: _confusion(classes, np.concatenate(parts, 1), num_own) for name, parts in found.items()}
+
+
+def _confusion(classes: Sequence[str], counts_3R: npt.NDArray[np.int64], num_own: int) -> Confusion:
+    kept = [*range(num_own), *np.unique(counts_3R[1][counts_3R[1] >= num_own]).tolist()]
+    counts_3R[1] = np.searchsorted(kept, counts_3R[1])
+    return Confusion(tuple(classes[label] for label in kept), counts_3R)
 
 
 def _read_groups(output: Output) -> list[tuple[int, list[dict[str, Any]]]]:

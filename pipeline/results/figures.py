@@ -141,7 +141,7 @@ def accuracies(
     Args:
         classifier: Its name.
         classes: Names of the K classes.
-        confusion_KK: Images by true class (rows) and predicted class (columns).
+        confusion_KK: Images by true class (rows) and predicted class (columns), of which there may be further ones.
         num_in_top: Images whose class is among those of the `TOP` best scores; None where these are not looked at.
     """
     num_predicted_K = confusion_KK.sum(0)

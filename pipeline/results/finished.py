@@ -50,6 +50,11 @@ class FinishedRun:
         return list(self.run["dataset"]["classes"])
 
     @property
+    def all_classes(self) -> list[str]:
+        """Its classes, and behind them those that the user's own model knows besides."""
+        return [*self.classes, *(self.run.get("model") or {}).get("extra_classes", ())]
+
+    @property
     def classifiers(self) -> list[str]:
         """Its classifiers, in the order in which they are shown."""
         return classifier_names(self.run["metrics"])
@@ -162,7 +167,7 @@ def read_predictions(finished: FinishedRun, classes: Sequence[str], classifiers:
 
     Args:
         finished: The run.
-        classes: Names by whose place classes are numbered; all of the run's.
+        classes: Names by whose place classes are numbered; all of the run's, and those that its model knows besides.
         classifiers: Some of the run's.
 
     Raises:
@@ -204,19 +209,22 @@ def read_scores(
 
     Args:
         finished: The run.
-        classes: Names of the K classes, in the order in which scores are wanted.
+        classes: Names of the K classes, in the order in which scores are wanted; behind the run's own may be further
+            ones, which a model may have scores of.
         classifier: One of the run's.
         rows_n: Rows of these images.
 
     Yields:
         For a file that has them: places in `rows_n`; and the scores of these images, float32, with whether they are
-        those of all classes, [., K], or those that the run kept, [., T], that of the predicted class first.
+        those of all classes, [., K] or of the run's own, or those that the run kept, [., T], that of the predicted
+        class first.
 
     Raises:
         OutputError: If a file is damaged.
     """
-    start = 0
-    columns_K = [finished.classes.index(name) for name in classes]
+    start, num_own = 0, len(finished.classes)
+    places_of = {name: place for place, name in enumerate(classes)}
+    columns_P = [places_of[name] for name in finished.all_classes]
     for part in finished.parts:
         with _open_table(finished.output, part) as file:
             assert file is not None
@@ -228,7 +236,12 @@ def read_scores(
                 lists = file.read(columns=[column])[column].take(pa.array(rows_n[places] - start)).combine_chunks()
                 scores = lists.flatten().to_numpy().reshape(len(places), -1)
                 is_whole = column == wanted[0]
-                yield places, scores[:, columns_K] if is_whole else scores, is_whole
+                if is_whole:
+                    width = scores.shape[1]
+                    scores_nK = np.zeros((len(places), num_own if width == num_own else len(classes)), np.float32)
+                    scores_nK[:, columns_P[:width]] = scores
+                    scores = scores_nK
+                yield places, scores, is_whole
             start = stop
 
 

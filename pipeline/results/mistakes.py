@@ -70,7 +70,7 @@ class Wanted:
     """What a page shows of the predictions.
 
     Attributes:
-        classes: Names of the K classes.
+        classes: Names of the K classes, and of further ones that a model may predict.
         classifiers: Of which the worst mistakes are wanted.
         best: The classifier of which mistakes by pair of classes are wanted.
         pairs: These pairs, given and predicted.

@@ -62,12 +62,14 @@ def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.ND
     best_metrics = sections.metrics_by_class(run, draft.best)
     shown_classes = sections.shown_classes(run, best_metrics)
     suggested = [row["suggested_class"] for row in draft.suspects]
-    images, limit = sections.class_images(draft.output, list(dict.fromkeys([*shown_classes, *suggested])))
+    pictured = [] if sections.has_features(run) else list(dict.fromkeys([*shown_classes, *suggested]))
+    images, limit = sections.class_images(draft.output, pictured)
     page = {
         "contents": _CONTENTS,
         "tabs": [(letter, len(names)) for letter in ("c", "m")],
         "version": run["version"],
         "run": run,
+        "has_features": sections.has_features(run),
         "dataset_name": pages.dataset_name(run),
         "best": draft.best,
         "guessing": GUESSING,

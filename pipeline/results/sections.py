@@ -107,11 +107,12 @@ def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
              "share": number / sizes_K[labels[given]]}
             for given, predicted, number in counts.worst_pairs()
         ]  # fmt: skip
-        return {"name": name, "pairs": pairs, "matrix": None}
+        return {"name": name, "classes": counts.classes, "pairs": pairs, "matrix": None}
     counts_KK = np.zeros((num_classes, num_classes), np.int64)
     counts_KK[counts.counts_3R[0], counts.counts_3R[1]] = counts.counts_3R[2]
     shares_KK = counts_KK / np.maximum(sizes_K, 1)[:, None]
     largest = (shares_KK * (1 - np.eye(num_classes))).max() or 1.0
+    num_own = len(draft.run["dataset"]["classes"])
     matrix = [
         [
             {"num_images": int(counts_KK[true, label]), "is_right": true == label,
@@ -119,9 +120,9 @@ def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
              "place": places.get((given, predicted))}
             for label, predicted in enumerate(counts.classes)
         ]
-        for true, given in enumerate(counts.classes)
+        for true, given in enumerate(counts.classes[:num_own])
     ]  # fmt: skip
-    return {"name": name, "pairs": None, "matrix": matrix}
+    return {"name": name, "classes": counts.classes, "pairs": None, "matrix": matrix}
 
 
 def shown_neighbors(mistake: Mistake) -> tuple[tuple[str, str, float], ...]:
@@ -176,6 +177,12 @@ def shown_classes(run: Mapping[str, Any], best_metrics: Mapping[str, Mapping[str
     return sorted(classes, key=lambda name: 2.0 if accuracy[name] is None else accuracy[name])[:_MAX_SHOWN_CLASSES]
 
 
+def has_features(run: Mapping[str, Any]) -> bool:
+    """Say whether classifiers compared the features of a model, and not pixels."""
+    model = run.get("model")
+    return model is not None and model["output"] == "embedding"
+
+
 def class_images(output: Output, classes: Sequence[str]) -> tuple[dict[str, dict[str, Any]], float]:
     """Return by class its mean image and its weights as pictures, and the ends of the scale of all weights."""
     shown: dict[str, dict[str, Any]] = {name: {"name": name, "weights": None} for name in classes}
@@ -210,7 +217,8 @@ def _to_image(row: Mapping[str, Any], column: str) -> npt.NDArray[np.float32]:
 def example(draft: Draft, pixels_HWC: npt.NDArray[np.uint8] | None) -> dict[str, Any]:
     """Return one image as numbers, and its distances to the class means, nearest by rms first."""
     key = draft.example_key
-    shown: dict[str, Any] = {"key": key, "is_chosen": draft.example is not None, "pixels": None, "distances": None}
+    shown: dict[str, Any] = {"key": key, "is_chosen": draft.example is not None, "pixels": None, "decoded": None}
+    shown["distances"] = None
     seen = draft.found.by_key.get(key or "") or next(
         (each for each in draft.found.worst(draft.best) if each.key == key), None
     )
@@ -220,7 +228,8 @@ def example(draft: Draft, pixels_HWC: npt.NDArray[np.uint8] | None) -> dict[str,
     if max(pixels_HWC.shape[:2]) <= _MAX_TABLE_SIDE:
         shown["pixels"] = _shaded_table(pixels_HWC)
     shown["decoded"] = charts.grey_or_colour_png(pixels_HWC / np.float32(255))
-    shown["distances"], shown["num_distances"] = _distances(draft, pixels_HWC)
+    if not has_features(draft.run):
+        shown["distances"], shown["num_distances"] = _distances(draft, pixels_HWC)
     return shown
 
 

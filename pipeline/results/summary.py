@@ -151,6 +151,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"to {target['height']}x{target['width']} {target['mode']}, {run['images_per_s']:,.0f} a second"
             + (kept if run["options"]["cache"] is not None else ""),
         ),
+        *([("model", _model(run["model"]))] if run.get("model") else []),
         ("twins", _twins(run)),
         *([("labels", _labels(run["neighbors"]))] if run["neighbors"] else []),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
@@ -159,6 +160,14 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sha256", run["results_sha256"]),
         *([("page", f"{run['out']}/{REPORT_FILE}")] if run["options"]["report"] else []),
     ]
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    wanted = model["input"]
+    kind = f"{model['num_outputs']:,} {'logits' if model['output'] == 'logits' else 'features'}"
+    batches = f"batches of {model['batch_size']}, {model['images_per_s']:,.0f} images a second"
+    shape = f"{wanted['height']}x{wanted['width']} {wanted['mode']}"
+    return f"{kind} of {shape} from {printable(model['file'])}, {batches}; the limit was {model['limit']}"
 
 
 def _twins(run: Mapping[str, Any]) -> str:
@@ -171,7 +180,8 @@ def _twins(run: Mapping[str, Any]) -> str:
         parts.append(f"{counts['num_conflicts']:,} of several classes (suspects.parquet)")
     if neighbors is None:
         return "; ".join([*parts, f"{counts['num_exact_twins']:,} validation images have a twin in training"])
-    twins = f"{neighbors['num_twins']:,} validation images have a twin in training"
+    by = " by the model's features" if neighbors.get("by") == "features" else ""
+    twins = f"{neighbors['num_twins']:,} validation images have a twin in training{by}"
     if neighbors["num_twins"]:
         figures = ", ".join(f"{name} {figure(value)}" for name, value in neighbors["accuracy_without_twins"].items())
         twins += f", {neighbors['num_near_twins']:,} of them changed a little; accuracy without them: {figures}"
@@ -180,7 +190,8 @@ def _twins(run: Mapping[str, Any]) -> str:
 
 def _labels(neighbors: Mapping[str, Any]) -> str:
     split = "images" if neighbors["of"] == "all" else "validation images"
-    return f"{neighbors['num_suspects']:,} {split} look more like another class (suspects.parquet)"
+    look = "are by the model's features" if neighbors.get("by") == "features" else "look"
+    return f"{neighbors['num_suspects']:,} {split} {look} more like another class (suspects.parquet)"
 
 
 def _rich_table(rows: Sequence[Sequence[str]], is_bold: Sequence[bool] = ()) -> Table:

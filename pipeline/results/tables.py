@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from pipeline.data.files import display
 from pipeline.decoding.images import Fault
-from pipeline.plan import Target
 from pipeline.results.figures import EpochMetric, Metric
 
 # Scores of an image that are kept where not all are.
@@ -42,12 +41,14 @@ class NeighborColumns:
     Attributes:
         keys_NJ: str.
         labels_NJ: Their classes, int64.
-        distances_NJ: rms, float32, 0 to 1.
+        distances_NJ: rms, float32, 0 to 1; of features cosine distances, 0 to 2.
+        voters: Of features, the classes and distances of those that vote by weights, of which there may be more.
     """
 
     keys_NJ: npt.NDArray[np.object_]
     labels_NJ: npt.NDArray[np.int64]
     distances_NJ: npt.NDArray[np.float32]
+    voters: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,27 @@ def confusion_table(classes: Sequence[str], confusions: Mapping[str, npt.NDArray
 
 
 def means_table(
-    classes: Sequence[str], target: Target, counts_K: npt.NDArray[np.int64], means_KD: npt.NDArray[np.float32]
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    counts_K: npt.NDArray[np.int64],
+    means_KD: npt.NDArray[np.float32],
 ) -> pa.Table:
-    """Lay out `means.parquet`; D is row-major, 0 to 1."""
-    columns = {"class": list(classes), "num_images": counts_K, **_shape_columns(len(classes), target)}
+    """Lay out `means.parquet`, of images of a shape of H, W, C; D is row-major, 0 to 1."""
+    columns = {"class": list(classes), "num_images": counts_K, **_shape_columns(len(classes), shape)}
     return pa.table({**columns, "mean": _to_lists(means_KD)})
 
 
 def weights_table(
-    classes: Sequence[str], target: Target, params_P: npt.NDArray[np.float32], centre_D: npt.NDArray[np.float64]
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    params_P: npt.NDArray[np.float32],
+    centre_D: npt.NDArray[np.float64],
 ) -> pa.Table:
-    """Lay out `weights.parquet` from the parameters, K·D weights and K biases; D is row-major.
+    """Lay out `weights.parquet` from the parameters, K·D weights and K biases, for a shape of H, W, C; D is row-major.
 
     The model was trained on pixels less `centre_D`; the bias that is written is that for pixels as they are, 0 to 1.
     """
-    columns = {"class": list(classes), **_shape_columns(len(classes), target)}
+    columns = {"class": list(classes), **_shape_columns(len(classes), shape)}
     weights_KD, bias_K = params_P[: -len(classes)].reshape(len(classes), -1), params_P[-len(classes) :]
     plain_bias_K = (bias_K - weights_KD.astype(np.float64) @ centre_D).astype(np.float32)
     return pa.table({**columns, "weights": _to_lists(weights_KD), "bias": plain_bias_K})
@@ -147,7 +154,10 @@ def predictions_table(
     scores: Mapping[str, npt.NDArray[np.float32] | TopScores],
     neighbors: NeighborColumns | None = None,
 ) -> pa.Table:
-    """Lay out one part of `predictions/`; a classifier without scores has no column of them."""
+    """Lay out one part of `predictions/`; a classifier without scores has no column of them.
+
+    Behind the dataset's classes may follow those that a model knows besides.
+    """
     names = np.array(classes, object)  # Arrow's own choice would load pyarrow.compute
     columns = {"key": keys, "class": pa.array(names[labels_N], pa.string())}
     for classifier, predicted_N in predictions_N.items():
@@ -159,7 +169,7 @@ def predictions_table(
             columns[f"{classifier}_class_score"] = pa.array(of_images.own_N)
         elif of_images is not None:
             values = pa.array(of_images.reshape(-1))
-            columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(values, len(classes))
+            columns[f"{classifier}_scores"] = pa.FixedSizeListArray.from_arrays(values, of_images.shape[1])
     if neighbors is not None:
         columns["neighbor_keys"] = _to_lists(neighbors.keys_NJ, pa.string())
         columns["neighbor_classes"] = _to_lists(names[neighbors.labels_NJ], pa.string())
@@ -181,9 +191,9 @@ def skipped_table(skipped: Sequence[tuple[bytes, int, Fault]], split: str, class
     )
 
 
-def _shape_columns(num_rows: int, target: Target) -> dict[str, pa.Array]:
-    sides = {"height": target.height, "width": target.width, "channels": target.channels}
-    return {name: pa.repeat(pa.scalar(side, pa.int32()), num_rows) for name, side in sides.items()}
+def _shape_columns(num_rows: int, shape: tuple[int, int, int]) -> dict[str, pa.Array]:
+    sides = zip(("height", "width", "channels"), shape, strict=True)
+    return {name: pa.repeat(pa.scalar(side, pa.int32()), num_rows) for name, side in sides}
 
 
 def _to_lists(values_ND: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.ListArray:

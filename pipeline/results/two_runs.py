@@ -36,7 +36,7 @@ CHANGES_SCHEMA = pa.schema(
 )  # fmt: skip
 # What tells where a run was and how it was made, and nothing of its results.
 _OPTIONS_OF_PLACE = frozenset(("out", "overwrite", "resume", "scratch"))
-_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices")
+_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices", "model.sha256")
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,15 @@ def compare_runs(a: FinishedRun, b: FinishedRun, asked: Sequence[str] = ()) -> C
     if asked:
         used_a, used_b = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
     # One run is read once.
-    found_a = read_predictions(a, a.classes, list(dict.fromkeys([*used_a, *used_b])) if a is b else used_a)
-    found_b = found_a if a is b else read_predictions(b, a.classes, used_b)
+    names = list(dict.fromkeys([*a.classes, *a.all_classes, *b.all_classes]))
+    found_a = read_predictions(a, names, list(dict.fromkeys([*used_a, *used_b])) if a is b else used_a)
+    found_b = found_a if a is b else read_predictions(b, names, used_b)
     rows_a_N, rows_b_N = match_keys(found_a.keys, found_b.keys)
     _check_images(a, b, (found_a, rows_a_N), (found_b, rows_b_N))
     best = None if asked else (_best(found_a, rows_a_N), _best(found_b, rows_b_N))
     if best is not None and best not in pairs:
         pairs.append(best)
-    matched = _Matched(a, b, found_a, found_b, rows_a_N, rows_b_N)
+    matched = _Matched(a, b, names, found_a, found_b, rows_a_N, rows_b_N)
     return Comparison(
         a=a,
         b=b,
@@ -127,10 +128,11 @@ def compare_runs(a: FinishedRun, b: FinishedRun, asked: Sequence[str] = ()) -> C
 
 @dataclass(frozen=True)
 class _Matched:
-    """What is compared; rows are those of the N images in each run."""
+    """What is compared; rows are those of the N images in each run, names those that classes are numbered by."""
 
     a: FinishedRun
     b: FinishedRun
+    names: list[str]
     found_a: Predictions
     found_b: Predictions
     rows_a_N: npt.NDArray[np.int64]
@@ -195,14 +197,14 @@ def _compare_pair(matched: _Matched, classifier_a: str, classifier_b: str, *, is
     codes_a_N = matched.found_a.predictions[classifier_a][matched.rows_a_N]
     codes_b_N = matched.found_b.predictions[classifier_b][matched.rows_b_N]
     is_right_a_N, is_right_b_N = codes_a_N == labels_N, codes_b_N == labels_N
-    names, tables = np.array(matched.a.classes, object), []
+    names, tables = np.array(matched.names, object), []
     # Of the two predictions it is the wrong one whose certainty says where to look first.
     for change, is_changed_N, run, name, rows_N, codes_N in (
         ("right_to_wrong", is_right_a_N & ~is_right_b_N, matched.b, classifier_b, matched.rows_b_N, codes_b_N),
         ("wrong_to_right", is_right_b_N & ~is_right_a_N, matched.a, classifier_a, matched.rows_a_N, codes_a_N),
     ):
         changed_n = np.flatnonzero(is_changed_N)
-        certainty_n = _certainties(run, name, matched.a.classes, rows_N[changed_n], codes_N[changed_n])
+        certainty_n = _certainties(run, name, matched.names, rows_N[changed_n], codes_N[changed_n])
         order_n = np.argsort(-certainty_n, kind="stable")  # those without scores last
         changed_n, num = changed_n[order_n], len(changed_n)
         columns = [
@@ -239,7 +241,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     def flat(run: Mapping[str, Any]) -> dict[str, Any]:
         options = {f"--{name.replace('_', '-')}": value for name, value in run["options"].items()
                    if name not in _OPTIONS_OF_PLACE}  # fmt: skip
-        facts = {"dataset.root": run["dataset"].get("root"), "devices": run.get("actors", {}).get("devices")}
+        facts = {"dataset.root": run["dataset"].get("root"), "devices": run.get("actors", {}).get("devices"),
+                 "model.sha256": (run.get("model") or {}).get("sha256")}  # fmt: skip
         for name in _FACTS:
             if isinstance(value := run.get(name, facts.get(name)), Mapping):
                 facts.update({f"{name}.{key}": each for key, each in value.items()})

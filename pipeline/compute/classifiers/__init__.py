@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pipeline.model import Model
+from pipeline.plan import WEIGHTED_NEIGHBORS
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.compute.block import Block
 
-# Scores, float32 [N, K], or None; and predictions, int64 [N].
+# Scores, float32 [N, K], or None; and predictions, int64 [N]. The user's own model may have more classes than K.
 Scorer: TypeAlias = "Callable[[Block], tuple[torch.Tensor | None, torch.Tensor]]"
 
 
@@ -35,6 +38,8 @@ class Classifier:
         has_distances: Whether these are distances, of which the smallest is the best.
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
         needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
+        needs_logits: Whether it is the user's own model.
+        of: What it compares, where it does not do with both: pixels, or features.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Classifier:
     has_distances: bool = False
     needs_epochs: bool = False
     needs_neighbors: bool = False
+    needs_logits: bool = False
+    of: Literal["both", "pixels", "features"] = "both"
 
 
 def _majority_class() -> Scorer:
@@ -75,33 +82,71 @@ def _knn() -> Scorer:
     return knn.score
 
 
+def _nearest_mean_euclidean() -> Scorer:
+    from pipeline.compute.classifiers import nearest_mean
+
+    return nearest_mean.score_euclidean
+
+
+def _nearest_mean_cosine() -> Scorer:
+    from pipeline.compute.classifiers import nearest_mean
+
+    return nearest_mean.score_cosine
+
+
+def _knn_weighted() -> Scorer:
+    from pipeline.compute.classifiers import knn
+
+    return knn.score_weighted
+
+
 def _sgd_linear() -> Scorer:
     from pipeline.compute.classifiers import sgd_linear
 
     return sgd_linear.score
 
 
+def _own_model() -> Scorer:
+    from pipeline.compute.classifiers import own_model
+
+    return own_model.score
+
+
 # In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
     Classifier("majority_class", _majority_class, has_scores=False),
-    Classifier("nearest_mean_l1", _nearest_mean_l1, has_distances=True),
-    Classifier("nearest_mean_rms", _nearest_mean_rms, has_distances=True),
+    Classifier("nearest_mean_l1", _nearest_mean_l1, has_distances=True, of="pixels"),
+    Classifier("nearest_mean_rms", _nearest_mean_rms, has_distances=True, of="pixels"),
+    Classifier("nearest_mean_euclidean", _nearest_mean_euclidean, has_distances=True, of="features"),
+    Classifier("nearest_mean_cosine", _nearest_mean_cosine, has_distances=True, of="features"),
     Classifier("knn_1", _knn_first, needs_neighbors=True),
     Classifier("knn_{}", _knn, needs_neighbors=True),
+    Classifier(f"knn_{WEIGHTED_NEIGHBORS}", _knn_weighted, needs_neighbors=True, of="features"),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
+    Classifier("model", _own_model, needs_logits=True),
 )
 
 
-def used_classifiers(num_neighbors: int, *, has_training: bool) -> list[Classifier]:
-    """Return the classifiers of a job, by what it computes: neighbors of each image, and epochs of SGD."""
-    named = {each.name.format(num_neighbors): each for each in reversed(CLASSIFIERS)}
-    return [
-        replace(each, name=name)
-        for name, each in reversed(named.items())
-        if (has_training or not each.needs_epochs) and (num_neighbors > 0 or not each.needs_neighbors)
-    ]
+def used_classifiers(num_neighbors: int, *, has_training: bool, model: Model | None = None) -> list[Classifier]:
+    """Return the classifiers of a job, by what it computes: neighbors of each image, epochs of SGD, a model's outputs.
+
+    Where two have the same name, the one that comes last has it.
+    """
+    has_features = model is not None and model.has_features
+    named: dict[str, Classifier] = {}
+    for each in CLASSIFIERS:
+        if (
+            (has_training or not each.needs_epochs)
+            and (num_neighbors > 0 or not each.needs_neighbors)
+            and ((model is not None and not has_features) or not each.needs_logits)
+            and each.of in ("both", "features" if has_features else "pixels")
+        ):
+            name = each.name.format(num_neighbors)
+            named[name] = replace(each, name=name)
+    return list(named.values())
 
 
-def score_bytes(num_classes: int) -> int:
+def score_bytes(num_classes: int, model: Model | None = None) -> int:
     """Return the bytes of one image's scores by all classifiers, whichever of them a job uses."""
-    return sum(4 * num_classes for classifier in CLASSIFIERS if classifier.has_scores)
+    num_scores = sum(num_classes for classifier in CLASSIFIERS if classifier.has_scores)
+    return 4 * (num_scores + (model.num_outputs if model and not model.has_features else 0))

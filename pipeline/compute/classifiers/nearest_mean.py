@@ -4,6 +4,7 @@ Input: uint8 images, one row an image, and labels. Output: exact integer sums, f
 Invariant: distances of an image depend on that image and the means alone.
 
 Axes: N images, K classes, D values of one image (H·W·C). Pixels are 0 to 255, distances on pixels divided by 255.
+Images of a floating type are features, of which `compute.features` says how they are added and compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.compute import features
 from pipeline.compute.threads import Threads
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ def class_sums(images_ND: torch.Tensor, labels_N: torch.Tensor, num_classes: int
 
 def add_class_sums(sums_KD: torch.Tensor, images_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Do as `class_sums`, adding to sums that there are; return the counts of these images, int64 [K]."""
+    if images_ND.is_floating_point():
+        features.add_class_sums(sums_KD, images_ND, labels_N)
+        return torch.bincount(labels_N, minlength=len(sums_KD))
     for block_ND, block_labels_N in zip(images_ND.split(_SUM_ROWS), labels_N.split(_SUM_ROWS), strict=True):
         # Only of the classes that there are: a shard of neighbours has few of many.
         present_k, places_N = block_labels_N.unique(return_inverse=True)
@@ -61,23 +66,26 @@ def add_class_sums(sums_KD: torch.Tensor, images_ND: torch.Tensor, labels_N: tor
 
 def sum_squares(images_ND: torch.Tensor) -> int:
     """Add up the squares of all pixels, 0 to 255 each, exactly: whole numbers in float64, far below 2^53."""
+    if images_ND.is_floating_point():
+        return features.sum_squares(images_ND)
     blocks = images_ND.split(_SUM_ROWS)
     return sum(int(block_ND.float().square_().sum(dtype=torch.float64)) for block_ND in blocks)
 
 
-def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
+def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor, unit: int = 255) -> torch.Tensor:
     """Divide sums by counts: the "ideal" image of each class.
 
     Args:
         sums_KD: int64, of pixels 0 to 255.
         counts_K: int64, at least 1.
+        unit: The value of a sum that stands for 1.
 
     Returns:
-        float32 [K, D], 0 to 1.
+        float32 [K, D], 0 to 1; of features, their means.
     """
     means_KD = torch.empty(sums_KD.shape, device=sums_KD.device)
     for mean_D, sum_D, count in zip(means_KD, sums_KD, counts_K.tolist(), strict=True):
-        mean_D.copy_(sum_D.double().div_(255 * count if count else math.nan))  # class by class, to take little memory
+        mean_D.copy_(sum_D.double().div_(unit * count if count else math.nan))  # class by class, to take little memory
     return means_KD
 
 
@@ -95,8 +103,11 @@ def distances(
         threads: They share the blocks, on the CPU.
 
     Returns:
-        The mean absolute difference and the root of the mean squared one, each float32 [N, K], 0 to 1.
+        The mean absolute difference and the root of the mean squared one, each float32 [N, K], 0 to 1; of features the
+        Euclidean and the cosine distance.
     """
+    if images_ND.is_floating_point():
+        return features.distances(images_ND, means_KD)
     num_images, num_values = images_ND.shape
     num_classes = len(means_KD)
     l1_NK = torch.empty(num_images, num_classes, device=images_ND.device)
@@ -150,6 +161,18 @@ def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor) -> torch.Tensor:
     # What is left of equal images: means are rounded to float32, and so is not seen.
     squared_NK[squared_NK < _MIN_SQUARE] = 0
     return squared_NK.sqrt_().float()
+
+
+def score_euclidean(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block of features by the Euclidean distance to each class mean; see `classifiers.Scorer`."""
+    euclidean_NK, _ = block.distances
+    return euclidean_NK, nearest(euclidean_NK)
+
+
+def score_cosine(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block of features by the cosine distance to each class mean; see `classifiers.Scorer`."""
+    _, cosine_NK = block.distances
+    return cosine_NK, nearest(cosine_NK)
 
 
 def score_l1(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
