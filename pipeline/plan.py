@@ -198,6 +198,7 @@ class Plan:
         num_neighbors: Nearest training images that are searched for every validation image; 0 for none.
         searches_train: Whether they are searched for every training image too.
         keeps_all_scores: Whether results hold the scores of all classes, or of the best ones.
+        given: What was predicted elsewhere: a class for each image, or also scores; None for nothing.
     """
 
     target: Target
@@ -212,6 +213,7 @@ class Plan:
     num_neighbors: int = 0
     searches_train: bool = False
     keeps_all_scores: bool = True
+    given: Literal["predictions", "scores"] | None = None
 
     @property
     def num_lanes(self) -> int:
@@ -259,7 +261,13 @@ class Plan:
         return (num_train + num_valid) * self.target.num_values
 
 
-def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int) -> tuple[Plan, list[Shard]]:
+def make_plan(
+    config: Config,
+    listing: Listing,
+    target: Target,
+    score_bytes: int,
+    given: Literal["predictions", "scores"] | None = None,
+) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first.
 
     Args:
@@ -267,6 +275,7 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
         listing: What the dataset holds.
         target: What every image becomes.
         score_bytes: Of one validation image's scores by all classifiers.
+        given: As in `Plan`.
     """
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
     max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
@@ -287,6 +296,7 @@ def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int
         learning_rate=config.learning_rate,
         seed=config.seed,
         gpus_per_actor=config.gpus_per_actor,
+        given=given,
     )
     return plan, train + valid
 

@@ -9,6 +9,7 @@ Axes as in `nearest_mean` and `sgd_linear`; M positions of a buffer, one for eac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -30,6 +31,7 @@ from pipeline.compute.parts import Part
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
+from pipeline.data.score_join import GivenRows, of_part
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
 from pipeline.tree import lane_ranges
@@ -224,18 +226,21 @@ class LaneActor:
         """This actor's share of the search for neighbors; all its images have to be here."""
         return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads)
 
-    def score_part(self, part: int, median: float | None = None) -> ScoredPart:
+    def score_part(self, part: int, median: float | None = None, given: Sequence[GivenRows] = ()) -> ScoredPart:
         """Score a part's images by every classifier and forget them.
 
         Args:
             part: Its number.
             median: The median distance to the nearest training image, where these were searched for.
+            given: Rows among which are those of its images, where they were predicted elsewhere.
         """
         plan = self._plan
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
-        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training)
+        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training, given=plan.given)
         stored = self._parts.pop(part)
+        if given:
+            stored.put_given(of_part(given, part))
         return score_part(stored, self._trained, used, self._device, self._threads, neighbors, is_twin_N)
 
     @cached_property

@@ -44,12 +44,14 @@ class Block:
         trained: What was learnt.
         threads: They share the work, on the CPU.
         neighbor_labels_NJ: The classes of their nearest training images, int64; empty where none are searched for.
+        given: What was predicted elsewhere, as a `classifiers.Scorer` returns it; None for nothing.
     """
 
     images_ND: torch.Tensor
     trained: Trained
     threads: Threads = field(default_factory=Threads)
     neighbor_labels_NJ: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    given: tuple[torch.Tensor | None, torch.Tensor] | None = None
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ class ScoredPart:
     Attributes:
         keys: Of N images.
         labels: int64 [N].
-        predictions: By classifier, int64 [N].
+        predictions: By classifier, int64 [N]; K for a class that the dataset lacks.
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
-        confusions: By classifier, int64 [K, K].
+        confusions: By classifier, int64 [K, K]; [K, K + 1] of one that can answer classes that the dataset lacks.
         num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
             of the `TOP` best scores.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
@@ -86,7 +86,7 @@ def score_part(
     for images_ND, block_labels_N in part.blocks(device):
         rows = slice(start, start + len(images_ND))
         start = rows.stop
-        block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device))
+        block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device), part.given(rows, device))
         for name, scorer in scorers.items():
             scores_NK, predictions_N = scorer(block)
             predictions[name].append(predictions_N)
@@ -102,8 +102,10 @@ def score_part(
         predictions={name: predictions_N.numpy() for name, predictions_N in all_predictions.items()},
         scores={name: torch.cat(blocks).cpu().numpy() for name, blocks in scores.items()},
         confusions={
-            name: confusion(labels_N, predictions_N, num_classes).numpy()
-            for name, predictions_N in all_predictions.items()
+            each.name: confusion(
+                labels_N, all_predictions[each.name], num_classes, num_classes + each.has_other
+            ).numpy()
+            for each in classifiers
         },
         num_in_top=num_in_top,
         num_twins_correct={
@@ -130,7 +132,10 @@ def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     return int((num_better_N < TOP).sum())
 
 
-def confusion(labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count images by true class (rows) and predicted class (columns); int64 [K, K]."""
-    pairs_N = labels_N * num_classes + predictions_N
-    return torch.bincount(pairs_N, minlength=num_classes**2).view(num_classes, num_classes)
+def confusion(
+    labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int, num_answers: int | None = None
+) -> torch.Tensor:
+    """Count images by true class (rows) and predicted class (columns); int64 [K, K], or as many columns as answers."""
+    num_answers = num_answers or num_classes
+    pairs_N = labels_N * num_answers + predictions_N
+    return torch.bincount(pairs_N, minlength=num_classes * num_answers).view(num_classes, num_answers)

@@ -29,6 +29,7 @@ from pipeline.plan import Plan
 from pipeline.results import tables
 
 if TYPE_CHECKING:
+    from pipeline.data.score_join import GivenRows
     from pipeline.results.writing import Output
 
 Actor = Any  # a handle of ActorProcess
@@ -40,7 +41,7 @@ class PartRecord:
 
     Attributes:
         digest: Of its content.
-        confusions: By classifier, int64 [K, K].
+        confusions: By classifier, as in `ScoredPart`.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
         num_in_top: By classifier with scores, of many classes, how many images have theirs among the best scores.
     """
@@ -86,15 +87,25 @@ class ActorProcess:
         """Wait for the other actors' calls on this node's own address, and return where they reach this one."""
         return self._actor.listen(str(ray.util.get_node_ip_address()))
 
-    def write_part(self, part: int, classes: tuple[str, ...], output: Output, median: float | None) -> PartRecord:
-        """Score a part and write its prediction file; `median` is that of the nearest distances, if there are any."""
+    def write_part(
+        self, part: int, classes: tuple[str, ...], output: Output, median: float | None, *given: GivenRows
+    ) -> PartRecord:
+        """Score a part and write its prediction file.
+
+        Args:
+            part: Its number.
+            classes: Names of the K classes.
+            output: Where it goes.
+            median: That of the nearest distances, if there are any.
+            given: Rows among which are those of its images, where they were predicted elsewhere.
+        """
         # Here, because decoding workers load this module too.
         from pipeline.compute.classifiers import used_classifiers
         from pipeline.results import writing
 
-        scored, plan = self._actor.score_part(part, median), self._plan
+        scored, plan = self._actor.score_part(part, median, given), self._plan
         scores: dict[str, Any] = dict(scored.scores)
-        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training):
+        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training, given=plan.given):
             if each.has_scores and not plan.keeps_all_scores:
                 scores[each.name] = tables.choose_top(
                     scores[each.name], scored.labels, are_distances=each.has_distances

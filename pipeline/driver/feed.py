@@ -73,7 +73,8 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
 
 def write_part(job: Job, actors: list[Actor], part: int, median: float | None = None) -> Ref:
     """Have a part scored and written by its actor; `median` is that of the nearest distances, if there are any."""
-    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output, median)
+    given = job.given.of_part(part) if job.given else ()
+    return actors[part % len(actors)].write_part.remote(part, job.listing.classes, job.output, median, *given)
 
 
 def score(job: Job, actors: list[Actor], counts: ImageCounts) -> None:

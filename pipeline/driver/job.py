@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
-from pipeline.data import files, uris
+from pipeline.data import files, score_files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
 from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
@@ -27,6 +27,7 @@ from pipeline.driver.allocation import Allocation, Storage, allocate, choose_sto
 from pipeline.driver.cluster import Node, wait_for_nodes
 from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
+from pipeline.driver.scores import join_scores
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
 from pipeline.driver.waiting import get_result
@@ -85,10 +86,8 @@ def evaluate(
     data = [] if location.kind == "package" else [location.root]
     if any(uris.is_inside(output.root, root) for root in data):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
-    cache = None
-    if config.cache is not None:
-        cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
-        prepare_cache(cache, [*data, output.root])
+    score_file = None if config.scores_file is None else score_files.open_scores(config.scores_file)
+    cache = _prepare_cache(config, [*data, output.root])
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
     pending = scan.begin_listing(location, config)
@@ -108,18 +107,30 @@ def evaluate(
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
             _say_what_may_surprise(listed[0])
-            plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
+            plan, shards = make_plan(
+                config, *listed, score_bytes(len(listed[0].classes)), score_file.kind if score_file else None
+            )
             kept_in = _choose_storage(config, plan, allocation, nodes, show)
+            given = None if score_file is None else join_scores(score_file, listed[0], plan, shards, clock, show)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)
             if cache is not None:
                 clock.enter("scan")
                 shards = scan.name_entries(listed[0], plan, shards, show)
             node_ids = frozenset(node.node_id for node in nodes)
-            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show)
+            job = Job(config, *listed, plan, shards, allocation, kept_in, node_ids, output, cache, clock, show, given)
             run = _run(job, actors)
         finally:
             end_actors(actors)
         return Run(_write_report(job, run) if config.report else run)
+
+
+def _prepare_cache(config: Config, others: Sequence[str]) -> Cache | None:
+    """Open the cache, if one is asked for, and see that it is in none of the other places, nor around one."""
+    if config.cache is None:
+        return None
+    cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
+    prepare_cache(cache, others)
+    return cache
 
 
 def _write_report(job: Job, run: dict[str, Any]) -> dict[str, Any]:
@@ -353,6 +364,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
             seconds=job.clock.read(),
             duplicates=duplicates.counts,
             neighbors=_describe_neighbors(job, counts),
+            scores=job.given.about if job.given else None,
             last_epoch=asdict(training.history[-1]) if training.history else None,
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import OutputError
-from pipeline.results.finished import labels_of, read_batches, read_rows
+from pipeline.results.finished import OTHER, labels_of, read_batches, read_rows
 from pipeline.results.mistakes import Found, Wanted
 from pipeline.results.writing import Output
 
@@ -29,7 +29,10 @@ _NUM_SKIPPED_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Confusion:
-    """One classifier's counts: names of the K classes; and int64 [3, R], the true class, the predicted one, images."""
+    """One classifier's counts: names of the K classes; and int64 [3, R], the true class, the predicted one, images.
+
+    A predicted class of K is one that the dataset lacks.
+    """
 
     classes: tuple[str, ...]
     counts_3R: npt.NDArray[np.int64]
@@ -39,7 +42,8 @@ class Confusion:
         true_R, predicted_R, num_R = self.counts_3R
         wrong = np.flatnonzero(true_R != predicted_R)
         order = wrong[np.lexsort((predicted_R[wrong], true_R[wrong], -num_R[wrong]))][:_NUM_PAIRS]
-        return [(self.classes[true_R[pair]], self.classes[predicted_R[pair]], int(num_R[pair])) for pair in order]
+        names = [*self.classes, OTHER]
+        return [(names[true_R[pair]], names[predicted_R[pair]], int(num_R[pair])) for pair in order]
 
 
 @dataclass

@@ -19,6 +19,8 @@ from pipeline.data.storage import reason
 from pipeline.errors import OutputError, without_secrets
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
+# How the page calls a class that the dataset lacks.
+OTHER = "(another class)"
 _BATCH_ROWS = 8192
 
 
@@ -88,10 +90,11 @@ def prediction_parts(output: Output) -> list[str]:
 
 
 def labels_of(names: pa.StringArray, labels: Mapping[str, int]) -> npt.NDArray[np.int64]:
-    """Return the classes of N rows as numbers, int64 [N]."""
+    """Return the classes of N rows as numbers, int64 [N]; null, which is a class that the dataset lacks, is K."""
     encoded = names.dictionary_encode()
-    numbers = np.array([labels[name] for name in encoded.dictionary.to_pylist()], np.int64)
-    labels_N: npt.NDArray[np.int64] = numbers[encoded.indices.to_numpy()]
+    numbers = np.array([*(labels[name] for name in encoded.dictionary.to_pylist()), len(labels)], np.int64)
+    indices = encoded.indices.fill_null(len(numbers) - 1) if names.null_count else encoded.indices
+    labels_N: npt.NDArray[np.int64] = numbers[indices.to_numpy()]
     return labels_N
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.results.finished import labels_of
+from pipeline.results.finished import OTHER, labels_of
 
 NUM_WORST = 12
 NUM_OF_PAIR = 3
@@ -166,17 +166,23 @@ def _answers(batch: pa.RecordBatch, name: str, given_N: npt.NDArray[np.int64], l
     if f"{name}_scores" in batch.schema.names:
         scores_NK = batch[f"{name}_scores"].flatten().to_numpy().reshape(num_rows, len(labels))
         rows_N = np.arange(num_rows)
-        scores_2N = np.stack((scores_NK[rows_N, predicted_N], scores_NK[rows_N, given_N]))
-        lead_N = np.abs(scores_2N[0] - scores_2N[1])
+        # Of a class that the dataset lacks, K, no score is kept.
+        is_kept_N = predicted_N < len(labels)
+        own_N = np.where(is_kept_N, scores_NK[rows_N, np.where(is_kept_N, predicted_N, 0)], np.nan)
+        scores_2N = np.stack((own_N, scores_NK[rows_N, given_N]))
+        # Whose class could not be predicted, for want of a score, is no mistake to look at first.
+        lead_N = np.abs(np.subtract(*np.where(np.isfinite(scores_2N).all(0), scores_2N, 0)))
     distance_N = np.zeros(num_rows, np.float32)
     if "neighbor_distances" in batch.schema.names and num_rows:
         distance_N = batch["neighbor_distances"].flatten().to_numpy().reshape(num_rows, -1)[:, 0]
-    return _Answers(list(labels), given_N, predicted_N, scores_2N, lead_N, distance_N)
+    return _Answers([*labels, OTHER], given_N, predicted_N, scores_2N, lead_N, distance_N)
 
 
 def _mistake(batch: pa.RecordBatch, answers: _Answers, row: int, place: tuple[int, int]) -> Mistake:
     part, start = place
     lead, scores = float(answers.lead_N[row]), answers.scores_2N
+    if scores is not None and not np.isfinite(scores[:, row]).all():
+        scores = None
     neighbors: tuple[tuple[str, str, float], ...] = ()
     if "neighbor_keys" in batch.schema.names:
         columns = (batch[f"neighbor_{name}"][row].as_py() for name in ("keys", "classes", "distances"))

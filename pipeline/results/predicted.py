@@ -8,7 +8,6 @@ Axes: N validation images in the order of the prediction files, n of them, K cla
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.storage import Entry, Store, open_root, reason
+from pipeline.data.stored import StoredFile
 from pipeline.data.uris import absolute_root
 from pipeline.errors import OutputError
 from pipeline.results.writing import PREDICTIONS, RUN_FILE
@@ -63,7 +63,7 @@ class Predictions:
     Attributes:
         keys: Of N images, string.
         labels_N: Their classes, int32, as numbers of the classes that were asked by.
-        predictions: By classifier, int32 [N], likewise.
+        predictions: By classifier, int32 [N], likewise; -1 for a class that the dataset lacks.
     """
 
     keys: pa.ChunkedArray
@@ -127,13 +127,15 @@ def read_predictions(finished: FinishedRun, classes: Sequence[str], classifiers:
         keys += table["key"].chunks
         for name, blocks in codes.items():
             numbers = pc.index_in(table[name], value_set=value_set)
-            if numbers.null_count:
-                [unknown] = table[name].filter(numbers.is_null())[:1].to_pylist()
+            # A prediction of null is a class that the dataset lacks.
+            if numbers.null_count > (table[name].null_count if name != "class" else 0):
+                is_unknown = pc.and_(numbers.is_null(), table[name].is_valid())
+                [unknown] = [*table[name].filter(is_unknown)[:1].to_pylist(), None][:1]
                 raise OutputError(
                     f"{finished.given}/{PREDICTIONS}/{part.name}: expected classes of {RUN_FILE}, got {unknown}; give "
                     "the folder as the run left it"
                 )
-            blocks.append(numbers.to_numpy())
+            blocks.append(numbers.fill_null(-1).to_numpy())
     all_keys = pa.chunked_array(keys, pa.string())
     num_keys = pc.count_distinct(all_keys).as_py()
     if len(all_keys) != num_keys or num_keys != finished.run["num_valid"]:
@@ -192,7 +194,7 @@ def _open(finished: FinishedRun, part: Entry) -> Iterator[pq.ParquetFile]:
     """Open a prediction file; what goes wrong while it is read is an `OutputError`."""
     try:
         # Not the whole file: scores are most of it. Column chunks are read by few requests.
-        with pq.ParquetFile(_StoredFile(finished.store, part), pre_buffer=True) as file:
+        with pq.ParquetFile(StoredFile(finished.store, part), pre_buffer=True) as file:
             yield file
     except (OSError, pa.ArrowException) as exc:
         words = reason(exc) if isinstance(exc, OSError) else str(exc)
@@ -200,37 +202,3 @@ def _open(finished: FinishedRun, part: Entry) -> Iterator[pq.ParquetFile]:
             f"{finished.given}/{PREDICTIONS}/{part.name}: expected to read it, got {words}; give the folder as the run "
             "left it"
         ) from exc
-
-
-class _StoredFile(io.RawIOBase):
-    """A file of a store, of which only what is asked for is read."""
-
-    def __init__(self, store: Store, entry: Entry) -> None:
-        self._store, self._entry = store, entry
-        self._at = 0
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what comes next, up to the size of the buffer."""
-        view = memoryview(buffer).cast("B")
-        stop = min(self._at + len(view), self._entry.size)
-        content = self._store.read_range(self._entry.path, self._at, stop) if stop > self._at else b""
-        view[: len(content)] = content
-        self._at += len(content)
-        return len(content)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a byte."""
-        self._at = offset + {0: 0, 1: self._at, 2: self._entry.size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Say which byte comes next."""
-        return self._at
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True

@@ -46,6 +46,7 @@ class RunRecord:
         seconds: By phase, and `total`.
         duplicates: Counts of images with the same pixels.
         neighbors: What the search for neighbors came to; None without one.
+        scores: What is to be said of a file of predictions; None without one.
         last_epoch: The last row of `history.parquet`; None without SGD.
         metrics: The rows of `metrics.parquet`.
         results_sha256: The digest of all tables' content.
@@ -72,6 +73,7 @@ class RunRecord:
     seconds: Mapping[str, float]
     duplicates: Mapping[str, int]
     neighbors: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
     last_epoch: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
     results_sha256: str
@@ -80,7 +82,7 @@ class RunRecord:
 def run_json(record: RunRecord) -> dict[str, Any]:
     """Lay out `run.json`."""
     config, listing = record.config, record.listing
-    given = {"data": config.data, "out": config.out, "cache": config.cache}
+    given = {"data": config.data, "out": config.out, "cache": config.cache, "scores_file": config.scores_file}
     shown = {name: text and without_secrets(text) for name, text in given.items()}
     return {
         "version": __version__,
@@ -102,6 +104,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "num_resized": record.num_resized,
         "duplicates": dict(record.duplicates),
         "neighbors": record.neighbors,
+        "scores": record.scores,
         "num_shards": record.num_shards,
         "num_shards_from_cache": record.num_shards_from_cache,
         "learning_rate": record.learning_rate,

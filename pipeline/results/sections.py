@@ -20,7 +20,7 @@ from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts
 from pipeline.results.draft import GUESSING, Confusion, Draft, best_classifier, classifiers_of
-from pipeline.results.finished import read_batches
+from pipeline.results.finished import OTHER, read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.writing import Output
 
@@ -114,21 +114,23 @@ def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
              "share": number / sizes_K[labels[given]]}
             for given, predicted, number in counts.worst_pairs()
         ]  # fmt: skip
-        return {"name": name, "pairs": pairs, "matrix": None}
-    counts_KK = np.zeros((num_classes, num_classes), np.int64)
-    counts_KK[counts.counts_3R[0], counts.counts_3R[1]] = counts.counts_3R[2]
-    shares_KK = counts_KK / np.maximum(sizes_K, 1)[:, None]
-    largest = (shares_KK * (1 - np.eye(num_classes))).max() or 1.0
+        return {"name": name, "pairs": pairs, "matrix": None, "columns": None}
+    has_other = bool((counts.counts_3R[1] == num_classes).any())
+    columns = [*counts.classes, OTHER] if has_other else list(counts.classes)
+    counts_KC = np.zeros((num_classes, len(columns)), np.int64)
+    counts_KC[counts.counts_3R[0], counts.counts_3R[1]] = counts.counts_3R[2]
+    shares_KC = counts_KC / np.maximum(sizes_K, 1)[:, None]
+    largest = (shares_KC * (1 - np.eye(*counts_KC.shape))).max() or 1.0
     matrix = [
         [
-            {"num_images": int(counts_KK[true, label]), "is_right": true == label,
-             "level": 0 if true == label else charts.level(shares_KK[true, label] / largest),
+            {"num_images": int(counts_KC[true, label]), "is_right": true == label,
+             "level": 0 if true == label else charts.level(shares_KC[true, label] / largest),
              "place": places.get((given, predicted))}
-            for label, predicted in enumerate(counts.classes)
+            for label, predicted in enumerate(columns)
         ]
         for true, given in enumerate(counts.classes)
     ]  # fmt: skip
-    return {"name": name, "pairs": None, "matrix": matrix}
+    return {"name": name, "pairs": None, "matrix": matrix, "columns": columns}
 
 
 def shown_neighbors(mistake: Mistake) -> tuple[tuple[str, str, float], ...]:

@@ -195,7 +195,7 @@ def _compare_pair(matched: _Matched, classifier_a: str, classifier_b: str, *, is
     codes_a_N = matched.found_a.predictions[classifier_a][matched.rows_a_N]
     codes_b_N = matched.found_b.predictions[classifier_b][matched.rows_b_N]
     is_right_a_N, is_right_b_N = codes_a_N == labels_N, codes_b_N == labels_N
-    names, tables = np.array(matched.a.classes, object), []
+    names, tables = np.array([*matched.a.classes, None], object), []  # -1 is no class of them
     # Of the two predictions it is the wrong one whose certainty says where to look first.
     for change, is_changed_N, run, name, rows_N, codes_N in (
         ("right_to_wrong", is_right_a_N & ~is_right_b_N, matched.b, classifier_b, matched.rows_b_N, codes_b_N),
@@ -225,11 +225,15 @@ def _certainties(
     rows_n: npt.NDArray[np.int64],
     codes_n: npt.NDArray[np.int32],
 ) -> npt.NDArray[np.float64]:
-    """Read the scores of some images, and measure how certain their predictions are; NaN without scores."""
+    """Read the scores of some images, and measure how certain their predictions are.
+
+    NaN without scores, and for a class that the dataset lacks.
+    """
     certainty_n = np.full(len(rows_n), np.nan)
     for places, scores_nK in read_scores(run, classes, classifier, rows_n):
         if scores_nK is not None:
-            certainty_n[places] = margins(scores_nK, codes_n[places])
+            is_known = codes_n[places] >= 0
+            certainty_n[places[is_known]] = margins(scores_nK[is_known], codes_n[places[is_known]])
     return certainty_n
 
 

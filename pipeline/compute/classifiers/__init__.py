@@ -35,6 +35,8 @@ class Classifier:
         has_distances: Whether these are distances, of which the smallest is the best.
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
         needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
+        needs_given: Whether it tells what was predicted elsewhere, and is left out without a file of `--scores`.
+        has_other: Whether it can answer a class that the dataset lacks, which is number K.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Classifier:
     has_distances: bool = False
     needs_epochs: bool = False
     needs_neighbors: bool = False
+    needs_given: bool = False
+    has_other: bool = False
 
 
 def _majority_class() -> Scorer:
@@ -81,6 +85,12 @@ def _sgd_linear() -> Scorer:
     return sgd_linear.score
 
 
+def _scores() -> Scorer:
+    from pipeline.compute.classifiers import scores
+
+    return scores.score
+
+
 # In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
     Classifier("majority_class", _majority_class, has_scores=False),
@@ -89,16 +99,19 @@ CLASSIFIERS = (
     Classifier("knn_1", _knn_first, needs_neighbors=True),
     Classifier("knn_{}", _knn, needs_neighbors=True),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
+    Classifier("scores", _scores, needs_given=True, has_other=True),
 )
 
 
-def used_classifiers(num_neighbors: int, *, has_training: bool) -> list[Classifier]:
-    """Return the classifiers of a job, by what it computes: neighbors of each image, and epochs of SGD."""
+def used_classifiers(num_neighbors: int, *, has_training: bool, given: str | None = None) -> list[Classifier]:
+    """Return the classifiers of a job, by what it has: neighbors of each image, epochs of SGD, predictions given."""
     named = {each.name.format(num_neighbors): each for each in reversed(CLASSIFIERS)}
     return [
-        replace(each, name=name)
+        replace(each, name=name, has_scores=each.has_scores and not (each.needs_given and given == "predictions"))
         for name, each in reversed(named.items())
-        if (has_training or not each.needs_epochs) and (num_neighbors > 0 or not each.needs_neighbors)
+        if (has_training or not each.needs_epochs)
+        and (num_neighbors > 0 or not each.needs_neighbors)
+        and (given is not None or not each.needs_given)
     ]
 
 
