@@ -278,7 +278,8 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
     multiple=True,
     default=[_DEFAULTS.scores],
     callback=_scores,
-    help="auto, top or all: what is kept of an image; and .parquet or .csv of predictions made elsewhere, to evaluate.",
+    help="auto, top or all: what is kept of an image. Or a Parquet or CSV file, as ./top, of predictions made "
+    "elsewhere: evaluated too. Given twice, both.",
 )
 @_training_option("--learning-rate", default="auto", callback=_real_or_auto, help="Step size of SGD.")
 @_training_option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")

@@ -21,7 +21,6 @@ from pipeline.errors import OptionError
 INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
 SCORES = ("auto", "top", "all")
-SCORE_ENDINGS = (".parquet", ".csv")
 MAX_NEIGHBORS = 1000
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("auto", "L", "RGB")
@@ -167,14 +166,9 @@ class Config:
             self.neighbors_of in NEIGHBORS_OF,
             f"--neighbors-of: expected one of {', '.join(NEIGHBORS_OF)}, got {self.neighbors_of}; choose one",
         )
+        _expect(self.scores in SCORES, f"--scores: expected one of {', '.join(SCORES)}, got {self.scores}; choose one")
         _expect(
-            self.scores in SCORES,
-            f"--scores: expected one of {', '.join(SCORES)}, got {self.scores}; choose one",
-        )
-        _expect(
-            self.scores_file is None or self.scores_file.partition("?")[0].lower().endswith(SCORE_ENDINGS),
-            f"--scores: expected {', '.join(SCORES)}, or a file {' or '.join(SCORE_ENDINGS)}, got {self.scores_file}; "
-            "choose a word, or name a file",
+            self.scores_file != "", "--scores: expected a word or a file, got nothing; leave it out for the default"
         )
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
         _expect(

@@ -261,13 +261,7 @@ class Plan:
         return (num_train + num_valid) * self.target.num_values
 
 
-def make_plan(
-    config: Config,
-    listing: Listing,
-    target: Target,
-    score_bytes: int,
-    given: Literal["predictions", "scores"] | None = None,
-) -> tuple[Plan, list[Shard]]:
+def make_plan(config: Config, listing: Listing, target: Target, score_bytes: int) -> tuple[Plan, list[Shard]]:
     """Cut both splits and settle what the actors need to know; shards come back with training first.
 
     Args:
@@ -275,7 +269,6 @@ def make_plan(
         listing: What the dataset holds.
         target: What every image becomes.
         score_bytes: Of one validation image's scores by all classifiers.
-        given: As in `Plan`.
     """
     num_images = config.shard_images or _shard_images(len(listing.train) + len(listing.valid), config)
     max_images = min(num_images, max(1, MAX_SHARD_BYTES // target.num_values))
@@ -296,7 +289,6 @@ def make_plan(
         learning_rate=config.learning_rate,
         seed=config.seed,
         gpus_per_actor=config.gpus_per_actor,
-        given=given,
     )
     return plan, train + valid
 

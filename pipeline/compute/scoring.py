@@ -30,7 +30,7 @@ class ScoredPart:
     Attributes:
         keys: Of N images.
         labels: int64 [N].
-        predictions: By classifier, int64 [N]; K for a class that the dataset lacks.
+        predictions: By classifier, int64 [N]; -1 for a class that the dataset lacks.
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
         confusions: By classifier, int64 [K, K]; [K, K + 1] of one that can answer classes that the dataset lacks.
         num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
@@ -135,7 +135,10 @@ def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
 def confusion(
     labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int, num_answers: int | None = None
 ) -> torch.Tensor:
-    """Count images by true class (rows) and predicted class (columns); int64 [K, K], or as many columns as answers."""
+    """Count images by true class (rows) and predicted class (columns); int64 [K, K], or as many columns as answers.
+
+    A prediction of -1, a class that the dataset lacks, is counted in the last column.
+    """
     num_answers = num_answers or num_classes
-    pairs_N = labels_N * num_answers + predictions_N
+    pairs_N = labels_N * num_answers + predictions_N % num_answers
     return torch.bincount(pairs_N, minlength=num_classes * num_answers).view(num_classes, num_answers)

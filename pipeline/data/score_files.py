@@ -10,12 +10,13 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipeline.config import SCORES
 from pipeline.data.ahead import read_many
 from pipeline.data.storage import Entry, Store, open_root, reason
 from pipeline.data.stored import StoredFile
@@ -23,6 +24,7 @@ from pipeline.data.uris import absolute_root
 from pipeline.errors import DataError, without_secrets
 
 KEY, PREDICTION = "key", "prediction"
+_MAGIC = b"PAR1"
 # Of a CSV file's text, and of what rows of a Parquet file are without compression; a task holds some times as much.
 PIECE_BYTES = 64 * 2**20
 _HEADER_BYTES, _MAX_HEADER_BYTES = 2**16, 2**24
@@ -37,6 +39,7 @@ class ScoreFile:
         given: As the user gave it, without secrets.
         root: Its full path, or its URI.
         entry: What the store tells of it.
+        is_csv: Whether it is a CSV file, else a Parquet file.
         columns: Names of all columns, in order.
         header_bytes: Of a CSV file, where the first row begins.
         row_groups: Of a Parquet file, the rows of each, and their bytes without compression.
@@ -45,13 +48,14 @@ class ScoreFile:
     given: str
     root: str
     entry: Entry
-    columns: tuple[str, ...]
+    is_csv: bool
+    columns: tuple[str, ...] = ()
     header_bytes: int = 0
     row_groups: tuple[tuple[int, int], ...] = ()
 
     def __reduce__(self) -> tuple[type[ScoreFile], tuple[Any, ...]]:
         # Without what it has opened, which belongs to one process.
-        return ScoreFile, (self.given, self.root, self.entry, self.columns, self.header_bytes, self.row_groups)
+        return ScoreFile, tuple(getattr(self, each.name) for each in fields(self))
 
     @cached_property
     def store(self) -> Store:
@@ -67,11 +71,6 @@ class ScoreFile:
     def classes(self) -> tuple[str, ...]:
         """The classes that have a column."""
         return tuple(name for name in self.columns if name != KEY) if self.kind == "scores" else ()
-
-    @property
-    def is_csv(self) -> bool:
-        """Whether it is a CSV file, else a Parquet file."""
-        return self.entry.path.lower().endswith(".csv")
 
 
 def open_scores(given: str) -> ScoreFile:
@@ -90,10 +89,17 @@ def open_scores(given: str) -> ScoreFile:
         entry = store.find(path)
     if entry is None or entry.is_folder:
         found = "nothing" if entry is None else "a folder"
-        raise DataError(f"{shown}: expected a file, got {found}; name one that every node sees")
+        raise DataError(
+            f"{shown}: expected {', '.join(SCORES)} or a file, got {found}; name a Parquet or CSV file that every "
+            "node sees"
+        )
     if entry.size == 0:
         raise DataError(f"{shown}: expected rows, got an empty file; write it again")
-    file = ScoreFile(shown, root, entry, ())
+    is_csv = entry.path.lower().endswith(".csv")
+    if not is_csv and not entry.path.lower().endswith(".parquet"):
+        with reading(shown):
+            is_csv = store.read_range(path, 0, len(_MAGIC)) != _MAGIC
+    file = ScoreFile(shown, root, entry, is_csv)
     opened = _open_csv(file) if file.is_csv else _open_parquet(file)
     _check_columns(opened)
     return opened
@@ -184,7 +190,7 @@ def _open_csv(file: ScoreFile) -> ScoreFile:
         columns = csv.read_csv(pa.py_buffer(header), csv.ReadOptions(use_threads=False)).column_names
     if len(header) == file.entry.size:
         raise DataError(f"{file.given}: expected rows below the names of columns, got none; write it again")
-    return ScoreFile(file.given, file.root, file.entry, tuple(columns), len(header))
+    return replace(file, columns=tuple(columns), header_bytes=len(header))
 
 
 def _open_parquet(file: ScoreFile) -> ScoreFile:
@@ -195,7 +201,7 @@ def _open_parquet(file: ScoreFile) -> ScoreFile:
             about, schema = parquet.metadata, parquet.schema_arrow
             groups = [about.row_group(number) for number in range(about.num_row_groups)]
             row_groups = tuple((group.num_rows, group.total_byte_size) for group in groups)
-        opened = ScoreFile(file.given, file.root, file.entry, tuple(schema.names), 0, row_groups)
+        opened = replace(file, columns=tuple(schema.names), row_groups=row_groups)
     if about.num_rows == 0:
         raise DataError(f"{file.given}: expected rows, got none; write it again")
     for field in schema:

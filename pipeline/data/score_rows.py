@@ -28,7 +28,7 @@ class ScoredRows:
 
     Attributes:
         keys: Of N images, string.
-        codes_N: The predicted classes, int32; K for one that the dataset lacks.
+        codes_N: The predicted classes, int32; -1 for one that the dataset lacks.
         scores_NK: float32, -infinity for a class without a column; [N, 0] of a file of predictions.
         others: Some of the classes that are predicted and that the dataset lacks.
     """
@@ -74,7 +74,7 @@ def _take_predictions(
     if is_missing_N.any():
         raise _bad_row(file, keys, is_missing_N, "a class", "none", "write one in every row")
     labels = {name: label for label, name in enumerate(classes)}
-    numbers = np.array([labels.get(name, len(classes)) for name in names], np.int32)
+    numbers = np.array([labels.get(name, -1) for name in names], np.int32)
     codes_N = numbers[encoded.indices.to_numpy()] if len(names) else np.zeros(0, np.int32)
     others = tuple(name for name in names if name not in labels)
     return ScoredRows(keys, codes_N, np.zeros((len(keys), 0), np.float32), others)
@@ -103,8 +103,8 @@ def _take_scores(file: ScoreFile, keys: pa.StringArray, table: pa.Table, classes
     if len(keys):
         codes_N = scores_NK.argmax(1).astype(np.int32)  # the first of several maxima
         # On a tie a class of the dataset is meant.
-        codes_N[best_N > scores_NK.max(1)] = len(classes)
-    found_others = np.unique(best_other_N[codes_N == len(classes)]).tolist()
+        codes_N[best_N > scores_NK.max(1)] = -1
+    found_others = np.unique(best_other_N[codes_N == -1]).tolist()
     return ScoredRows(keys, codes_N, scores_NK, tuple(others[other] for other in found_others))
 
 

@@ -107,9 +107,8 @@ def evaluate(
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
             _say_what_may_surprise(listed[0])
-            plan, shards = make_plan(
-                config, *listed, score_bytes(len(listed[0].classes)), score_file.kind if score_file else None
-            )
+            plan, shards = make_plan(config, *listed, score_bytes(len(listed[0].classes)))
+            plan = replace(plan, given=score_file.kind if score_file else None)
             kept_in = _choose_storage(config, plan, allocation, nodes, show)
             given = None if score_file is None else join_scores(score_file, listed[0], plan, shards, clock, show)
             writing.prepare(output, overwrite=config.overwrite, resume=config.resume)

@@ -196,7 +196,7 @@ def _read_piece(placed: tuple[ScoreFile, tuple[str, ...]], piece: tuple[int, int
     leave_pandas_out()
     file, classes = placed
     rows = read_piece(file, piece, classes)
-    num_other = int((rows.codes_N == len(classes)).sum())
+    num_other = int((rows.codes_N == -1).sum())
     return _Note(len(rows.keys), num_other, tuple(sorted(rows.others)[:_MAX_OTHERS])), *split_scored(rows, num_buckets)
 
 

@@ -150,7 +150,7 @@ def predictions_table(
 ) -> pa.Table:
     """Lay out one part of `predictions/`; a classifier without scores has no column of them.
 
-    A prediction of K, which is a class that the dataset lacks, is null.
+    A prediction of -1, which is a class that the dataset lacks, is null.
     """
     names = np.array([*classes, None], object)  # Arrow's own choice would load pyarrow.compute
     columns = {"key": keys, "class": pa.array(names[labels_N], pa.string())}

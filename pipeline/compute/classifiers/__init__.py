@@ -36,7 +36,7 @@ class Classifier:
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
         needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
         needs_given: Whether it tells what was predicted elsewhere, and is left out without a file of `--scores`.
-        has_other: Whether it can answer a class that the dataset lacks, which is number K.
+        has_other: Whether it can answer a class that the dataset lacks, which is number -1.
     """
 
     name: str

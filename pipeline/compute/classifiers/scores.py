@@ -1,7 +1,7 @@
 """What was predicted elsewhere, as the file of `--scores` says it.
 
 Input: a `Block` with the rows of its images. Output: their scores and predictions, unchanged. Invariant: nothing is
-computed; a prediction of K is a class that the dataset lacks, and never right.
+computed; a prediction of -1 is a class that the dataset lacks, and never right.
 """
 
 from __future__ import annotations
