@@ -8,7 +8,7 @@ parted by a hash of the key, and a task joins one bucket.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,8 +147,8 @@ def _first_key(listing: Listing) -> str:
     return display(table["key"][0].as_py())
 
 
-def _blocks(listing: Listing, shards: Sequence[Shard]) -> list[list[_Span]]:
-    """Gather the validation images of neighbouring shards, a span for each part and file, into blocks."""
+def _blocks(listing: Listing, shards: Sequence[Shard]) -> Iterator[list[_Span]]:
+    """Gather the validation images of neighbouring shards, a span for each part and file, into blocks, one by one."""
     listed = listing.valid
     runs: list[tuple[Shard, int]] = []
     for shard in shards:
@@ -159,22 +159,20 @@ def _blocks(listing: Listing, shards: Sequence[Shard]) -> list[list[_Span]]:
             runs[-1] = last, num_images + shard.num_images
         else:
             runs.append((shard, shard.num_images))
-    blocks: list[list[_Span]] = []
-    num_left = 0
+    block: list[_Span] = []
+    num_left = _BLOCK_IMAGES
     for shard, num_images in runs:
-        if num_left <= 0:
-            blocks.append([])
-            num_left = _BLOCK_IMAGES
-        num_left -= num_images
         if isinstance(listed, ArchiveListing):
-            span = _Span(
-                listed.files[shard.file].index, shard.first, shard.first + num_images, shard.part, shard.offset
-            )
+            table, start = listed.files[shard.file].index, shard.first
         else:
-            rows = listed.slice(shard.start, num_images).select(["key"])
-            span = _Span(tasks.to_bytes(rows), 0, num_images, shard.part, shard.offset)
-        blocks[-1].append(span)
-    return blocks
+            table, start = tasks.to_bytes(listed.slice(shard.start, num_images).select(["key"])), 0
+        block.append(_Span(table, start, start + num_images, shard.part, shard.offset))
+        num_left -= num_images
+        if num_left <= 0:
+            yield block
+            block, num_left = [], _BLOCK_IMAGES
+    if block:
+        yield block
 
 
 @ray.remote
