@@ -153,8 +153,11 @@ def _read_parquet(file: ScoreFile, start: int, stop: int) -> pa.Table:
     row_bytes = max(1, size_bytes(file) // max(1, int(bounds[-1])))
     batch_rows = max(1, min(_MAX_BATCH_ROWS, PIECE_BYTES // 8 // row_bytes))
     row, kept = int(bounds[groups[0]]), []
-    # Through a buffer, no more of a row group is in memory than pages and a batch.
-    with pq.ParquetFile(StoredFile(file.store, file.entry), buffer_size=2**20, pre_buffer=False) as parquet:
+    # From a bucket by few requests, where that fits. Else through a buffer: of a row group, pages and a batch are held.
+    held_bytes = sum(file.row_groups[group][1] for group in groups)
+    is_whole = not file.store.is_local and held_bytes <= 4 * PIECE_BYTES
+    buffer_bytes = 0 if is_whole else 2**20
+    with pq.ParquetFile(StoredFile(file.store, file.entry), buffer_size=buffer_bytes, pre_buffer=is_whole) as parquet:
         for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
             first, last = max(start, row) - row, min(stop, row + len(batch)) - row
             if first < last:
