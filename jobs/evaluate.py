@@ -197,6 +197,16 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     return tuple(name if '"' in value else name.strip() for name in names) or ("",)
 
 
+def _scores(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str:
+    """Tell the word from the file; each may be given once."""
+    words, names = ([value for value in values if (value in SCORES) == is_word] for is_word in (True, False))
+    if len(words) > 1 or len(names) > 1:
+        twice = ", ".join(words if len(words) > 1 else names)
+        raise click.BadParameter(f"expected one of {', '.join(SCORES)}, and one file, got {twice}; leave one out")
+    context.params["scores_file"] = names[0] if names else None
+    return words[0] if words else _DEFAULTS.scores
+
+
 class _Option(click.Option):
     """An option that `--help` lists under a heading."""
 
@@ -297,7 +307,14 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
     "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."
 )
 @_training_option("--neighbors-of", type=click.Choice(NEIGHBORS_OF), default=_DEFAULTS.neighbors_of, help="For whom.")
-@_training_option("--scores", type=click.Choice(SCORES), default=_DEFAULTS.scores, help="Of an image: ten best or all.")
+@_training_option(
+    "--scores",
+    multiple=True,
+    default=[_DEFAULTS.scores],
+    callback=_scores,
+    help="auto, top or all: what is kept of an image. Or a Parquet or CSV file, as ./top, of predictions made "
+    "elsewhere: evaluated too. Given twice, both.",
+)
 @_training_option("--learning-rate", default="auto", callback=_real_or_auto, help="Step size of SGD.")
 @_training_option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Images of a step, over all lanes.")
 @_training_option("--lanes", type=int, default=_DEFAULTS.lanes, help="Parts of a step's gradient; the most actors.")

@@ -83,6 +83,7 @@ class Config:
     neighbors: int | None = None
     neighbors_of: str = "auto"
     scores: str = "auto"
+    scores_file: str | None = None
     learning_rate: float | None = None
     batch_size: int = 64
     seed: int = 0
@@ -253,6 +254,9 @@ class Config:
             f"--neighbors-of: expected one of {', '.join(NEIGHBORS_OF)}, got {self.neighbors_of}; choose one",
         )
         _expect(self.scores in SCORES, f"--scores: expected one of {', '.join(SCORES)}, got {self.scores}; choose one")
+        _expect(
+            self.scores_file != "", "--scores: expected a word or a file, got nothing; leave it out for the default"
+        )
         _expect(0 <= self.seed < 2**63, f"--seed: expected 0 to 2^63 - 1, got {self.seed}; choose another")
         _expect(
             self.target_accuracy is None or 0 < self.target_accuracy <= 1,

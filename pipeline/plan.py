@@ -229,6 +229,7 @@ class Plan:
         searches_train: Whether they are searched for every training image too.
         max_scores: With more scores of an image than these, results hold the best ones.
         model: The user's own model, where there is one.
+        given: What was predicted elsewhere: a class for each image, or also scores; None for nothing.
     """
 
     target: Target
@@ -244,6 +245,7 @@ class Plan:
     searches_train: bool = False
     max_scores: int = _MAX_SCORES
     model: Model | None = None
+    given: Literal["predictions", "scores"] | None = None
 
     @property
     def has_features(self) -> bool:

@@ -1,6 +1,7 @@
 """What several test files build: folders, tars and stores of named files, images, scans, and the command itself."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 from obstore.store import MemoryStore
 from PIL import Image
 
@@ -19,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data.archives import find_archives
 from pipeline.data.files import Location, display, read_images
 from pipeline.data.formats import reader_of
-from pipeline.data.listing import Listing
+from pipeline.data.listing import Listing, list_dataset
 from pipeline.data.storage import BucketStore, LocalStore
 from pipeline.plan import Target, make_plan
 from pipeline.results.figures import EpochMetric, accuracies
@@ -189,6 +191,25 @@ def rows_of(scanned, split="train"):
     keys = [display(key).removeprefix(f"{scanned.archive.name}/") for key in index["key"].to_pylist()]
     classes = [scanned.scan.class_names[label] for label in index["label"].to_pylist()]
     return list(zip(keys, classes, read_archive(scanned, split), strict=True))
+
+
+def pack_archives(dataset, folder, kind):
+    """Write the same images in the same order as two archives a split."""
+    listing = list_dataset(Location("folder", str(dataset)), Config())
+    for split in ("train", "valid"):
+        names = [listing.classes[label] for label in listing.split(split)["label"].to_pylist()]
+        keys = [key.decode() for key in listing.split(split)["key"].to_pylist()]
+        rows = [(name, key, (dataset / key).read_bytes()) for name, key in zip(names, keys, strict=True)]
+        for part, some in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
+            path = folder / f"{split}-{part}.{'parquet' if kind == 'parquet' else 'tar'}"
+            if kind == "parquet":
+                columns = {"label": [name for name, *_ in some], "image": [data for *_, data in some]}
+                pq.write_table(pa.table(columns), path, row_group_size=7)
+            elif kind == "webdataset":
+                pairs = [((f"{n}.png", data), (f"{n}.cls", name.encode())) for n, (name, _, data) in enumerate(some)]
+                path.write_bytes(pack_tar(itertools.chain(*pairs)))
+            else:
+                path.write_bytes(pack_tar((key, data) for _, key, data in some))
 
 
 # Plans

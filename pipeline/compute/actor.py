@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import IO
@@ -36,6 +36,7 @@ from pipeline.compute.program import Program, Runner
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
+from pipeline.data.score_join import GivenRows, of_part
 from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
@@ -282,20 +283,23 @@ class LaneActor:
         self.flush()
         return Neighborhood(self._plan, self._train, self._parts, self._device, self._threads, self._scratch)
 
-    def score_part(self, part: int, median: float | None = None) -> ScoredPart:
+    def score_part(self, part: int, median: float | None = None, given: Sequence[GivenRows] = ()) -> ScoredPart:
         """Score a part's images by every classifier and forget them.
 
         Args:
             part: Its number.
             median: The median distance to the nearest training image, where these were searched for.
+            given: Rows among which are those of its images, where they were predicted elsewhere.
         """
         self.flush()
         self._take_means_back()
         plan = self._plan
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
-        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model)
+        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model, given=plan.given)
         stored = self._parts.pop(part)
+        if given:
+            stored.put_given(of_part(given, part))
         return score_part(stored, self._trained, used, self._device, self._threads, neighbors, is_twin_N)
 
     @cached_property

@@ -49,6 +49,7 @@ class Block:
         neighbor_labels_NJ: The classes of their nearest training images, int64; empty where none are searched for.
         logits_NO: What the user's own model answers, float32; empty without one.
         voters: Of features, the classes, int64, and cosine distances, float32, of the nearest training images, [N, J].
+        given: What was predicted elsewhere, as a `classifiers.Scorer` returns it; None for nothing.
     """
 
     images_ND: torch.Tensor
@@ -57,6 +58,7 @@ class Block:
     neighbor_labels_NJ: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     logits_NO: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     voters: tuple[torch.Tensor, ...] = ()
+    given: tuple[torch.Tensor | None, torch.Tensor] | None = None
 
     @cached_property
     def distances(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.lanes import empty_images, put_images
+from pipeline.data.score_join import GivenRows
 
 # Products of `sgd_linear` over which images are brought to the device at once.
 _BLOCK_PRODUCTS = 8
@@ -52,6 +53,7 @@ class Part:
         self._labels_M = torch.empty(num_positions, dtype=torch.int64)
         self._is_filled_M = np.zeros(num_positions, np.bool_)
         self._keys: dict[int, pa.StringArray] = {}
+        self._given: GivenRows | None = None
 
     def put(
         self,
@@ -79,6 +81,30 @@ class Part:
             self._logits_MO[rows_N] = logits_NO.cpu()
         # A copy: the column is a view into the object store, which would keep the whole shard's pixels there.
         self._keys[int(rows_N[0])] = pa.array(keys.to_pylist(), pa.string())
+
+    def put_given(self, given: GivenRows) -> None:
+        """Take what was predicted elsewhere of all listed images, in their order."""
+        assert len(given.positions_N) == len(self._is_filled_M)
+        self._given = given
+
+    def given(self, rows: slice, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """Give what was predicted elsewhere of some of the images that are here: scores, float32, and classes, int64.
+
+        Args:
+            rows: Of the images in the order of the listing, skipped ones left out.
+            device: Where it is wanted.
+
+        Returns:
+            The scores, [N, K], or None where there are predictions alone; and the predictions, [N]. None if nothing was
+            predicted elsewhere.
+        """
+        if self._given is None:
+            return None
+        positions_N = self.positions()[rows]
+        scores_NK = self._given.scores_NK[positions_N]
+        codes_N = self._given.codes_N[positions_N].astype(np.int64)
+        has_scores = scores_NK.shape[1] > 0
+        return torch.from_numpy(scores_NK).to(device) if has_scores else None, torch.from_numpy(codes_N).to(device)
 
     def keys(self) -> pa.StringArray:
         """Keys of all images, in the order of the listing."""

@@ -30,9 +30,10 @@ class ScoredPart:
     Attributes:
         keys: Of N images.
         labels: int64 [N].
-        predictions: By classifier, int64 [N].
+        predictions: By classifier, int64 [N]; -1 for a class that the dataset lacks.
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
-        confusions: By classifier, int64 [K, K]; the user's own model may predict further classes, [K, P].
+        confusions: By classifier, int64 [K, P]: behind the K classes may follow those that the user's own model knows
+            besides, and at last, of `scores`, all others.
         num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
             of the `TOP` best scores.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
@@ -89,6 +90,7 @@ def score_part(
         start = rows.stop
         block = Block(images_ND, trained, threads, neighbor_labels_NJ[rows].to(device), logits_NO)
         block.voters = tuple(torch.from_numpy(each[rows]).to(device) for each in voters)
+        block.given = part.given(rows, device)
         for name, scorer in scorers.items():
             scores_NK, predictions_N = scorer(block)
             predictions[name].append(predictions_N)
@@ -97,9 +99,11 @@ def score_part(
                 if name in num_in_top:
                     ranked_NK = -scores_NK if has_distances[name] else scores_NK
                     num_in_top[name] += count_in_top(ranked_NK, block_labels_N)
-    num_predicted = dict.fromkeys(scorers, num_classes)
-    if trained.own_model is not None:
-        num_predicted["model"] = num_classes + len(trained.own_model.extra_classes)
+    num_known = num_classes + (len(trained.own_model.extra_classes) if trained.own_model else 0)
+    num_predicted = {
+        each.name: num_known + each.has_other if each.needs_logits or each.has_other else num_classes
+        for each in classifiers
+    }
     all_predictions = {name: torch.cat(blocks).cpu() for name, blocks in predictions.items()}
     return ScoredPart(
         keys=part.keys(),
@@ -138,7 +142,10 @@ def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
 def confusion(
     labels_N: torch.Tensor, predictions_N: torch.Tensor, num_classes: int, num_predicted: int | None = None
 ) -> torch.Tensor:
-    """Count images by true class (rows) and predicted class (columns), of which there may be more; int64 [K, P]."""
+    """Count images by true class (rows) and predicted class (columns), of which there may be more; int64 [K, P].
+
+    A prediction of -1, a class that the dataset lacks, is counted in the last column.
+    """
     num_columns = num_predicted or num_classes
-    pairs_N = labels_N * num_columns + predictions_N
+    pairs_N = labels_N * num_columns + predictions_N % num_columns
     return torch.bincount(pairs_N, minlength=num_classes * num_columns).view(num_classes, num_columns)

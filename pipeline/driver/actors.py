@@ -30,6 +30,7 @@ from pipeline.plan import Plan
 from pipeline.results import tables
 
 if TYPE_CHECKING:
+    from pipeline.data.score_join import GivenRows
     from pipeline.results.mistakes import Noted
     from pipeline.results.writing import Output
 
@@ -42,7 +43,7 @@ class PartRecord:
 
     Attributes:
         digest: Of its content.
-        confusions: By classifier, int64 [K, K], or [K, P] of a model with further classes.
+        confusions: By classifier, as in `ScoredPart`.
         num_twins_correct: By classifier, how many of the images with a twin in training are predicted right.
         num_in_top: By classifier with scores, of many classes, how many images have theirs among the best scores.
     """
@@ -120,15 +121,22 @@ class ActorProcess:
         return self._actor.listen(str(ray.util.get_node_ip_address()))
 
     def write_part(
-        self, part: int, classes: tuple[str, ...], output: Output, median: float | None, *, has_report: bool
+        self,
+        part: int,
+        classes: tuple[str, ...],
+        output: Output,
+        median: float | None,
+        *given: GivenRows,
+        has_report: bool,
     ) -> tuple[PartRecord, dict[str, Noted] | None]:
         """Score a part and write its prediction file.
 
         Args:
             part: Its number.
-            classes: Their names.
-            output: Where to.
+            classes: Names of the K classes.
+            output: Where it goes.
             median: That of the nearest distances, if there are any.
+            given: Rows among which are those of its images, where they were predicted elsewhere.
             has_report: Whether a page will show mistakes.
 
         Returns:
@@ -137,10 +145,12 @@ class ActorProcess:
         # Here, because decoding workers load this module too.
         from pipeline.compute.classifiers import used_classifiers
         from pipeline.results import mistakes, writing
+        from pipeline.results.finished import OTHER
 
-        scored, plan = self._actor.score_part(part, median), self._plan
+        scored, plan = self._actor.score_part(part, median, given), self._plan
         scores: dict[str, Any] = dict(scored.scores)
-        for each in used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model):
+        used = used_classifiers(plan.num_neighbors, has_training=plan.has_training, model=plan.model, given=plan.given)
+        for each in used:
             if each.has_scores and scores[each.name].shape[1] > plan.max_scores:
                 scores[each.name] = tables.choose_top(
                     scores[each.name], scored.labels, are_distances=each.has_distances
@@ -152,7 +162,7 @@ class ActorProcess:
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
         record = PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
         # While the scores are in memory: to read them again takes longer than all else of the page.
-        return record, mistakes.note(table.to_batches(), names) if has_report else None
+        return record, mistakes.note(table.to_batches(), (*names, OTHER)) if has_report else None
 
 
 def start_actors(allocation: Allocation, node_ids: Sequence[str], model: Ref | None = None) -> list[Actor]:

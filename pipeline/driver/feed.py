@@ -74,7 +74,10 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
 def write_part(job: Job, actors: list[Actor], counts: ImageCounts, part: int, median: float | None = None) -> Ref:
     """Have a part scored and written by its actor; `median` is that of the nearest distances, if there are any."""
     method = actors[part % len(actors)].write_part.options(num_returns=2)
-    ref, counts.noted[part] = method.remote(part, job.listing.classes, job.output, median, has_report=job.config.report)
+    given = job.given.of_part(part) if job.given else ()
+    ref, counts.noted[part] = method.remote(
+        part, job.listing.classes, job.output, median, *given, has_report=job.config.report
+    )
     return ref
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
-from pipeline.data import files, uris
+from pipeline.data import files, score_files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
 from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
+from pipeline.data.score_files import ScoreFile
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
 from pipeline.driver import cluster, connect, neighbors, report, scan, train
@@ -30,6 +31,7 @@ from pipeline.driver.cluster import Node, wait_for_nodes
 from pipeline.driver.duplicates import Duplicates, find_duplicates
 from pipeline.driver.feed import feed, score
 from pipeline.driver.own_model import ModelFile, describe_model, probe_model, read_model, second_input
+from pipeline.driver.scores import join_scores
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
 from pipeline.driver.waiting import Ref, get_result, wait_all
@@ -89,10 +91,8 @@ def evaluate(
     data = [] if location.kind == "package" else [location.root]
     if any(uris.is_inside(output.root, root) for root in data):
         raise OutputError(f"--out {output.root}: expected a folder outside the dataset, got one in it; choose another")
-    cache = None
-    if config.cache is not None:
-        cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
-        prepare_cache(cache, [*data, output.root])
+    score_file = None if config.scores_file is None else score_files.open_scores(config.scores_file)
+    cache = _prepare_cache(config, [*data, output.root])
     model_file = read_model(config)
     on_progress(Progress("start", 0, 1, 0.0))
     # The listing is read while Ray starts.
@@ -113,7 +113,7 @@ def evaluate(
         actors = _start_actors(config, allocation, model_ref)  # which import torch while the listing is read
         try:
             listed = scan.finish_listing(pending, location, config, nodes, output, clock, show)
-            begun = _Begun(config, allocation, nodes, output, cache, clock, show, model_file, model_ref)
+            begun = _Begun(config, allocation, nodes, output, cache, clock, show, model_file, model_ref, score_file)
             job = _plan(begun, actors, *listed)
             run, noted = _run(job, actors)
         finally:
@@ -133,6 +133,7 @@ class _Begun(NamedTuple):
     show: Callable[[Progress], None]
     model_file: ModelFile | None
     model_ref: Ref | None
+    score_file: ScoreFile | None
 
 
 def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) -> Job:
@@ -145,7 +146,9 @@ def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) 
         model = probe_model(config, begun.model_file, actors, listing.classes, target, partial(_tick, show))
         target = replace(target, model_input=second_input(target, model))
     plan, shards = make_plan(config, listing, target, score_bytes(len(listing.classes), model), model)
+    plan = replace(plan, given=begun.score_file.kind if begun.score_file else None)
     kept_in = _choose_storage(config, plan, begun.allocation, begun.nodes, show)
+    given = None if begun.score_file is None else join_scores(begun.score_file, listing, plan, shards, clock, show)
     writing.prepare(begun.output, overwrite=config.overwrite, resume=config.resume)
     if begun.cache is not None:
         clock.enter("scan")
@@ -164,7 +167,17 @@ def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) 
         clock=clock,
         on_progress=show,
         model=begun.model_ref,
+        given=given,
     )
+
+
+def _prepare_cache(config: Config, others: Sequence[str]) -> Cache | None:
+    """Open the cache, if one is asked for, and see that it is in none of the other places, nor around one."""
+    if config.cache is None:
+        return None
+    cache = Cache.at(config.cache, None if config.cache_gib is None else int(config.cache_gib * 2**30))
+    prepare_cache(cache, others)
+    return cache
 
 
 def _write_report(job: Job, run: dict[str, Any], noted: list[Ref]) -> dict[str, Any]:
@@ -417,6 +430,7 @@ def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplic
             duplicates=duplicates.counts,
             neighbors=_describe_neighbors(job, counts),
             model=describe_model(job.config, model, counts, job.clock.read()),
+            scores=job.given.about if job.given else None,
             last_epoch=asdict(training.history[-1]) if training.history else None,
             metrics=contents["metrics"].to_pylist(),
             results_sha256=writing.combine_digests(digests),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +56,30 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all phases know; `storage` is where actors keep images that are not on a GPU.
+class Given:
+    """What was predicted elsewhere of the validation images.
 
-    `model` is a reference to the bytes of the user's own model, where there is one.
+    Attributes:
+        about: For `run.json`.
+        first_parts: The first part of each group of parts, and behind the last one their number.
+        rows: By group, references to its `GivenRows` of each bucket.
+    """
+
+    about: dict[str, Any]
+    first_parts: tuple[int, ...]
+    rows: list[list[Ref]]
+
+    def of_part(self, part: int) -> list[Ref]:
+        """Return references to rows among which are all of a part."""
+        return self.rows[int(np.searchsorted(self.first_parts, part, side="right")) - 1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all phases know.
+
+    `storage` is where actors keep images that are not on a GPU, `model` a reference to the bytes of the user's own
+    model, `given` what was predicted elsewhere.
     """
 
     config: Config
@@ -74,6 +95,7 @@ class Job:
     clock: Clock
     on_progress: Callable[[Progress], None]
     model: Ref | None = None
+    given: Given | None = None
 
     def show(self, phase: str, done: int, total: int, epoch: int | None = None, loss: float | None = None) -> bool:
         """Tell the caller how far the phase under way is; returns False, as this is no sign of life."""
@@ -118,7 +140,7 @@ class ImageCounts:
         means_KD: float32, 0 to 1.
         digests: Of the written prediction files, by part.
         noted: References to what the page may show of them, by part.
-        confusions: Counts of all of them together, by classifier, int64 [K, K] or [K, P].
+        confusions: Counts of all of them together, by classifier, as in `ScoredPart`.
         num_twins_correct: Of the validation images with a twin in training, those predicted right, by classifier.
         num_in_top: Validation images whose class is among those of the best scores, by classifier, where it is counted.
         neighbors: What the search for neighbors came to, where there was one.

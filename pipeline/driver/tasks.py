@@ -67,7 +67,7 @@ def submit_decoding(
         images decoded, skipped (by reason) and resized, with whether all of it came from the cache.
     """
     # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
-    sent = _to_bytes(rows) if isinstance(rows, pa.Table) else rows
+    sent = to_bytes(rows) if isinstance(rows, pa.Table) else rows
     refs: Any = _decode_task(num_cpus, num_tables + 3).remote(loader, list(vars(shard).values()), sent, file)
     *tables, skipped, digests, counts = refs
     return tables, skipped, digests, counts
@@ -92,7 +92,7 @@ def _decode_shard(
     return (*tables, table, digest_shard(shard, decoded, loader.assignment.num_images), counts)
 
 
-def _to_bytes(rows: pa.Table) -> bytes:
+def to_bytes(rows: pa.Table) -> bytes:
     """Write rows as an Arrow stream, of a slice no more than what is in it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as writer:
@@ -103,7 +103,7 @@ def _to_bytes(rows: pa.Table) -> bytes:
 
 def submit_entry_name(location: Location, target: Target, rows: pa.Table) -> Ref:
     """Start naming the entry in the cache of a shard of class folders, by its rows of the listing."""
-    ref: Ref = _name_entry.remote(location, target, _to_bytes(rows))
+    ref: Ref = _name_entry.remote(location, target, to_bytes(rows))
     return ref
 
 
@@ -189,7 +189,7 @@ def submit_naming(
     Returns:
         References to what `exact_tables` returns.
     """
-    refs: Any = _name_groups.remote(groups, None if images is None else _to_bytes(images), sources, num_train, names)
+    refs: Any = _name_groups.remote(groups, None if images is None else to_bytes(images), sources, num_train, names)
     duplicates, suspects, counts = refs
     return duplicates, suspects, counts
 

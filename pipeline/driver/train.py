@@ -115,6 +115,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--seed": config.seed,
         "--lanes": config.lanes,
         "model": _MODEL,
+        "--scores": job.given.about["sha256"] if job.given else None,
     }
 
 

@@ -70,8 +70,9 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
     if different := [name for name in fingerprint if was.get(name) != fingerprint[name]]:
         name = different[0]
         expected, got = f"{name} {was.get(name)}", fingerprint[name]
-        if name == "listing":  # two digests tell nobody anything
-            expected, got = "the files", "others"
+        if name in ("listing", "--scores"):  # two digests tell nobody anything
+            what = "files" if name == "listing" else "--scores"
+            expected, got = f"the {what}", "others"
         raise OutputError(
             f"--resume: expected {expected}, with which {output.root} was begun, got {got}; "
             "run with the same data and options, or give --overwrite"

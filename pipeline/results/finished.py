@@ -26,6 +26,8 @@ from pipeline.errors import OutputError
 from pipeline.results.figures import classifier_names
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
+# How pages call a class that neither the dataset nor a model knows: null in the tables.
+OTHER = "(another class)"
 _BATCH_ROWS = 8192
 _NEEDED = frozenset(("dataset", "metrics", "num_valid", "options"))
 
@@ -77,7 +79,7 @@ class Predictions:
     Attributes:
         keys: Of N images, string.
         labels_N: Their classes, int32, as numbers of the classes that were asked by.
-        predictions: By classifier, int32 [N], likewise.
+        predictions: By classifier, int32 [N], likewise; -1 for a class that none of them is.
     """
 
     keys: pa.ChunkedArray
@@ -155,10 +157,11 @@ def read_rows(output: Output, name: str, first: int = 0, num_rows: int | None = 
 
 
 def labels_of(names: pa.StringArray, labels: Mapping[str, int]) -> npt.NDArray[np.int64]:
-    """Return the classes of N rows as numbers, int64 [N]."""
+    """Return the classes of N rows as numbers, int64 [N]; null, which is none that is known, is `OTHER`."""
     encoded = names.dictionary_encode()
-    numbers = np.array([labels[name] for name in encoded.dictionary.to_pylist()], np.int64)
-    labels_N: npt.NDArray[np.int64] = numbers[encoded.indices.to_numpy()]
+    numbers = np.array([*(labels[name] for name in encoded.dictionary.to_pylist()), labels.get(OTHER, -1)], np.int64)
+    indices = encoded.indices.fill_null(len(numbers) - 1) if names.null_count else encoded.indices
+    labels_N: npt.NDArray[np.int64] = numbers[indices.to_numpy()]
     return labels_N
 
 
@@ -184,13 +187,15 @@ def read_predictions(finished: FinishedRun, classes: Sequence[str], classifiers:
         keys += table["key"].chunks
         for name, blocks in codes.items():
             numbers = pc.index_in(table[name], value_set=value_set)
-            if numbers.null_count:
-                [unknown] = table[name].filter(numbers.is_null())[:1].to_pylist()
+            # A prediction of null is a class that nobody here knows.
+            if numbers.null_count > (table[name].null_count if name != "class" else 0):
+                is_unknown = pc.and_(numbers.is_null(), table[name].is_valid())
+                [unknown] = [*table[name].filter(is_unknown)[:1].to_pylist(), None][:1]
                 raise OutputError(
                     f"{finished.given}/{part}.parquet: expected classes of {RUN_FILE}, got {unknown}; give the folder "
                     "as the run left it"
                 )
-            blocks.append(numbers.to_numpy())
+            blocks.append(numbers.fill_null(-1).to_numpy())
     all_keys = pa.chunked_array(keys, pa.string())
     num_keys = pc.count_distinct(all_keys).as_py()
     if len(all_keys) != num_keys or num_keys != finished.run["num_valid"]:

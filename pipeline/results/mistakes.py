@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.results.finished import labels_of
+from pipeline.results.finished import OTHER, labels_of
 
 NUM_WORST = 12
 NUM_OF_PAIR = 3
@@ -228,11 +228,17 @@ class _Answers:
         self.order_N2 = np.zeros((len(batch), 2), np.float32)
         if f"{name}_scores" in batch.schema.names:
             scores_NK, rows_N = _lists(batch, f"{name}_scores"), np.arange(len(batch))
-            self._scores_2N = np.stack((scores_NK[rows_N, self.predicted_N], scores_NK[rows_N, given_N]))
+            # Of a class that nobody knows, no score is kept.
+            is_kept_N = self.predicted_N < scores_NK.shape[1]
+            own_N = np.where(is_kept_N, scores_NK[rows_N, np.where(is_kept_N, self.predicted_N, 0)], np.nan)
+            self._scores_2N = np.stack((own_N, scores_NK[rows_N, given_N]))
         elif f"{name}_top_scores" in batch.schema.names:  # of which the predicted class's is the first
-            self._scores_2N = np.stack((_lists(batch, f"{name}_top_scores")[:, 0], batch[f"{name}_class_score"]))
+            best_N = np.where(self.predicted_N == labels.get(OTHER), np.nan, _lists(batch, f"{name}_top_scores")[:, 0])
+            self._scores_2N = np.stack((best_N, batch[f"{name}_class_score"]))
         if self._scores_2N is not None:
-            self.order_N2[:, 0] = -np.abs(self._scores_2N[0] - self._scores_2N[1])
+            # Whose class could not be predicted, for want of a score, is no mistake to look at first.
+            compared_2N = np.where(np.isfinite(self._scores_2N).all(0), self._scores_2N, 0)
+            self.order_N2[:, 0] = -np.abs(compared_2N[0] - compared_2N[1])
         self._has_neighbors = _NEIGHBORS[0] in batch.schema.names
         if self._has_neighbors:
             self.order_N2[:, 1] = _lists(batch, _NEIGHBORS[-1])[:, 0]
@@ -243,6 +249,8 @@ class _Answers:
         if self._has_neighbors:
             neighbors = tuple(zip(*(self.batch[name][row].as_py() for name in _NEIGHBORS), strict=True))
         scores = self._scores_2N
+        if scores is not None and not np.isfinite(scores[:, row]).all():
+            scores = None
         return Mistake(
             key=self.batch["key"][row].as_py(),
             given=self.names[self.given_N[row]],

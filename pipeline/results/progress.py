@@ -53,11 +53,12 @@ class Progress:
     def share(self) -> float | None:
         """The share that is done, 0 to 1; None where it cannot be known."""
         done, total = self.units
-        return None if self.phase in ("start", "means", "duplicates", "report") or total == 0 else done / total
+        return None if self.phase in ("start", *_WAITS) or total == 0 else done / total
 
 
 # What is of an unknown length.
 _WAITS = {
+    "scores": ["the images are listed", "matching the scores with them"],
     "means": ["all images are decoded", "computing the class means"],
     "duplicates": ["all images are scored", "grouping those with the same pixels"],
     "report": ["the results are complete", "making the page"],
@@ -95,7 +96,7 @@ def progress_parts(progress: Progress, first: Progress | None = None) -> list[st
             return [f"starting to decode {total} images"]
         case "decode":
             return [f"decoded {done} of {total} images", *_speed(progress, first)]
-        case "means" | "duplicates" | "report":
+        case "scores" | "means" | "duplicates" | "report":
             return _WAITS[progress.phase]
         case "neighbors":
             return [f"searched the neighbors of {done} of {total} images", *_speed(progress, first)]

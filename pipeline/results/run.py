@@ -47,6 +47,7 @@ class RunRecord:
         duplicates: Counts of images with the same pixels.
         neighbors: What the search for neighbors came to; None without one.
         model: What the user's own model is, and how it was run; None without one.
+        scores: What is to be said of a file of predictions; None without one.
         last_epoch: The last row of `history.parquet`; None without SGD.
         metrics: The rows of `metrics.parquet`.
         results_sha256: The digest of all tables' content.
@@ -74,6 +75,7 @@ class RunRecord:
     duplicates: Mapping[str, int]
     neighbors: Mapping[str, Any] | None
     model: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
     last_epoch: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
     results_sha256: str
@@ -82,7 +84,8 @@ class RunRecord:
 def run_json(record: RunRecord) -> dict[str, Any]:
     """Lay out `run.json`."""
     config, listing = record.config, record.listing
-    given = {name: getattr(config, name) for name in ("data", "out", "cache", "model", "model_classes")}
+    places = ("data", "out", "cache", "model", "model_classes", "scores_file")
+    given = {name: getattr(config, name) for name in places}
     shown = {name: text and without_secrets(text) for name, text in given.items()}
     return {
         "version": __version__,
@@ -105,6 +108,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "duplicates": dict(record.duplicates),
         "neighbors": record.neighbors,
         "model": record.model,
+        "scores": record.scores,
         "num_shards": record.num_shards,
         "num_shards_from_cache": record.num_shards_from_cache,
         "learning_rate": record.learning_rate,

@@ -72,12 +72,14 @@ def choose_top(
     """Choose the best scores of each image.
 
     Args:
-        scores_NK: None below zero.
+        scores_NK: Numbers, or infinite.
         labels_N: The images' own classes.
         are_distances: Whether the smallest is the best.
     """
-    # The bits of floats that are not negative are ordered as they are; behind them goes the class, so that none tie.
+    # The bits of floats that are not negative are ordered as they are, those of others the other way round; behind them
+    # goes the class, so that none tie.
     bits_NK = (scores_NK + np.float32(0)).view(np.int32).astype(np.int64)
+    bits_NK = np.where(bits_NK < 0, -(2**31) - bits_NK, bits_NK)
     keys_NK = (bits_NK if are_distances else -bits_NK) << 32 | np.arange(scores_NK.shape[1])
     num_top = min(_NUM_TOP, scores_NK.shape[1])
     labels_NT = np.sort(np.partition(keys_NK, num_top - 1, 1)[:, :num_top], 1) & (2**32 - 1)
@@ -99,9 +101,10 @@ def metrics_table(metrics: Sequence[Metric]) -> pa.Table:
 
 
 def confusion_table(classes: Sequence[str], confusions: Mapping[str, npt.NDArray[np.int64]]) -> pa.Table:
-    """Lay out `confusion.parquet`: a row for each pair of classes that occurs."""
+    """Lay out `confusion.parquet`: a row for each pair of classes that occurs; null for one that the dataset lacks."""
+    names = [*classes, None]
     rows = [
-        (classifier, classes[true], classes[predicted], int(confusion_KK[true, predicted]))
+        (classifier, names[true], names[predicted], int(confusion_KK[true, predicted]))
         for classifier, confusion_KK in confusions.items()
         for true, predicted in np.argwhere(confusion_KK)
     ]
@@ -156,9 +159,10 @@ def predictions_table(
 ) -> pa.Table:
     """Lay out one part of `predictions/`; a classifier without scores has no column of them.
 
-    Behind the dataset's classes may follow those that a model knows besides.
+    Behind the dataset's classes may follow those that a model knows besides. A prediction of -1, which is a class that
+    nothing here knows, is null.
     """
-    names = np.array(classes, object)  # Arrow's own choice would load pyarrow.compute
+    names = np.array([*classes, None], object)  # Arrow's own choice would load pyarrow.compute
     columns = {"key": keys, "class": pa.array(names[labels_N], pa.string())}
     for classifier, predicted_N in predictions_N.items():
         columns[f"{classifier}_prediction"] = pa.array(names[predicted_N], pa.string())

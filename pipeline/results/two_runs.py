@@ -197,7 +197,7 @@ def _compare_pair(matched: _Matched, classifier_a: str, classifier_b: str, *, is
     codes_a_N = matched.found_a.predictions[classifier_a][matched.rows_a_N]
     codes_b_N = matched.found_b.predictions[classifier_b][matched.rows_b_N]
     is_right_a_N, is_right_b_N = codes_a_N == labels_N, codes_b_N == labels_N
-    names, tables = np.array(matched.names, object), []
+    names, tables = np.array([*matched.names, None], object), []  # -1 is no class of them
     # Of the two predictions it is the wrong one whose certainty says where to look first.
     for change, is_changed_N, run, name, rows_N, codes_N in (
         ("right_to_wrong", is_right_a_N & ~is_right_b_N, matched.b, classifier_b, matched.rows_b_N, codes_b_N),
@@ -227,11 +227,16 @@ def _certainties(
     rows_n: npt.NDArray[np.int64],
     codes_n: npt.NDArray[np.int32],
 ) -> npt.NDArray[np.float64]:
-    """Read the scores of some images, and measure how certain their predictions are; NaN without scores."""
+    """Read the scores of some images, and measure how certain their predictions are.
+
+    NaN without scores, and for a class that the dataset lacks.
+    """
     certainty_n = np.full(len(rows_n), np.nan)
     for places, scores, is_whole in read_scores(run, classes, classifier, rows_n):
         own_n = codes_n[places]
-        certainty_n[places] = margins(scores, own_n if is_whole else np.zeros_like(own_n))
+        is_known = own_n >= 0
+        own_n = own_n[is_known] if is_whole else np.zeros(int(is_known.sum()), own_n.dtype)
+        certainty_n[places[is_known]] = margins(scores[is_known], own_n)
     return certainty_n
 
 

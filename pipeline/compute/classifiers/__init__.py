@@ -40,6 +40,8 @@ class Classifier:
         needs_neighbors: Whether it asks the nearest training images, and is left out with `--neighbors 0`.
         needs_logits: Whether it is the user's own model.
         of: What it compares, where it does not do with both: pixels, or features.
+        needs_given: Whether it tells what was predicted elsewhere, and is left out without a file of `--scores`.
+        has_other: Whether it can answer a class that the dataset lacks, which is number -1.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Classifier:
     needs_neighbors: bool = False
     needs_logits: bool = False
     of: Literal["both", "pixels", "features"] = "both"
+    needs_given: bool = False
+    has_other: bool = False
 
 
 def _majority_class() -> Scorer:
@@ -112,6 +116,12 @@ def _own_model() -> Scorer:
     return own_model.score
 
 
+def _scores() -> Scorer:
+    from pipeline.compute.classifiers import scores
+
+    return scores.score
+
+
 # In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
     Classifier("majority_class", _majority_class, has_scores=False),
@@ -124,11 +134,14 @@ CLASSIFIERS = (
     Classifier(f"knn_{WEIGHTED_NEIGHBORS}", _knn_weighted, needs_neighbors=True, of="features"),
     Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
     Classifier("model", _own_model, needs_logits=True),
+    Classifier("scores", _scores, needs_given=True, has_other=True),
 )
 
 
-def used_classifiers(num_neighbors: int, *, has_training: bool, model: Model | None = None) -> list[Classifier]:
-    """Return the classifiers of a job, by what it computes: neighbors of each image, epochs of SGD, a model's outputs.
+def used_classifiers(
+    num_neighbors: int, *, has_training: bool, model: Model | None = None, given: str | None = None
+) -> list[Classifier]:
+    """Return the classifiers of a job, by what it has: neighbors of each image, epochs of SGD, a model, predictions.
 
     Where two have the same name, the one that comes last has it.
     """
@@ -139,10 +152,12 @@ def used_classifiers(num_neighbors: int, *, has_training: bool, model: Model | N
             (has_training or not each.needs_epochs)
             and (num_neighbors > 0 or not each.needs_neighbors)
             and ((model is not None and not has_features) or not each.needs_logits)
+            and (given is not None or not each.needs_given)
             and each.of in ("both", "features" if has_features else "pixels")
         ):
             name = each.name.format(num_neighbors)
-            named[name] = replace(each, name=name)
+            has_scores = each.has_scores and not (each.needs_given and given == "predictions")
+            named[name] = replace(each, name=name, has_scores=has_scores)
     return list(named.values())
 
 
