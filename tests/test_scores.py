@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, pack_archives, write_images
-from pipeline.results.predicted import open_run
+from pipeline.results.finished import open_run
 from sklearn.metrics import accuracy_score, classification_report
 
 from pipeline import plan
