@@ -69,7 +69,7 @@ def test_another_form_is_for_this_program_alone(noisy_dataset, tmp_path):
     assert case.options[:2] == ("--data", str(tmp_path / f"{noisy_dataset.name}-tar"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_is_held_against_the_first(noisy_dataset, tmp_path):
     arguments = ["--data", noisy_dataset, "--runs", 1, "--warm-ups", 0, "--out", tmp_path / "runs.parquet"]
     result = _invoke("--workload", "cache", *arguments)

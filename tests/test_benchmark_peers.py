@@ -40,7 +40,7 @@ def _ask(name, images):
         "plain_loop",
         "dataloader",
         "daft",
-        pytest.param("ray_data_read_images", marks=pytest.mark.ray),
+        pytest.param("ray_data_read_images", marks=(pytest.mark.ray, pytest.mark.long)),
         pytest.param("ray_data_tuned", marks=(pytest.mark.ray, pytest.mark.long)),
         pytest.param("ray_data_map_batches", marks=(pytest.mark.ray, pytest.mark.long)),
     ],

@@ -108,7 +108,7 @@ def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_mean_of_all_steps_of_fashion_mnist_is_good_and_steady(fashion_mnist, tmp_path):
     run = evaluate(fashion_mnist, tmp_path / "out", device="cpu")
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.843  # scikit-learn's best logistic regression has 0.8463
@@ -156,7 +156,7 @@ def test_seconds_are_told_by_phase(reference):
     ]
 
 
-@pytest.mark.parametrize("num_actors", [2, 3, 4, 8])
+@pytest.mark.parametrize("num_actors", [2, 3, 4, pytest.param(8, marks=pytest.mark.long)])
 def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
     run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
     assert run["results_sha256"] == reference["results_sha256"]

@@ -75,15 +75,17 @@ def test_all_that_is_replaced_is_in_the_installed_ray(monkeypatch):
     ("change", "variable", "reason"),
     [
         ("", "1", "IMAGE_BASELINE_PLAIN_RAY is 1"),
-        (
+        pytest.param(
             _REMOVE.format(name="start_monitor"),
             "",
             f"Ray {ray.__version__}: expected ray._private.node.Node.start_monitor(self), got none",
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             _REMOVE.format(name="kill_all_processes"),
             "",
             f"Ray {ray.__version__}: expected ray._private.node.Node.kill_all_processes(self), got none",
+            marks=pytest.mark.long,
         ),
         (
             _CHANGE_SIGNATURE,
@@ -228,7 +230,7 @@ services.start_ray_process = start_ray_process
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_request_to_all_of_the_group_while_a_plain_ray_starts_is_answered(tmp_path, signum):
     mark = str(uuid.uuid4())
     variables = {"CHANGE": _HOLD, "COMMAND": f"{ROOT}/jobs/evaluate.py", "GATE": str(tmp_path), "PYTHONPATH": str(ROOT)}

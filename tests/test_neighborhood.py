@@ -79,7 +79,15 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"actors": 2}, {"actors": 4, "lanes": 4}, {"epochs": 2}, {"shard_images": 7}], ids=str
+    "options",
+    [
+        {},
+        {"actors": 2},
+        pytest.param({"actors": 4, "lanes": 4}, marks=pytest.mark.long),
+        {"epochs": 2},
+        {"shard_images": 7},
+    ],
+    ids=str,
 )
 def test_neighbors_are_those_of_a_plain_loop_whatever_the_job(drawn, tmp_path, options):
     keys, classes, pixels = read_images(drawn, "train")

@@ -357,7 +357,7 @@ def mnist_run(mnist_png, tmp_path_factory):
     [
         "three_classes",
         "digits_run",
-        "colour_120",
+        pytest.param("colour_120", marks=pytest.mark.long),
         pytest.param("colour_1000", marks=pytest.mark.long),
         pytest.param("sample_run", marks=(pytest.mark.data, pytest.mark.long)),
         pytest.param("mnist_run", marks=(pytest.mark.data, pytest.mark.long)),

@@ -411,6 +411,7 @@ def test_credentials_that_are_refused_are_one_line(bucket, small_dataset, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_what_is_cached_of_a_bucket_is_not_asked_for(bucket, small_dataset, tmp_path):
     throttle, query = bucket
     s3.put_folder(query, small_dataset, "kept")
