@@ -306,7 +306,12 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_training_option(
     "--neighbors", default="auto", callback=_number_or_auto, help="Nearest training images of each image; 0 for none."
 )
-@_training_option("--neighbors-of", type=click.Choice(NEIGHBORS_OF), default=_DEFAULTS.neighbors_of, help="For whom.")
+@_training_option(
+    "--neighbors-of",
+    type=click.Choice(NEIGHBORS_OF),
+    default=_DEFAULTS.neighbors_of,
+    help="Whose neighbors: valid, or all.",
+)
 @_training_option(
     "--scores",
     multiple=True,
@@ -340,7 +345,7 @@ _results_option = partial(click.option, cls=_Option, heading="Results")
 @_results_option("--resume", is_flag=True, help="Go on from the last saved epoch of an unfinished run in --out.")
 @_results_option("--report/--no-report", default=_DEFAULTS.report, help="Write a page with pictures, report.html.")
 @_results_option("--example", default=None, help="Key of the image that the page shows as numbers.")
-@_results_option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
+@_results_option("--json", "is_json", is_flag=True, help="Print what run.json holds, as one JSON object.")
 @click.version_option(__version__, prog_name="image-baseline", message="%(prog)s %(version)s")
 def main(is_json: bool, **options: Any) -> None:
     """Evaluate simple classifiers on a labelled image dataset, in parallel on Ray.
