@@ -36,7 +36,8 @@ CHANGES_SCHEMA = pa.schema(
 )  # fmt: skip
 # What tells where a run was and how it was made, and nothing of its results.
 _OPTIONS_OF_PLACE = frozenset(("out", "overwrite", "resume", "scratch"))
-_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices", "model.sha256")
+_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices", "model.sha256",
+          "scores.sha256")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
         options = {f"--{name.replace('_', '-')}": value for name, value in run["options"].items()
                    if name not in _OPTIONS_OF_PLACE}  # fmt: skip
         facts = {"dataset.root": run["dataset"].get("root"), "devices": run.get("actors", {}).get("devices"),
-                 "model.sha256": (run.get("model") or {}).get("sha256")}  # fmt: skip
+                 "model.sha256": (run.get("model") or {}).get("sha256"),
+                 "scores.sha256": (run.get("scores") or {}).get("sha256")}  # fmt: skip
         for name in _FACTS:
             if isinstance(value := run.get(name, facts.get(name)), Mapping):
                 facts.update({f"{name}.{key}": each for key, each in value.items()})
