@@ -10,7 +10,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, pack_archives, write_images
-from pipeline.results.finished import open_run
 from sklearn.metrics import accuracy_score, classification_report
 
 from pipeline import plan
@@ -18,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data import score_files
 from pipeline.driver import job, scores, train
 from pipeline.errors import DataError, OutputError
+from pipeline.results.finished import open_run
 from pipeline.results.two_runs import compare_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

@@ -1,6 +1,7 @@
 """Two finished runs compared: what is matched, what is told, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -133,7 +134,8 @@ def test_runs_of_other_datasets_are_refused(write, changes, message):
 def test_what_differs_in_options_and_facts_is_listed(write):
     options = {"epochs": 40, "out": "a", "valid_split": "valid", "classes": []}
     facts = {"versions": {"torch": "2.13.0", "ray": "2.60.0"}, "target": {"height": 28, "width": 28, "mode": "L"}}
-    first = write("a", options=options, scores={"sha256": "12ab"}, **facts)
+    first = write("a", options=options, **facts)
+    first = replace(first, run={**first.run, "scores": {"sha256": "12ab"}})
     second = write(
         "b", options={**options, "epochs": 5, "out": "b", "mode": "L"}, **{**facts, "versions": {"torch": "2.14.0"}},
         dataset={"root": "/elsewhere", "classes": ["3", "7", "ä"]},
