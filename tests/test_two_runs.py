@@ -143,9 +143,9 @@ def test_what_differs_in_options_and_facts_is_listed(write):
     assert compare_runs(first, second).differences == [
         ("--epochs", 40, 5),
         ("dataset.root", "/data", "/elsewhere"),
+        ("scores.sha256", "12ab", None),
         ("versions.torch", "2.13.0", "2.14.0"),
         ("versions.ray", "2.60.0", None),
-        ("scores.sha256", "12ab", None),
         ("--mode", None, "L"),
     ]
 
