@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import write_finished
@@ -54,6 +55,13 @@ def test_changes_are_listed_with_what_is_wrong_most_certain_first(write, is_top)
         ("right_to_wrong", "valid/1.png", "3", "3", "7", pytest.approx(0.2)),
         ("wrong_to_right", "valid/2.png", "7", "3", "7", None),  # A has no scores
     ]
+
+
+def test_changes_are_in_the_order_of_logits_that_are_far_apart(write):
+    logits = 10 * np.array(SCORES)
+    logits[1] *= 10
+    [_, pair] = compare_runs(write("a"), write("b", predictions=SECOND, scores={"sgd_linear": logits})).pairs
+    assert [(row[1], row[-1]) for row in changed(pair)[:2]] == [("valid/1.png", 1.0), ("valid/4.png", 1.0)]
 
 
 def test_images_are_matched_by_their_keys_where_the_order_is_another_and_some_are_missing(write):

@@ -214,7 +214,7 @@ def _compare_pair(matched: _Matched, classifier_a: str, classifier_b: str, *, is
             [change] * num,
             matched.found_a.keys.take(pa.array(matched.rows_a_N[changed_n])),
             *(pa.array(names[codes[changed_n]], pa.string()) for codes in (labels_N, codes_a_N, codes_b_N)),
-            pa.array(certainty_n[order_n], from_pandas=True),  # NaN as null
+            pa.array(np.minimum(certainty_n[order_n], 1.0), from_pandas=True),  # NaN as null
         ]
         tables.append(pa.table(columns, schema=CHANGES_SCHEMA))
     rows = compare(labels_N, is_right_a_N, is_right_b_N, matched.a.classes)
