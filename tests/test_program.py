@@ -94,7 +94,7 @@ def pickled():
 
 BROKEN = {
     "no zip": (lambda: b"hello", {}, "expected a program that torch .* exported, got .*not a zip"),
-    "weights alone": (pickled, {}, "expected a program that torch"),
+    "weights alone": (pickled, {}, "expected a program that torch .* exported, got weights alone, or a file"),
     "of another torch": (of_another_torch, {}, "expected a program that torch .* with this version"),
     "two inputs": (
         lambda: save_bytes(Pair(), inputs=(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8))),

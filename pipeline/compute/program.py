@@ -34,6 +34,8 @@ _MAX_DIFFERENCE = 1e-3
 # The largest number that float16 has.
 MAX_FEATURE = 65504.0
 _EXPORT = "export it by torch.export.export(model.eval(), ...), as the README shows"
+# Of what torch raises where it has logged the reason, which is not shown here.
+_SEE_ABOVE, _OTHER_FILE = "check the warnings above", "weights alone, or a file of another kind or version"
 Call = Callable[[torch.Tensor], Any]
 
 
@@ -68,8 +70,8 @@ def load_program(content: bytes, device: torch.device) -> Program:
         raise
     except Exception as exc:
         raise ModelError(
-            f"--model: expected a program that torch {torch.__version__} exported, got {_first_line(exc)}; {_EXPORT}, "
-            "with this version"
+            f"--model: expected a program that torch {torch.__version__} exported, got "
+            f"{_OTHER_FILE if _SEE_ABOVE in str(exc) else _first_line(exc)}; {_EXPORT}, with this version"
         ) from exc
     [shape] = _input_shapes(exported)
     batch, channels, height, width = (size if isinstance(size, int) else None for size in shape)
