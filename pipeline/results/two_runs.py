@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.results.comparison import Paired, compare, margins, match_keys
 from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
+from pipeline.results.texts import option_name
 from pipeline.results.writing import Output, write_table
 
 COMPARISON, CHANGES, PAGE = "comparison", "changes", "compare.html"
@@ -245,7 +246,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     """List options and facts of two runs that differ; what one of them does not know is None."""
 
     def flat(run: Mapping[str, Any]) -> dict[str, Any]:
-        options = {f"--{name.replace('_', '-')}": value for name, value in run["options"].items()
+        options = {option_name(name): value for name, value in run["options"].items()
                    if name not in _OPTIONS_OF_PLACE}  # fmt: skip
         facts = {"dataset.root": run["dataset"].get("root"), "devices": run.get("actors", {}).get("devices"),
                  "model.sha256": (run.get("model") or {}).get("sha256"),
