@@ -1,5 +1,6 @@
 """Training as it stands, written and read back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,22 @@ def test_there_is_no_checkpoint_before_an_epoch_or_after_its_deletion(output):
 @pytest.mark.parametrize(
     ("name", "value", "expected", "got"),
     [("listing", "x", "the files", "others"), ("--learning-rate", 0.2, "--learning-rate 0.1", 0.2),
-     ("--seed", 0, "--seed 9223372036854775807", 0), ("--lanes", 8, "--lanes None", 8)],
+     ("--seed", 0, "--seed 9223372036854775807", 0), ("--lanes", 8, "--lanes None", 8),
+     ("--model", "12ab", "the --model", "others")],
 )  # fmt: skip
 def test_a_checkpoint_of_other_files_or_options_is_refused(output, name, value, expected, got):
     write_checkpoint(output, CHECKPOINT)
     with pytest.raises(OutputError, match=f"^--resume: expected {expected}, .* got {got};"):
         read_checkpoint(output, {**FINGERPRINT, name: value})
+
+
+def test_what_a_run_was_begun_with_is_needed_to_resume_it_and_its_images_are_not_yet_known(output):
+    begun = {**FINGERPRINT, "images": "34cd"}
+    write_checkpoint(output, replace(CHECKPOINT, fingerprint=begun))
+    assert read_checkpoint(output, FINGERPRINT).fingerprint == begun
+    write_checkpoint(output, replace(CHECKPOINT, fingerprint={**begun, "--model": "12ab"}))
+    with pytest.raises(OutputError, match=r"^--resume: expected the --model, .* got others;"):
+        read_checkpoint(output, FINGERPRINT)
 
 
 @pytest.mark.parametrize("content", [b"", b"no Parquet at all", None])

@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import uuid
+from dataclasses import fields
 from types import SimpleNamespace
 
 import click.testing
@@ -29,6 +30,7 @@ from jobs.evaluate import main
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.results.progress import Progress
+from pipeline.results.texts import option_name
 
 MARK = "IMAGE_BASELINE_TEST"
 
@@ -91,6 +93,11 @@ def test_help_groups_all_options_and_fits_80_columns():
         option.opts[0] for option in main.params if not re.search(rf"^  (-h, )?{option.opts[0]}\b", text, re.M)
     ] == []
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_options_are_shown_by_the_names_that_the_command_takes():
+    known = {option for parameter in main.params for option in parameter.opts}
+    assert {option_name(each.name).removesuffix(" FILE") for each in fields(Config)} <= known
 
 
 def test_the_version_is_one_line():

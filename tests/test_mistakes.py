@@ -5,10 +5,13 @@ import pyarrow as pa
 import pytest
 
 from pipeline.results import mistakes
+from pipeline.results.finished import with_other
 from pipeline.results.mistakes import Found, Wanted
 from pipeline.results.tables import NeighborColumns, choose_top, predictions_table
 
-CLASSES = ("3", "7", "ä", "x")
+# One of them is called as pages call all others.
+CLASSES = ("3", "7", "ä", "(another class)")
+ALL = with_other(CLASSES)
 NUM = 300
 
 
@@ -44,11 +47,11 @@ def plain_order(table):
 def test_the_worst_are_those_of_a_plain_loop_however_predictions_are_parted(table, num_rows):
     parts = [table.slice(start, num_rows) for start in range(0, NUM, num_rows)]
     pairs, keys = (("3", "7"), ("ä", "3"), ("7", "7")), frozenset(("5.png", "299.png", "none.png"))
-    wanted = Wanted(CLASSES, ("sgd",), "sgd", pairs, keys)
+    wanted = Wanted(ALL, ("sgd",), "sgd", pairs, keys)
     found = mistakes.merge(
         [
             Found(
-                mistakes.narrow(mistakes.note(part.to_batches(), CLASSES), wanted),
+                mistakes.narrow(mistakes.note(part.to_batches(), ALL), wanted),
                 *mistakes.look_up(part.to_batches(), wanted),
             )
             for part in parts
@@ -67,8 +70,20 @@ def test_the_worst_are_those_of_a_plain_loop_however_predictions_are_parted(tabl
 
 @pytest.mark.parametrize("num_batches", [0, 1])
 def test_of_no_predictions_nothing_is_noted(table, num_batches):
-    wanted = Wanted(CLASSES, ("sgd",), "sgd", (("3", "7"),), frozenset())
+    wanted = Wanted(ALL, ("sgd",), "sgd", (("3", "7"),), frozenset())
     batches = [batch.slice(0, 0) for batch in table.to_batches()][:num_batches]
-    found = mistakes.merge([Found(mistakes.narrow(mistakes.note(batches, CLASSES), wanted))])
+    found = mistakes.merge([Found(mistakes.narrow(mistakes.note(batches, ALL), wanted))])
     assert (found.worst("sgd"), found.by_pair(wanted)) == ([], {})
     assert mistakes.look_up(batches, wanted) == ({}, None)
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_a_class_that_nobody_knows_is_told_from_one_of_that_name_and_is_looked_at_last(has_all):
+    names, labels_N, predicted_N = CLASSES[2:], np.array([0, 0, 0]), np.array([-1, 1, 1])
+    scores_NK = np.array([[0, 9], [0, 3], [0, 4]], np.float32)
+    scores = scores_NK if has_all else choose_top(scores_NK, labels_N, are_distances=False)
+    table = predictions_table(names, pa.array(list("abc")), labels_N, {"own": predicted_N}, {"own": scores})
+    worst = mistakes.note(table.to_batches(), with_other(names))["own"].worst
+    assert [(each.key, each.predicted, each.scores) for each in worst] == [
+        ("c", "(another class)", (4, 0)), ("b", "(another class)", (3, 0)), ("a", "((another class))", None),
+    ]  # fmt: skip

@@ -16,6 +16,7 @@ from test_job import accuracy, actor_pids, evaluate
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.driver.own_model import read_model
 from pipeline.errors import ModelError, OptionError, OutputError
 from pipeline.results.finished import open_run
 from pipeline.results.two_runs import compare_runs
@@ -312,3 +313,21 @@ def test_a_model_that_cannot_be_used_exits_with_1_and_one_line(tmp_path):
     [error] = [line for line in stderr.splitlines() if "starting Ray" not in line]  # which a slow machine shows
     assert error.startswith("error: --model: expected a program that torch ")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [("\ufeffa\r\nb c\r\n", ("a", "b c")), ("a\rb", ("a", "b")), ("a\u2028\x0c\nb\n\n\n", ("a\u2028\x0c", "b"))],
+)
+def test_a_line_of_the_model_s_classes_is_a_name(tmp_path, content, names):
+    (tmp_path / "model.pt2").touch()
+    (tmp_path / "names").write_bytes(content.encode())
+    assert read_model(Config(model=tmp_path / "model.pt2", model_classes=tmp_path / "names")).names == names
+
+
+@pytest.mark.parametrize(("content", "line"), [("", 1), ("\n\n", 1), ("a\n\nb\n", 2)])
+def test_an_output_without_a_name_is_refused(tmp_path, content, line):
+    (tmp_path / "model.pt2").touch()
+    (tmp_path / "names").write_text(content)
+    with pytest.raises(ModelError, match=f"names: expected a name in each line, got none in line {line}; give"):
+        read_model(Config(model=tmp_path / "model.pt2", model_classes=tmp_path / "names"))

@@ -94,7 +94,7 @@ def pickled():
 
 BROKEN = {
     "no zip": (lambda: b"hello", {}, "expected a program that torch .* exported, got .*not a zip"),
-    "weights alone": (pickled, {}, "expected a program that torch"),
+    "weights alone": (pickled, {}, "expected a program that torch .* exported, got weights alone, or a file"),
     "of another torch": (of_another_torch, {}, "expected a program that torch .* with this version"),
     "two inputs": (
         lambda: save_bytes(Pair(), inputs=(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8))),
@@ -124,6 +124,10 @@ BROKEN = {
         "expected an output for each of 3 classes of the dataset, got 10; give --model-classes",
     ),
     "NaN": (lambda: save_bytes(Body(lambda linear, one: logits(linear, one).log())), {}, "expected numbers for a bat"),
+    "features too large": (
+        lambda: save_bytes(Body(lambda linear, one: 1e9 * logits(linear, one))),
+        {"output": "embedding", "num_names": None}, "expected outputs of at most 65504, got NaN or larger",
+    ),
     "dropout": (
         lambda: save_bytes(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)), training=True),
         {}, r"expected the same output of an image .* call model.eval\(\) before the export",
@@ -216,6 +220,16 @@ def test_outputs_that_are_no_numbers_end_the_job():
     )
     runner = make_runner(content, 1)
     with pytest.raises(ModelError, match=r"expected outputs of at most .*, got NaN or larger ones for an image"):
+        runner.put(torch.full((8, 64), 9, dtype=torch.uint8), lambda outputs: None)
+
+
+def test_what_a_program_raises_for_some_images_is_one_line():
+    def look_up(linear, images_N1HW):
+        rows_N = 100 * (images_N1HW.amax((1, 2, 3)) == images_N1HW.amin((1, 2, 3))).long()
+        return logits(linear, images_N1HW) + linear.bias[rows_N][:, None]  # of ten
+
+    runner = make_runner(save_bytes(Body(look_up)), 1)
+    with pytest.raises(ModelError, match=r"expected it to take images, float32 \[8, 1, .*, got IndexError: "):
         runner.put(torch.full((8, 64), 9, dtype=torch.uint8), lambda outputs: None)
 
 

@@ -137,6 +137,8 @@ BROKEN = {
     "no_key.parquet": (parquet_of(prediction=["3", "7"]), "expected a column key, got prediction"),
     "key_alone.csv": (b"key\na\n", "expected a column prediction, or one for each class, got key alone"),
     "no_class.csv": (b"key,left,right\na,1,2\n", "or one for each class, as 3, 7, salt, pepper, got key, left, right"),
+    "row_numbers.csv": (b",key,3,7\n0,a,1,2\n", "expected a class as the name of each column, got one without a name"),
+    "row_numbers.parquet": (parquet_of(key=TWO, **{"3": [1.0, 2.0], "__index_level_0__": [0, 1]}), "got __index_level"),
     "twice.csv": (b"key,3,3\na,1,2\n", "expected each column once, got 3 twice"),
     "text.parquet": (parquet_of(key=TWO, **{"3": TWO}), "expected numbers in column 3, got string"),
     "text.csv": (b"key,3\na,1\nb,x\n", "expected rows of 2 columns in UTF-8, got In CSV column #1: Row #2: .* 'x'"),

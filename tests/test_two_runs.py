@@ -1,8 +1,10 @@
 """Two finished runs compared: what is matched, what is told, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import write_finished
@@ -53,6 +55,13 @@ def test_changes_are_listed_with_what_is_wrong_most_certain_first(write, is_top)
         ("right_to_wrong", "valid/1.png", "3", "3", "7", pytest.approx(0.2)),
         ("wrong_to_right", "valid/2.png", "7", "3", "7", None),  # A has no scores
     ]
+
+
+def test_changes_are_in_the_order_of_logits_that_are_far_apart(write):
+    logits = 10 * np.array(SCORES)
+    logits[1] *= 10
+    [_, pair] = compare_runs(write("a"), write("b", predictions=SECOND, scores={"sgd_linear": logits})).pairs
+    assert [(row[1], row[-1]) for row in changed(pair)[:2]] == [("valid/1.png", 1.0), ("valid/4.png", 1.0)]
 
 
 def test_images_are_matched_by_their_keys_where_the_order_is_another_and_some_are_missing(write):
@@ -134,6 +143,7 @@ def test_what_differs_in_options_and_facts_is_listed(write):
     options = {"epochs": 40, "out": "a", "valid_split": "valid", "classes": []}
     facts = {"versions": {"torch": "2.13.0", "ray": "2.60.0"}, "target": {"height": 28, "width": 28, "mode": "L"}}
     first = write("a", options=options, **facts)
+    first = replace(first, run={**first.run, "scores": {"sha256": "12ab"}})
     second = write(
         "b", options={**options, "epochs": 5, "out": "b", "mode": "L"}, **{**facts, "versions": {"torch": "2.14.0"}},
         dataset={"root": "/elsewhere", "classes": ["3", "7", "ä"]},
@@ -141,6 +151,7 @@ def test_what_differs_in_options_and_facts_is_listed(write):
     assert compare_runs(first, second).differences == [
         ("--epochs", 40, 5),
         ("dataset.root", "/data", "/elsewhere"),
+        ("scores.sha256", "12ab", None),
         ("versions.torch", "2.13.0", "2.14.0"),
         ("versions.ray", "2.60.0", None),
         ("--mode", None, "L"),

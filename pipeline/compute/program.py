@@ -34,6 +34,8 @@ _MAX_DIFFERENCE = 1e-3
 # The largest number that float16 has.
 MAX_FEATURE = 65504.0
 _EXPORT = "export it by torch.export.export(model.eval(), ...), as the README shows"
+# Of what torch raises where it has logged the reason, which is not shown here.
+_SEE_ABOVE, _OTHER_FILE = "check the warnings above", "weights alone, or a file of another kind or version"
 Call = Callable[[torch.Tensor], Any]
 
 
@@ -68,8 +70,8 @@ def load_program(content: bytes, device: torch.device) -> Program:
         raise
     except Exception as exc:
         raise ModelError(
-            f"--model: expected a program that torch {torch.__version__} exported, got {_first_line(exc)}; {_EXPORT}, "
-            "with this version"
+            f"--model: expected a program that torch {torch.__version__} exported, got "
+            f"{_OTHER_FILE if _SEE_ABOVE in str(exc) else _first_line(exc)}; {_EXPORT}, with this version"
         ) from exc
     [shape] = _input_shapes(exported)
     batch, channels, height, width = (size if isinstance(size, int) else None for size in shape)
@@ -150,6 +152,7 @@ def probe(program: Program, wanted: Wanted, device: torch.device) -> Probed:
     shape = *sides, program.channels
     prepared_BCHW = prepare(images_BD.to(device), shape, wanted.mean, wanted.std, batch_size)
     outputs_BO = _run(program, prepared_BCHW, "a batch")
+    _expect_small(outputs_BO, has_features=wanted.output == "embedding")
     num_outputs = outputs_BO.shape[1]
     if wanted.num_names is not None and num_outputs != wanted.num_names:
         raise ModelError(
@@ -184,14 +187,7 @@ def _choose_sides(program: Program, wanted: Wanted) -> tuple[int, int]:
 
 
 def _run(program: Program, batch_BCHW: torch.Tensor, what: str) -> torch.Tensor:
-    shape = list(batch_BCHW.shape)
-    try:
-        outputs = program.call(batch_BCHW)
-    except Exception as exc:
-        raise ModelError(
-            f"--model: expected it to take {what}, float32 {shape}, got {_first_line(exc)}; {_EXPORT}, with the batch "
-            "dynamic, or give its --model-size"
-        ) from exc
+    shape, outputs = list(batch_BCHW.shape), _call(program, batch_BCHW, what)
     if outputs.dim() != 2 or len(outputs) != len(batch_BCHW) or outputs.shape[1] == 0:
         raise ModelError(
             f"--model: expected a row of outputs for each image of {shape}, got {list(outputs.shape)}; {_EXPORT}"
@@ -205,12 +201,31 @@ def _run(program: Program, batch_BCHW: torch.Tensor, what: str) -> torch.Tensor:
     return rows_BO
 
 
+def _call(program: Program, batch_BCHW: torch.Tensor, what: str) -> Any:
+    try:
+        return program.call(batch_BCHW)
+    except Exception as exc:  # whatever a program may raise
+        raise ModelError(
+            f"--model: expected it to take {what}, float32 {list(batch_BCHW.shape)}, got {_first_line(exc)}; {_EXPORT},"
+            " with the batch dynamic, or give its --model-size"
+        ) from exc
+
+
 def _expect_near(outputs_NO: torch.Tensor, others_NO: torch.Tensor, where: str) -> None:
     difference = float((outputs_NO - others_NO).abs().max())
     if difference > _MAX_DIFFERENCE * max(float(outputs_NO.abs().max()), 1e-6):
         raise ModelError(
             f"--model: expected the same output of an image {where}, got one that differs by {difference:.3g}; call "
             "model.eval() before the export"
+        )
+
+
+def _expect_small(outputs_NO: torch.Tensor, *, has_features: bool) -> None:
+    most = MAX_FEATURE if has_features else torch.finfo(torch.float32).max
+    if not (outputs_NO.abs() <= most).all():  # so that NaN fails too
+        raise ModelError(
+            f"--model: expected outputs of at most {most:g}, got NaN or larger ones for an image; check "
+            "--model-mean and --model-std, and the model"
         )
 
 
@@ -323,13 +338,8 @@ class Runner:
         images_ND = torch.cat([pending.images_ND[rows] for pending, rows in pieces])
         shape = wanted.height, wanted.width, len(wanted.mode)
         batch_BCHW = prepare(images_ND.to(self._device), shape, model.mean, model.std, model.batch_size)
-        outputs_NO = self._program.call(batch_BCHW)[: len(images_ND)].float()
-        most = MAX_FEATURE if model.has_features else torch.finfo(torch.float32).max
-        if not (outputs_NO.abs() <= most).all():  # so that NaN fails too
-            raise ModelError(
-                f"--model: expected outputs of at most {most:g}, got NaN or larger ones for an image; check "
-                "--model-mean and --model-std, and the model"
-            )
+        outputs_NO = _call(self._program, batch_BCHW, "images")[: len(images_ND)].float()
+        _expect_small(outputs_NO, has_features=model.has_features)
         start = 0
         for pending, rows in pieces:
             stop = start + rows.stop - rows.start

@@ -83,7 +83,7 @@ def score_part(
     voters = neighbors.voters or () if neighbors else ()
     num_classes = len(trained.counts_K)
     num_in_top = dict.fromkeys(scores, 0) if has_top(num_classes) else {}
-    has_distances = {classifier.name: classifier.has_distances for classifier in classifiers}
+    classifier_of = {classifier.name: classifier for classifier in classifiers}
     start = 0
     for images_ND, block_labels_N, logits_NO in part.blocks(device):
         rows = slice(start, start + len(images_ND))
@@ -97,8 +97,7 @@ def score_part(
             if scores_NK is not None:
                 scores[name].append(scores_NK)
                 if name in num_in_top:
-                    ranked_NK = -scores_NK if has_distances[name] else scores_NK
-                    num_in_top[name] += count_in_top(ranked_NK, block_labels_N)
+                    num_in_top[name] += count_in_top(rank(classifier_of[name], scores_NK, trained), block_labels_N)
     num_known = num_classes + (len(trained.own_model.extra_classes) if trained.own_model else 0)
     num_predicted = {
         each.name: num_known + each.has_other if each.needs_logits or each.has_other else num_classes
@@ -124,10 +123,20 @@ def score_part(
     )
 
 
+def rank(classifier: Classifier, scores_NK: torch.Tensor, trained: Trained) -> torch.Tensor:
+    """Return a classifier's scores with the highest as the best, minus infinity for classes that it cannot answer."""
+    if classifier.has_distances:
+        return -scores_NK
+    if not classifier.needs_logits or trained.own_model is None or not trained.own_model.missing_classes:
+        return scores_NK
+    places = torch.tensor(trained.own_model.places, device=scores_NK.device)
+    return torch.full_like(scores_NK, -torch.inf).index_copy_(1, places, scores_NK[:, places])
+
+
 def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     """Count the images whose class is among those of the `TOP` highest scores; of equal scores the first class counts.
 
-    Not by `topk`, which leaves the order of equal scores open.
+    A score of minus infinity is none, and never among them. Not by `topk`, which leaves the order of equal scores open.
 
     Args:
         scores_NK: float32.
@@ -136,7 +145,7 @@ def count_in_top(scores_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     own_N1 = scores_NK.gather(1, labels_N[:, None])
     is_before_NK = torch.arange(scores_NK.shape[1], device=scores_NK.device) < labels_N[:, None]
     num_better_N = (scores_NK > own_N1).sum(1) + ((scores_NK == own_N1) & is_before_NK).sum(1)
-    return int((num_better_N < TOP).sum())
+    return int(((num_better_N < TOP) & (own_N1[:, 0] > -torch.inf)).sum())
 
 
 def confusion(

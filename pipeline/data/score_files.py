@@ -24,6 +24,8 @@ from pipeline.errors import DataError, without_secrets
 
 KEY, PREDICTION = "key", "prediction"
 _MAGIC = b"PAR1"
+# What pandas calls a column of row numbers in a Parquet file; in a CSV file it has no name.
+_INDEX = "__index_level_"
 # Of a CSV file's text, and of what rows of a Parquet file are without compression; a task holds some times as much.
 PIECE_BYTES = 64 * 2**20
 _HEADER_BYTES, _MAX_HEADER_BYTES = 2**16, 2**24
@@ -225,6 +227,11 @@ def _check_columns(file: ScoreFile) -> None:
     if len(set(columns)) < len(columns):
         twice = next(name for name in columns if columns.count(name) > 1)
         raise DataError(f"{file.given}: expected each column once, got {twice} twice; name the columns apart")
+    if file.kind == "scores" and (numbers := [name for name in columns if not name or name.startswith(_INDEX)]):
+        raise DataError(
+            f"{file.given}: expected a class as the name of each column, got {numbers[0] or 'one without a name'}; "
+            "write the file without the rows' numbers, of pandas with index=False"
+        )
     if KEY not in columns:
         raise DataError(f"{file.given}: expected a column {KEY}, got {_few(columns)}; name the images' column so")
     if len(columns) == 1:

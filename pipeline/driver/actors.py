@@ -145,7 +145,7 @@ class ActorProcess:
         # Here, because decoding workers load this module too.
         from pipeline.compute.classifiers import used_classifiers
         from pipeline.results import mistakes, writing
-        from pipeline.results.finished import OTHER
+        from pipeline.results.finished import with_other
 
         scored, plan = self._actor.score_part(part, median, given), self._plan
         scores: dict[str, Any] = dict(scored.scores)
@@ -162,7 +162,7 @@ class ActorProcess:
         digest = writing.write_table(output, f"{writing.PREDICTIONS}/part-{part:05d}", table)
         record = PartRecord(digest, scored.confusions, scored.num_twins_correct, scored.num_in_top)
         # While the scores are in memory: to read them again takes longer than all else of the page.
-        return record, mistakes.note(table.to_batches(), (*names, OTHER)) if has_report else None
+        return record, mistakes.note(table.to_batches(), with_other(names)) if has_report else None
 
 
 def start_actors(allocation: Allocation, node_ids: Sequence[str], model: Ref | None = None) -> list[Actor]:

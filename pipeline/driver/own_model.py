@@ -7,6 +7,7 @@ what is in the file; what is wrong with it is one line, before the results' fold
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,16 +57,25 @@ def read_model(config: Config) -> ModelFile | None:
     if config.model is None:
         return None
     content = _read("--model", config.model)
-    names = None
-    if config.model_classes is not None:
-        try:
-            lines = _read("--model-classes", config.model_classes).decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as exc:
-            raise ModelError(
-                f"--model-classes {config.model_classes}: expected text in UTF-8, got {exc.reason}; give a name a line"
-            ) from exc
-        names = tuple(line.rstrip("\r") for line in lines)
+    names = None if config.model_classes is None else _read_names(config.model_classes)
     return ModelFile(content, hashlib.sha256(content).hexdigest(), names)
+
+
+def _read_names(given: str) -> tuple[str, ...]:
+    """Read a name a line; empty lines at the end are none."""
+    shown = f"--model-classes {without_secrets(given)}"
+    try:
+        text = _read("--model-classes", given).decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise ModelError(f"{shown}: expected text in UTF-8, got {exc.reason}; give a name a line") from exc
+    # Not by `splitlines`, which ends a line at what a name may hold.
+    names = io.StringIO(text, newline=None).read().rstrip("\n").split("\n")
+    if "" in names:
+        raise ModelError(
+            f"{shown}: expected a name in each line, got none in line {names.index('') + 1}; give a name for each of "
+            "the model's outputs, in their order"
+        )
+    return tuple(names)
 
 
 def _read(option: str, given: str) -> bytes:

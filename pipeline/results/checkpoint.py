@@ -67,11 +67,13 @@ def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint |
         raise OutputError(
             f"{output.root}/{CHECKPOINT_FILE}: expected a checkpoint of this job, got {exc}; give --overwrite"
         ) from exc
-    if different := [name for name in fingerprint if was.get(name) != fingerprint[name]]:
+    # What one of them has not counts too. The images are looked at once they are decoded.
+    names = [name for name in dict.fromkeys([*fingerprint, *was]) if name != "images"]
+    if different := [name for name in names if was.get(name) != fingerprint.get(name)]:
         name = different[0]
-        expected, got = f"{name} {was.get(name)}", fingerprint[name]
-        if name in ("listing", "--scores"):  # two digests tell nobody anything
-            what = "files" if name == "listing" else "--scores"
+        expected, got = f"{name} {was.get(name)}", fingerprint.get(name)
+        if name in ("listing", "--scores", "--model"):  # two digests tell nobody anything
+            what = "files" if name == "listing" else name
             expected, got = f"the {what}", "others"
         raise OutputError(
             f"--resume: expected {expected}, with which {output.root} was begun, got {got}; "

@@ -219,7 +219,7 @@ def margins(scores_NK: npt.NDArray[np.float32], predictions_N: npt.NDArray[np.in
         predictions_N: int32, 0 to K - 1.
 
     Returns:
-        float64 [N], 0 to 1.
+        float64 [N], 0 to 1; more of scores that are no probabilities, as logits.
     """
     rows_N = np.arange(len(predictions_N))
     own_N = scores_NK[rows_N, predictions_N].astype(np.float64)
@@ -231,7 +231,7 @@ def margins(scores_NK: npt.NDArray[np.float32], predictions_N: npt.NDArray[np.in
     is_distance_N = (own_N <= lowest_N) & (own_N < highest_N)
     ahead_N = np.where(is_distance_N, lowest_N - own_N, own_N - highest_N)
     unit_N = np.where(is_distance_N, np.maximum(lowest_N, np.finfo(np.float32).tiny), 1.0)
-    certainty_N: npt.NDArray[np.float64] = np.clip(ahead_N / unit_N, 0.0, 1.0)
+    certainty_N: npt.NDArray[np.float64] = np.maximum(ahead_N / unit_N, 0.0)
     return certainty_N
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.errors import OutputError
 from pipeline.results.figures import best_classifier
-from pipeline.results.finished import OTHER, FinishedRun, labels_of, read_batches, read_rows
+from pipeline.results.finished import FinishedRun, labels_of, read_batches, read_rows, with_other
 from pipeline.results.mistakes import Found, Wanted
 from pipeline.results.writing import Output
 
@@ -98,7 +98,7 @@ def open_draft(finished: FinishedRun, example: str | None = None) -> Draft:
         OutputError: If a table cannot be read.
     """
     output, run, names = finished.output, finished.run, finished.classifiers
-    classes = (*finished.all_classes, OTHER)
+    classes = with_other(finished.all_classes)
     confusions = _read_confusions(output, classes, len(finished.classes))
     if missing := [name for name in names if name not in confusions]:
         raise OutputError(f"{output.root}/confusion.parquet: expected counts of {missing[0]}, got none; run again")

@@ -27,7 +27,7 @@ from pipeline.results.figures import classifier_names
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
 # How pages call a class that neither the dataset nor a model knows: null in the tables.
-OTHER = "(another class)"
+_OTHER = "(another class)"
 _BATCH_ROWS = 8192
 _NEEDED = frozenset(("dataset", "metrics", "num_valid", "options"))
 
@@ -156,10 +156,23 @@ def read_rows(output: Output, name: str, first: int = 0, num_rows: int | None = 
     return rows
 
 
+def with_other(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return classes, and behind them how pages call any other one: by a name that none of them has."""
+    other = _OTHER
+    while other in classes:
+        other = f"({other})"
+    return (*classes, other)
+
+
 def labels_of(names: pa.StringArray, labels: Mapping[str, int]) -> npt.NDArray[np.int64]:
-    """Return the classes of N rows as numbers, int64 [N]; null, which is none that is known, is `OTHER`."""
+    """Return the classes of N rows as numbers, int64 [N]; null, which is none that is known, is the last of `labels`.
+
+    Args:
+        names: The classes.
+        labels: Numbers of those that `with_other` returns.
+    """
     encoded = names.dictionary_encode()
-    numbers = np.array([*(labels[name] for name in encoded.dictionary.to_pylist()), labels.get(OTHER, -1)], np.int64)
+    numbers = np.array([*(labels[name] for name in encoded.dictionary.to_pylist()), len(labels) - 1], np.int64)
     indices = encoded.indices.fill_null(len(numbers) - 1) if names.null_count else encoded.indices
     labels_N: npt.NDArray[np.int64] = numbers[indices.to_numpy()]
     return labels_N

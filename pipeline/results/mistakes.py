@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.results.finished import OTHER, labels_of
+from pipeline.results.finished import labels_of
 
 NUM_WORST = 12
 NUM_OF_PAIR = 3
@@ -70,7 +70,7 @@ class Wanted:
     """What a page shows of the predictions.
 
     Attributes:
-        classes: Names of the K classes, and of further ones that a model may predict.
+        classes: Names of the K classes, of further ones that a model may predict, and of all others.
         classifiers: Of which the worst mistakes are wanted.
         best: The classifier of which mistakes by pair of classes are wanted.
         pairs: These pairs, given and predicted.
@@ -115,7 +115,7 @@ class Found:
 
 
 def note(batches: Iterable[pa.RecordBatch], classes: Sequence[str]) -> dict[str, Noted]:
-    """Note the worst mistakes of every classifier in a part of the predictions."""
+    """Note the worst mistakes of every classifier in a part of the predictions; classes as in `Wanted`."""
     labels, noted = _labels(classes), dict[str, list[Noted]]()
     for batch in batches:
         given_N = labels_of(batch["class"], labels)
@@ -233,7 +233,7 @@ class _Answers:
             own_N = np.where(is_kept_N, scores_NK[rows_N, np.where(is_kept_N, self.predicted_N, 0)], np.nan)
             self._scores_2N = np.stack((own_N, scores_NK[rows_N, given_N]))
         elif f"{name}_top_scores" in batch.schema.names:  # of which the predicted class's is the first
-            best_N = np.where(self.predicted_N == labels.get(OTHER), np.nan, _lists(batch, f"{name}_top_scores")[:, 0])
+            best_N = np.where(self.predicted_N == len(labels) - 1, np.nan, _lists(batch, f"{name}_top_scores")[:, 0])
             self._scores_2N = np.stack((best_N, batch[f"{name}_class_score"]))
         if self._scores_2N is not None:
             # Whose class could not be predicted, for want of a score, is no mistake to look at first.

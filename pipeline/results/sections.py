@@ -21,6 +21,7 @@ from pipeline.results.draft import GUESSING, Confusion, Draft
 from pipeline.results.figures import LINE, best_classifier, classifier_names
 from pipeline.results.finished import read_batches
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
+from pipeline.results.texts import option_name
 from pipeline.results.writing import Output
 
 # Of more classes a heat map cannot be read; their most confused pairs are listed.
@@ -302,7 +303,7 @@ def options(run: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     for name, value in run["options"].items():
         default = list(defaults[name]) if isinstance(defaults.get(name), tuple) else defaults.get(name)
         text = ("on" if value else "off") if isinstance(value, bool) else _option_text(value)
-        rows.append((f"--{name.replace('_', '-')}", text or "-", name in defaults and value != default))
+        rows.append((option_name(name), text or "-", name in defaults and value != default))
     return rows
 
 

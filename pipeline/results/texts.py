@@ -23,6 +23,11 @@ def chance(value: float | None) -> str:
     return figure(value) if value is None or value >= 0.0001 else f"{value:.0e}" if value else "<1e-300"
 
 
+def option_name(name: str) -> str:
+    """Write the name of a field of `Config` as the command line has it."""
+    return "--scores FILE" if name == "scores_file" else f"--{name.replace('_', '-')}"
+
+
 def short(value: object) -> str:
     """Write the value of an option or a fact of a run."""
     if isinstance(value, (list, tuple)):

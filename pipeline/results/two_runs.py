@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.results.comparison import Paired, compare, margins, match_keys
 from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
+from pipeline.results.texts import option_name
 from pipeline.results.writing import Output, write_table
 
 COMPARISON, CHANGES, PAGE = "comparison", "changes", "compare.html"
@@ -36,7 +37,8 @@ CHANGES_SCHEMA = pa.schema(
 )  # fmt: skip
 # What tells where a run was and how it was made, and nothing of its results.
 _OPTIONS_OF_PLACE = frozenset(("out", "overwrite", "resume", "scratch"))
-_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices", "model.sha256")
+_FACTS = ("version", "versions", "target", "num_train", "learning_rate", "stopped_by", "devices", "model.sha256",
+          "scores.sha256")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _compare_pair(matched: _Matched, classifier_a: str, classifier_b: str, *, is
             [change] * num,
             matched.found_a.keys.take(pa.array(matched.rows_a_N[changed_n])),
             *(pa.array(names[codes[changed_n]], pa.string()) for codes in (labels_N, codes_a_N, codes_b_N)),
-            pa.array(certainty_n[order_n], from_pandas=True),  # NaN as null
+            pa.array(np.minimum(certainty_n[order_n], 1.0), from_pandas=True),  # NaN as null
         ]
         tables.append(pa.table(columns, schema=CHANGES_SCHEMA))
     rows = compare(labels_N, is_right_a_N, is_right_b_N, matched.a.classes)
@@ -244,10 +246,11 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     """List options and facts of two runs that differ; what one of them does not know is None."""
 
     def flat(run: Mapping[str, Any]) -> dict[str, Any]:
-        options = {f"--{name.replace('_', '-')}": value for name, value in run["options"].items()
+        options = {option_name(name): value for name, value in run["options"].items()
                    if name not in _OPTIONS_OF_PLACE}  # fmt: skip
         facts = {"dataset.root": run["dataset"].get("root"), "devices": run.get("actors", {}).get("devices"),
-                 "model.sha256": (run.get("model") or {}).get("sha256")}  # fmt: skip
+                 "model.sha256": (run.get("model") or {}).get("sha256"),
+                 "scores.sha256": (run.get("scores") or {}).get("sha256")}  # fmt: skip
         for name in _FACTS:
             if isinstance(value := run.get(name, facts.get(name)), Mapping):
                 facts.update({f"{name}.{key}": each for key, each in value.items()})
