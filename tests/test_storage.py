@@ -240,7 +240,8 @@ def test_results_in_a_missing_bucket_fail_at_once_and_in_one_line(bucket):
     process = command(*words, IMAGE_BASELINE_PLAIN_RAY="")  # of which a line would speak
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (1, "")
-    assert re.fullmatch(r"error: --out s3://no-such-bucket/out\S*: expected .*, got NoSuchBucket.*\n", stderr)
+    [error] = [line for line in stderr.splitlines() if "starting Ray" not in line]  # which a slow machine shows
+    assert re.fullmatch(r"error: --out s3://no-such-bucket/out\S*: expected .*, got NoSuchBucket.*", error)
 
 
 # Settings
