@@ -9,7 +9,7 @@ from PIL import Image
 from test_neighbors import in_blocks
 
 from pipeline.compute.neighbors import search
-from pipeline.compute.twins import find_twins, signatures
+from pipeline.compute.twins import choose_twins, find_candidates, signatures
 
 SHAPES = [(28, 28, 1), (20, 30, 3)]
 
@@ -52,7 +52,8 @@ def twins_of(images, others, shape):
     blocks = in_blocks(flat_others, rows, rows * 0, 16)
     searched = torch.from_numpy(flat)
     plain = search(searched, blocks, 5)
-    return plain, find_twins(searched, plain, shape, blocks, lambda rows: torch.from_numpy(flat_others[rows]))
+    found = find_candidates(searched, plain, shape, blocks, lambda rows: torch.from_numpy(flat_others[rows]))
+    return plain, choose_twins([found], plain, searched.shape[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,6 +81,23 @@ def test_another_image_is_as_near_as_its_nearest_neighbor_at_most(shape):
     plain, twins = twins_of(images, others, shape)
     assert (twins.distances_NJ <= plain.distances_NJ[:, :1]).all()
     assert (twins.distances_NJ[:, 0] >= 0.2 * plain.distances_NJ[:, 0]).all()
+
+
+@pytest.mark.parametrize("num_actors", [2, 4])
+def test_twins_are_the_same_however_many_actors_have_the_training_images(num_actors):
+    shape, others = (12, 12, 1), drawings(400, (12, 12, 1))
+    images, flat = drawings(200, shape, seed=1).reshape(200, -1), others.reshape(400, -1)
+    plain, whole = twins_of(images.reshape(200, *shape), others, shape)
+    found = []
+    for actor in range(num_actors):
+        rows = np.arange(actor, 400, num_actors)
+        blocks, searched = in_blocks(flat[rows], rows, rows * 0, 16), torch.from_numpy(images)
+        own = search(searched, blocks, 5)
+        found.append(find_candidates(searched, own, shape, blocks, lambda rows: torch.from_numpy(flat[rows])))
+    twins = choose_twins(found, plain, images.shape[1])
+    assert (whole.rows_NJ != plain.rows_NJ[:, :1]).any()
+    np.testing.assert_array_equal(twins.rows_NJ, whole.rows_NJ)
+    np.testing.assert_array_equal(twins.distances_NJ, whole.distances_NJ)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

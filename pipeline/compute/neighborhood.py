@@ -29,7 +29,7 @@ from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, merge, search
 from pipeline.compute.parts import Part
 from pipeline.compute.spool import Spool
 from pipeline.compute.threads import Threads
-from pipeline.compute.twins import find_twins
+from pipeline.compute.twins import Candidates, choose_twins, find_candidates
 from pipeline.plan import Plan, Request
 from pipeline.results.duplicates import Pair, Suspect, near_table, suspects_table
 from pipeline.results.tables import NeighborColumns
@@ -65,10 +65,18 @@ class Queries:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one actor found: neighbors, and the most likely near-duplicates where they were wanted."""
+    """What one actor found: neighbors, and what may be near-duplicates where these were wanted of pixels."""
 
     neighbors: Neighbors
-    twins: Neighbors | None
+    candidates: Candidates | None
+
+
+@dataclass
+class Found:
+    """What all actors found: neighbors, and the most likely near-duplicates."""
+
+    neighbors: Neighbors
+    twins: Neighbors
 
 
 # Images whose label is not that of most of their neighbors: the split (0 train, 1 valid), the part of a validation
@@ -135,15 +143,14 @@ class Neighborhood:
         only_labels_N = None if queries.only_labels_N is None else torch.from_numpy(queries.only_labels_N.copy())
         number, threads = queries.num_neighbors, self._threads
         neighbors = search(images_ND, self._blocks(), number, threads, own_rows_N, only_labels_N)
-        if not queries.has_twins:
+        if not queries.has_twins or self._plan.has_features:
             return Answer(self._named(neighbors), None)
-        if self._plan.has_features:  # which a small change of an image leaves near, or nothing does
-            named = self._named(neighbors)
-            return Answer(named, named.map(lambda values: values[:, :1].copy()))
         target = self._plan.target
         shape = target.height, target.width, target.channels
-        twins = find_twins(images_ND, neighbors, shape, self._blocks(), self._train.take, threads)
-        return Answer(self._named(neighbors), self._named(twins))
+        candidates = find_candidates(images_ND, neighbors, shape, self._blocks(), self._train.take, threads)
+        is_compared_NC, near = candidates.distances_NC != FAR, candidates.near
+        near.keys_NJ[is_compared_NC] = self._train.keys_of(near.rows_NJ[is_compared_NC])
+        return Answer(self._named(neighbors), candidates)
 
     def take(self, request: Request, *answers: Answer) -> int:
         """Take what all actors found for a request of this one.
@@ -156,8 +163,12 @@ class Neighborhood:
             doubtful_S = self._pending[slice(*request.spans[0][1:])]
             doubtful_S["own"] = neighbors.distances_NJ[:, 0] if neighbors.distances_NJ.shape[1] else FAR
             return 0
-        found = [answer.twins for answer in answers if answer.twins is not None]
-        twins = merge(found, 1) if found else None
+        twins = None
+        if request.kind == "valid":
+            found = [answer.candidates for answer in answers if answer.candidates is not None]
+            # A small change of an image leaves its features near, or nothing does.
+            nearest = neighbors.map(lambda values: values[:, :1])
+            twins = choose_twins(found, neighbors, self._plan.num_values) if found else nearest
         voters = neighbors.map(lambda values: values[:, : self._plan.num_neighbors])
         start = 0
         for span in request.spans:
@@ -165,7 +176,7 @@ class Neighborhood:
             rows = slice(start, start + len(places_N))
             start = rows.stop
             if twins is not None:
-                self._found[span[0]].append(self._answers.put(Answer(neighbors[rows], twins[rows])))
+                self._found[span[0]].append(self._answers.put(Found(neighbors[rows], twins[rows])))
                 nearest_N = self._rms(neighbors.distances_NJ[rows, 0]).clip(max=1)
                 self._histogram += np.bincount(
                     (nearest_N * (HISTOGRAM_BINS - 1)).astype(np.int64), minlength=HISTOGRAM_BINS

@@ -1,8 +1,8 @@
 """Near-duplicates: validation images that are a training image once more, changed a little.
 
 Input: images that are searched for, blocks of training images, and the plain neighbors. Output: for each the training
-image that is most likely the same, with its distance. Invariant: whole numbers alone, so that nothing depends on
-devices, blocks or actors.
+image that is most likely the same, with its distance. Invariant: whole numbers alone, and of several actors' candidates
+as many as one actor has of all images, so that nothing depends on devices, blocks or actors.
 
 A training image that was moved by a pixel can be farther, pixel by pixel, than strangers. So images are compared by
 signatures as well: a coarse grid around their centre of mass, which a move does not change. What is near by its
@@ -14,14 +14,14 @@ Axes: N images, T training images of a block, C candidates, J neighbors, S value
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, search
+from pipeline.compute.neighbors import FAR, Neighbors, TrainBlock, search, stack
 from pipeline.compute.threads import Threads
 
 _BLOCK_IMAGES = 256
@@ -37,41 +37,75 @@ _MAX_RATIO = 0.6
 _MAX_MOVE = 1
 
 
-def find_twins(
+@dataclass
+class Candidates:
+    """The training images that are nearest by signature.
+
+    Attributes:
+        near: These, with the distances of signatures.
+        distances_NC: Pixel by pixel, as they are or moved by up to a pixel, int64; `FAR` where they cannot be near.
+        num_cells: S.
+    """
+
+    near: Neighbors
+    distances_NC: npt.NDArray[np.int64]
+    num_cells: int
+
+
+def find_candidates(
     images_ND: torch.Tensor,
     plain: Neighbors,
     shape: tuple[int, int, int],
     blocks: Iterable[TrainBlock],
     take_images: Callable[[npt.NDArray[np.int64]], torch.Tensor],
     threads: Threads | None = None,
-) -> Neighbors:
-    """Find for each image the training image that is most likely the same, changed a little.
+) -> Candidates:
+    """Find for each image the training images that may be the same, changed a little.
 
     Args:
         images_ND: uint8.
-        plain: Their neighbors by pixels.
+        plain: Their neighbors by pixels, among the same training images.
         shape: H, W, c of an image.
         blocks: The training images.
         take_images: Returns training images, uint8 [C, D], by their rows in the listing.
         threads: They share the images, on a CPU; None for the caller alone.
-
-    Returns:
-        The nearest one, pixel by pixel, as it is or moved by up to a pixel: J is 1.
     """
     searched_NS = signatures(images_ND, shape)
     signed = (replace(block, images_TD=signatures(block.images_TD, shape)) for block in blocks)
     near = search(searched_NS, signed, _NUM_CANDIDATES, threads)
-    image_C, column_C = np.nonzero(_may_be_twins(near, plain, images_ND.shape[1], searched_NS.shape[1]))
-    twins = plain.map(lambda values: values[:, :1].copy())
-    rows_C, labels_C = near.rows_NJ[image_C, column_C], near.labels_NJ[image_C, column_C]
+    num_cells = searched_NS.shape[1]
+    image_C, column_C = np.nonzero(_may_be_twins(near, plain, images_ND.shape[1], num_cells))
+    distances_NC = np.full_like(near.distances_NJ, FAR)
+    rows_C = near.rows_NJ[image_C, column_C]
     for start in range(0, len(image_C), _BLOCK_IMAGES):
         part = slice(start, start + _BLOCK_IMAGES)
         chosen_CD = images_ND[torch.from_numpy(image_C[part]).to(images_ND.device)]
-        distances_C = _moved_distances(chosen_CD, take_images(rows_C[part]).to(images_ND.device), shape).cpu().numpy()
-        for image, *found in zip(image_C[part], distances_C, rows_C[part], labels_C[part], strict=True):
-            if (found[0], found[1]) < (twins.distances_NJ[image, 0], twins.rows_NJ[image, 0]):
-                twins.distances_NJ[image], twins.rows_NJ[image], twins.labels_NJ[image] = found
-    return twins
+        distances_C = _moved_distances(chosen_CD, take_images(rows_C[part]).to(images_ND.device), shape)
+        distances_NC[image_C[part], column_C[part]] = distances_C.cpu().numpy()
+    return Candidates(near, distances_NC, num_cells)
+
+
+def choose_twins(found: Sequence[Candidates], plain: Neighbors, num_values: int) -> Neighbors:
+    """Choose for each image the training image that is most likely the same, of what several actors found.
+
+    Args:
+        found: Of the same images, by actor.
+        plain: Their neighbors by pixels, among all training images.
+        num_values: D.
+
+    Returns:
+        The nearest one, pixel by pixel, as it is or moved by up to a pixel: J is 1.
+    """
+    near = stack([each.near for each in found], axis=1)
+    distances_NC = np.concatenate([each.distances_NC for each in found], axis=1)
+    order_NC = np.lexsort((near.rows_NJ, near.distances_NJ), axis=1)[:, :_NUM_CANDIDATES]
+    near = near.map(lambda values: np.take_along_axis(values, order_NC, 1))
+    distances_NC = np.take_along_axis(distances_NC, order_NC, 1)
+    distances_NC[~_may_be_twins(near, plain, num_values, found[0].num_cells)] = FAR
+    first = plain.map(lambda values: values[:, :1])
+    either = stack([first, replace(near, distances_NJ=distances_NC)], axis=1)
+    order_NC = np.lexsort((either.rows_NJ, either.distances_NJ), axis=1)[:, :1]
+    return either.map(lambda values: np.take_along_axis(values, order_NC, 1))
 
 
 def _may_be_twins(near: Neighbors, plain: Neighbors, num_values: int, num_cells: int) -> npt.NDArray[np.bool_]:
