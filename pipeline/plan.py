@@ -54,7 +54,7 @@ _PRODUCTS_PER_HOUR = 10**14
 # With more classes than these, results hold the best scores of an image.
 _MAX_SCORES = 100
 # Of the images that are searched for at once.
-_REQUEST_BYTES = 16 * 2**20
+_REQUEST_BYTES = 8 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
