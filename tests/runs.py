@@ -25,9 +25,10 @@ from pipeline.results.writing import Output, write_run, write_table
 
 CLASSIFIERS = ("majority_class", "nearest_mean_l1", "knn_5", "sgd_linear")
 NUM_VALID = 3
+TARGET = Target(4, 4, "L")
 
 
-def make_run(folder, classes, target=Target(4, 4, "L"), num_epochs=3, has_neighbors=True, num_parts=2, is_top=False):  # noqa: B008
+def make_run(folder, classes, target=TARGET, num_epochs=3, has_neighbors=True, num_parts=2, is_top=False):
     """Write a finished run of `NUM_VALID` validation images and one training image of each class; return its folder.
 
     With `is_top` it has the best scores alone, as runs of many classes have.

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +32,10 @@ from pipeline.compute.neighborhood import Neighborhood
 from pipeline.compute.parts import Part
 from pipeline.compute.program import Program, Runner
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
+from pipeline.compute.spool import Spool
 from pipeline.compute.threads import Threads
 from pipeline.data.columns import one_chunk
 from pipeline.data.score_join import GivenRows, of_part
-from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
 from pipeline.tree import lane_ranges
@@ -89,7 +87,7 @@ class LaneActor:
         self._parts: dict[int, Part] = {}
         empty = torch.empty(0)
         self._trained = Trained(self._counts_K, empty, None, empty, plan.model)
-        self._means_file: IO[bytes] | None = None
+        self._means: Spool | None = None
         self._runner: Runner | None = None
         if program is not None and plan.model is not None:
             self._runner = Runner(program, plan.model, self._device, self._threads)
@@ -309,24 +307,14 @@ class LaneActor:
 
     def _put_means_away(self) -> None:
         """Keep the class means in a file without a name: training does not need them."""
-        try:
-            if self._means_file is None:
-                self._means_file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115
-                weakref.finalize(self, self._means_file.close)
-                self._trained.means_KD.cpu().numpy().tofile(self._means_file)
-        except OSError as exc:
-            num_bytes = self._trained.means_KD.numel() * 4
-            raise ClusterError(
-                f"--scratch {self._scratch or tempfile.gettempdir()}: expected {num_bytes / 2**30:.1f} GiB for the "
-                f"class means, got {exc.strerror}; give another folder or a smaller --size"
-            ) from exc
+        if self._means is None:
+            self._means = Spool(self._scratch or tempfile.gettempdir())
+            self._means.put(self._trained.means_KD.cpu().numpy())
         self._trained = replace(self._trained, means_KD=torch.empty(0))
 
     def _take_means_back(self) -> None:
-        if self._means_file is not None and not self._trained.means_KD.numel():
-            self._means_file.seek(0)
-            means_KD = np.fromfile(self._means_file, np.float32).reshape(self._plan.num_classes, -1)
-            self._trained = replace(self._trained, means_KD=torch.from_numpy(means_KD).to(self._device))
+        if self._means is not None and not self._trained.means_KD.numel():
+            self._trained = replace(self._trained, means_KD=torch.from_numpy(self._means.get(0)).to(self._device))
 
     def _choose_store(self, scratch: str | None) -> tuple[torch.device, str | None]:
         """Keep images on the GPU where its share of these is free; else in memory, or on disk."""

@@ -39,7 +39,7 @@ class Spool:
         if self._file is not None:
             try:
                 start = self._file.seek(0, 2)
-                self._file.write(pickle.dumps(value))
+                pickle.dump(value, self._file, protocol=5)  # of an array without a copy
                 self._file.flush()
             except OSError as exc:
                 raise self._no_room(exc) from exc
@@ -56,6 +56,6 @@ class Spool:
 
     def _no_room(self, exc: OSError) -> ClusterError:
         return ClusterError(
-            f"--scratch {self._scratch}: expected room for keys and neighbors that memory cannot hold, got "
+            f"--scratch {self._scratch}: expected room for what actors do not keep in memory, got "
             f"{exc.strerror}; give another folder, or more nodes"
         )
