@@ -1,27 +1,28 @@
-"""A listing cut into shards, images assigned to lanes and parts: the plan of a job.
+"""The plan of a job: what every actor knows of it, and where images go.
 
-Input: the number of images and the options. Output: numbered shards, each some neighbours in the listing, and the rule
-by which an image has its offset in a lane. Invariant: both depend on the listing and the options alone, never on the
-number of workers; every image is in one shard; and how the listing is cut does not change where an image goes.
+Input: the listing and the options. Output: a `Plan` and its shards; the rule by which an image has its offset in a
+lane. Invariant: both depend on the listing and the options alone, never on the number of workers, and how the listing
+is cut does not change where an image goes.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Config
+from pipeline.cuts import Shard, cut_train, cut_valid, part_bounds
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
-from pipeline.model import Model, ModelInput
+from pipeline.model import Model
+from pipeline.target import Target
 from pipeline.tree import lane_ranges
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,6 @@ _MIN_SHARD_IMAGES = 64
 _MIN_SHARDS = 16
 # A shard's pixels travel as one object; larger ones would make a few of them fill the object store.
 MAX_SHARD_BYTES = 16 * 2**20
-MAX_PART_IMAGES = 100_000
-# While it is scored, or waits to be, a part is held by its actor.
-MAX_PART_BYTES = 256 * 2**20
-# A part of fewer images is not worth a file of its own.
-_MIN_PART_IMAGES = 2048
 # What is shuffled, and read from disk, at once; two of each lane are in memory where lanes are on disk.
 _CHUNK_BYTES = 8 * 2**20
 # More products of pixels than these are not computed unless they are asked for: with 5 neighbors of each validation
@@ -58,91 +54,6 @@ _REQUEST_BYTES = 8 * 2**20
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
-
-
-@dataclass(frozen=True)
-class Target:
-    """What every image becomes: `height` and `width` in pixels, and `mode` L or RGB.
-
-    `draft` lets a JPEG of at least four times these sides be decoded at a reduced scale. `model_input` is what it
-    becomes a second time, for a model that is given other pixels.
-    """
-
-    height: int
-    width: int
-    mode: Literal["L", "RGB"]
-    draft: bool = True
-    model_input: ModelInput | None = None
-
-    @property
-    def channels(self) -> int:
-        """1 for L, 3 for RGB."""
-        return len(self.mode)
-
-    @property
-    def num_values(self) -> int:
-        """Values of one image, D = H·W·C, which is also its size in bytes."""
-        return self.height * self.width * self.channels
-
-    @property
-    def decoded_bytes(self) -> int:
-        """Bytes of a decoded image, with those for the model."""
-        return self.num_values + (self.model_input.num_values if self.model_input else 0)
-
-    @property
-    def without_model(self) -> Target:
-        """The same for images that the model is not run on: the same pixels, decoded at the same scale."""
-        return replace(self, model_input=self.model_input and replace(self.model_input, is_made=False))
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        """Height and width that a file is needed at, for whatever it becomes."""
-        heights, widths = zip(
-            (self.height, self.width), *([self.model_input.scaled] if self.model_input else []), strict=True
-        )
-        return max(heights), max(widths)
-
-    @property
-    def sides(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.height, self.width, self.channels
-
-    @property
-    def shape(self) -> list[int]:
-        """[H, W], or [H, W, 3] for RGB."""
-        return [self.height, self.width] if self.mode == "L" else [self.height, self.width, 3]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A unit of work: some neighbours in one split's listing, all in one file where the dataset is in archives.
-
-    Attributes:
-        index: The shard's number, counted through both splits, training first.
-        split: Which listing the rows are of.
-        start: The first row.
-        stop: The row behind the last one.
-        file: The number of the archive that holds them; 0 for class folders.
-        first: The first row, counted from the archive's first.
-        part: Of a validation shard, the part of the predictions that it is written to.
-        offset: Of a validation shard, where its first row stands in the part.
-        entry: The name of its entry in the cache, where there is one and the shard is of class folders.
-    """
-
-    index: int
-    split: Split
-    start: int
-    stop: int
-    file: int
-    first: int
-    part: int = 0
-    offset: int = 0
-    entry: str = ""
-
-    @property
-    def num_images(self) -> int:
-        """Listed images."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -397,75 +308,3 @@ def _shard_images(num_images: int, config: Config) -> int:
     if config.height_width:  # a given size says nothing of the files', and large ones are long in decoding
         return min(_SHARD_IMAGES, max(_MIN_SHARD_IMAGES, share))
     return min(_MAX_SHARD_IMAGES, max(_SHARD_IMAGES, share))
-
-
-def cut_train(row_groups: Sequence[Sequence[int]], max_images: int) -> list[Shard]:
-    """Cut the training listing.
-
-    Args:
-        row_groups: For each file, the rows at which it is best cut, from 0 to the number of its rows.
-        max_images: Images that a shard holds at most.
-    """
-    pieces = _cut(row_groups, max_images, [])
-    return [Shard(index, "train", *piece) for index, piece in enumerate(pieces)]
-
-
-def cut_valid(
-    row_groups: Sequence[Sequence[int]], max_images: int, bounds: Sequence[int], first_index: int
-) -> list[Shard]:
-    """Cut the validation listing, also where one part ends and the next begins.
-
-    Args:
-        row_groups: As for `cut_train`.
-        max_images: Likewise.
-        bounds: As `part_bounds` returns them.
-        first_index: The number of the first shard.
-    """
-    shards = []
-    for index, (start, stop, file, first) in enumerate(_cut(row_groups, max_images, bounds)):
-        part = bisect.bisect_right(bounds, start) - 1
-        shards.append(Shard(first_index + index, "valid", start, stop, file, first, part, start - bounds[part]))
-    return shards
-
-
-def part_bounds(num_images: int, image_bytes: int, lanes: int) -> list[int]:
-    """Cut the validation listing into parts: one prediction file each, computed on one actor.
-
-    `image_bytes` are those of an image's pixels and scores.
-
-    There is one for each lane if the images suffice, and more, in a multiple of the lanes, where parts would pass
-    `MAX_PART_IMAGES` or `MAX_PART_BYTES`.
-
-    Returns:
-        The first row of each part, and at last the number of rows.
-    """
-    max_images = min(MAX_PART_IMAGES, max(1, MAX_PART_BYTES // image_bytes))
-    wanted = -(-num_images // (max_images * lanes)) * lanes
-    num_parts = min(wanted, -(-num_images // min(_MIN_PART_IMAGES, max_images)))
-    return [part * num_images // num_parts for part in range(num_parts)] + [num_images] if num_parts else [0]
-
-
-def _cut(
-    row_groups: Sequence[Sequence[int]], max_images: int, bounds: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """Cut files at `bounds` and, in pieces of at most `max_images`, preferably between their row groups.
-
-    Returns:
-        For each piece its first row and the row behind its last, both of the whole listing, the number of its file,
-        and its first row in the file.
-    """
-    pieces = []
-    begin = 0
-    for file, groups in enumerate(row_groups):
-        end = begin + groups[-1]
-        inner = set(bounds[bisect.bisect_right(bounds, begin) : bisect.bisect_left(bounds, end)])
-        cuts = sorted({*(begin + row for row in groups), *inner})
-        start = begin
-        for high, behind in zip(cuts[1:], [*cuts[2:], None], strict=True):
-            if behind is None or high in inner or behind - start > max_images:
-                num_pieces = -(-(high - start) // max_images)
-                steps = [start + piece * (high - start) // num_pieces for piece in range(num_pieces + 1)]
-                pieces += [(left, right, file, left - begin) for left, right in itertools.pairwise(steps)]
-                start = high
-        begin = end
-    return pieces

@@ -23,7 +23,7 @@ from pipeline.data.files import Location, display, read_images
 from pipeline.data.formats import reader_of
 from pipeline.data.listing import Listing, list_dataset
 from pipeline.data.storage import BucketStore, LocalStore
-from pipeline.plan import Target, make_plan
+from pipeline.plan import make_plan
 from pipeline.results.figures import EpochMetric, accuracies
 from pipeline.results.tables import (
     DUPLICATES_SCHEMA,
@@ -38,6 +38,7 @@ from pipeline.results.tables import (
     weights_table,
 )
 from pipeline.results.writing import write_run, write_table
+from pipeline.target import Target
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 from builders import encode
 
-from pipeline.plan import Target
 from pipeline.results.figures import LINE, EpochMetric, accuracies
 from pipeline.results.tables import (
     DUPLICATES_SCHEMA,
@@ -22,6 +21,7 @@ from pipeline.results.tables import (
     weights_table,
 )
 from pipeline.results.writing import Output, write_run, write_table
+from pipeline.target import Target
 
 CLASSIFIERS = ("majority_class", "nearest_mean_l1", "knn_5", "sgd_linear")
 NUM_VALID = 3

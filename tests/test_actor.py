@@ -31,8 +31,9 @@ from pipeline.data.files import Location
 from pipeline.data.listing import Listing
 from pipeline.decoding.shards import Loader, load_shard, shard_owners
 from pipeline.errors import ActorLostError, EvaluationError
-from pipeline.plan import Target, make_plan
+from pipeline.plan import make_plan
 from pipeline.results.figures import epoch_metric
+from pipeline.target import Target
 
 HOST = "127.0.0.1"
 TOKEN = bytes(range(TOKEN_BYTES))
@@ -161,7 +162,7 @@ def make_job(num_actors=1, holes=None, **options):
     listing = Listing(location, CLASSES, tables["train"], tables["valid"], "valid", {})
     config = Config(**{"shard_images": 3, "batch_size": 32, "epochs": 2, "neighbors": 0, **options})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.plan._MIN_PART_IMAGES", 6)
+        patch.setattr("pipeline.cuts._MIN_PART_IMAGES", 6)
         plan, cut = make_plan(config, listing, TARGET, 12 * len(CLASSES))
     loader = Loader(location, TARGET, CLASSES, plan.assignment, num_actors, None)
     decoded = []

@@ -19,7 +19,7 @@ from pipeline.data.storage import temporary_beside
 from pipeline.decoding.cache import MARKER_FILE, Cache, Usage, clear, load, prepare, store, usage
 from pipeline.decoding.images import Decoded, Fault, decode_images
 from pipeline.errors import CacheError
-from pipeline.plan import Target
+from pipeline.target import Target
 
 KEYS = [f"{number:064x}" for number in range(32)]
 IMAGE = pa.fixed_shape_tensor(pa.uint8(), [4, 5])

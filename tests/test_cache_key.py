@@ -12,7 +12,7 @@ from builders import ROOT, write_folder
 from pipeline.data.files import DIGITS, Location, locate
 from pipeline.decoding import cache_key, images
 from pipeline.decoding.cache_key import entry_key, file_stamps, name_entry
-from pipeline.plan import Target
+from pipeline.target import Target
 
 TARGET = Target(4, 5, "L")
 NAMES = [b"3/a.png", b"3/\xff.png", b"7/c.png"]

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pytest
 from builders import encode
 
+from pipeline.cuts import Shard
 from pipeline.data.files import ReadFault
 from pipeline.decoding.digests import Digests, digest_shard, group_digests, split_digests
 from pipeline.decoding.images import decode_images
-from pipeline.plan import Shard, Target
+from pipeline.target import Target
 
 NUM_TRAIN = 70
 

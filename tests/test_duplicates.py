@@ -12,9 +12,9 @@ from builders import encode, pack_tar
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.driver import duplicates, job, waiting
 from pipeline.errors import ActorLostError
-from pipeline.plan import Shard
 from pipeline.results.duplicates import exact_tables, merge_duplicates
 from pipeline.results.tables import DUPLICATES_SCHEMA
 

@@ -16,7 +16,8 @@ from pipeline.compute.classifiers import nearest_mean, score_bytes, used_classif
 from pipeline.compute.neighbors import TrainBlock, search
 from pipeline.compute.program import load_program
 from pipeline.model import Model, ModelInput
-from pipeline.plan import LaneAssignment, Plan, Target
+from pipeline.plan import LaneAssignment, Plan
+from pipeline.target import Target
 
 CPU = torch.device("cpu")
 

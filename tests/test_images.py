@@ -30,7 +30,7 @@ from pipeline.decoding.images import (
     sample_rows,
 )
 from pipeline.errors import DataError
-from pipeline.plan import Target
+from pipeline.target import Target
 
 ROW_OF_FOUR = Target(1, 4, "RGB")
 

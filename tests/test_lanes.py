@@ -12,7 +12,8 @@ import torch
 from pipeline.compute.actor import LaneActor
 from pipeline.compute.lanes import Lanes, shuffled
 from pipeline.errors import ClusterError
-from pipeline.plan import LaneAssignment, Plan, Target
+from pipeline.plan import LaneAssignment, Plan
+from pipeline.target import Target
 
 CPU = torch.device("cpu")
 # images, lanes, rows that a lane gives to a step, images of a chunk at most

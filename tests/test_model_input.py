@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.decoding.images import Fault, decode_image, decode_images, to_model_input
 from pipeline.model import ModelInput
-from pipeline.plan import Target
+from pipeline.target import Target
 
 SIZES = [(60, 40), (40, 60), (51, 51), (37, 100), (20, 23), (300, 211)]  # width, height
 

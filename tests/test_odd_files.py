@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.decoding.images import FORMATS, REASONS, decode_image, decode_images
-from pipeline.plan import Target
+from pipeline.target import Target
 
 # How Pillow writes each format; WebP and JPEG 2000 lossless as well, since their decoders differ.
 FORMS = [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("GIF", {}), ("BMP", {}), ("DIB", {}), ("PPM", {}),

@@ -6,18 +6,9 @@ import pytest
 from builders import key_listing, plan_of
 
 from pipeline.config import Config
-from pipeline.plan import (
-    MAX_PART_BYTES,
-    MAX_PART_IMAGES,
-    MAX_SHARD_BYTES,
-    LaneAssignment,
-    Shard,
-    Target,
-    cut_train,
-    cut_valid,
-    make_plan,
-    part_bounds,
-)
+from pipeline.cuts import MAX_PART_BYTES, MAX_PART_IMAGES, Shard, cut_train, cut_valid, part_bounds
+from pipeline.plan import MAX_SHARD_BYTES, LaneAssignment, make_plan
+from pipeline.target import Target
 
 HUGE = 100 * MAX_SHARD_BYTES
 # images, lanes

@@ -20,10 +20,10 @@ from s3 import CREDENTIALS, client, s3_server
 from pipeline.config import Config
 from pipeline.driver import job, report
 from pipeline.errors import OutputError
-from pipeline.plan import Target
 from pipeline.results.finished import read_rows
 from pipeline.results.pages import visible
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

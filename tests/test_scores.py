@@ -12,7 +12,7 @@ import pytest
 from builders import ROOT, pack_archives, write_images
 from sklearn.metrics import accuracy_score, classification_report
 
-from pipeline import plan
+from pipeline import cuts
 from pipeline.config import Config
 from pipeline.data import score_files
 from pipeline.driver import job, scores, train
@@ -144,7 +144,7 @@ def test_predictions_alone_are_counted_as_they_are_and_a_skipped_image_may_have_
 def test_buckets_pieces_and_actors_do_not_change_a_bit(forms, tmp_path, monkeypatch):
     data, truth = forms["webdataset"]
     file = write(tmp_path / "p.csv", with_scores(truth["key"].to_pylist()))
-    monkeypatch.setattr(plan, "_MIN_PART_IMAGES", 4)
+    monkeypatch.setattr(cuts, "_MIN_PART_IMAGES", 4)
     runs = [evaluate(data, tmp_path / "1", file, actors=1, scores="top")]
     monkeypatch.setattr(scores, "_BUCKET_BYTES", 256)
     monkeypatch.setattr(scores, "_BLOCK_IMAGES", 10)

@@ -16,6 +16,7 @@ from builders import encode, pack_tar, put_in_bucket
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.data import files
 from pipeline.data.archives import find_archives
 from pipeline.data.files import Location
@@ -26,7 +27,8 @@ from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import decode_images, sample_rows
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers, shard_owners
 from pipeline.errors import DataError
-from pipeline.plan import LaneAssignment, Shard, Target, make_plan
+from pipeline.plan import LaneAssignment, make_plan
+from pipeline.target import Target
 from pipeline.tree import lane_ranges
 
 TARGET = Target(4, 5, "L")

@@ -105,7 +105,8 @@ def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
     import pyarrow as pa
 
     from pipeline.compute.actor import LaneActor
-    from pipeline.plan import LaneAssignment, Plan, Target
+    from pipeline.plan import LaneAssignment, Plan
+    from pipeline.target import Target
 
     images_ND, labels_N = task.load("train_images"), task.load("train_labels")
     target = Target(1, images_ND.shape[1], "L")
@@ -274,10 +275,10 @@ def feed_shards(task: Task) -> Answer:
     import psutil
     import ray
 
+    from pipeline.cuts import Shard
     from pipeline.decoding.digests import Digests
     from pipeline.driver import connect, feed, tasks
     from pipeline.driver.actors import PartRecord, end_actors
-    from pipeline.plan import Shard
 
     def decode_nothing(
         loader: object, shard: list[Any], *_: object
@@ -328,12 +329,14 @@ def _make_job(task: Task, on_done: Callable[[int], None]) -> Job:
     import pyarrow as pa
 
     from pipeline.config import Config
+    from pipeline.cuts import Shard
     from pipeline.data.files import Location
     from pipeline.data.listing import Listing
     from pipeline.driver.allocation import allocate
     from pipeline.driver.state import Clock, Job
-    from pipeline.plan import Shard, Target, make_plan
+    from pipeline.plan import make_plan
     from pipeline.results.writing import Output
+    from pipeline.target import Target
 
     config = Config(epochs=0, neighbors=0)
     keys = pa.array([b"train/class/%09d.png" % number for number in range(_SHARD_IMAGES)], pa.binary())

@@ -177,7 +177,7 @@ def ray_data_map_batches(images: Images) -> Answer:
     import ray.data
 
     from pipeline.decoding.images import Fault, decode_image
-    from pipeline.plan import Target
+    from pipeline.target import Target
 
     classes = np.array(class_names(images.data))
     target = Target(images.height, images.width, "L" if images.mode == "L" else "RGB")

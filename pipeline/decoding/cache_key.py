@@ -22,7 +22,7 @@ from pipeline.data.columns import one_chunk
 from pipeline.data.files import DIGITS, Location, Stamps
 from pipeline.decoding.images import DECODE_VERSION
 from pipeline.errors import without_secrets
-from pipeline.plan import Target
+from pipeline.target import Target
 
 _LIBRARIES = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 

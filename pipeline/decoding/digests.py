@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.cuts import Shard
 from pipeline.data.columns import one_chunk
 from pipeline.decoding.images import Decoded
-from pipeline.plan import Shard
 
 DIGEST_BYTES = 16
 

@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.data.files import ReadFault, display
 from pipeline.errors import DataError
 from pipeline.model import ModelInput
-from pipeline.plan import Target
+from pipeline.target import Target
 
 # What `files.IMAGE_ENDINGS` names. Others stay closed whatever a file is called: EPS would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cuts import Shard
 from pipeline.data import files
 from pipeline.data.columns import one_chunk
 from pipeline.data.files import Location, ReadFault
@@ -21,7 +22,8 @@ from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import Decoded, Fault, Header, decode_images, read_header
 from pipeline.errors import DataError
-from pipeline.plan import LaneAssignment, Shard, Target
+from pipeline.plan import LaneAssignment
+from pipeline.target import Target
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.decoding.images import (
     to_mode,
     upright,
 )
-from pipeline.plan import Target
+from pipeline.target import Target
 
 MAX_SIDE = 128
 # A file other than JPEG, which is decoded at a reduced scale, has to be decoded whole; a pixel takes up to 4 bytes.

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.errors import ClusterError
-from pipeline.plan import Plan, Shard
+from pipeline.plan import Plan
 from pipeline.tree import lane_ranges
 
 # Shards in flight for each CPU: one being decoded, one waiting, the others on their way to an actor.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import ray
 
+from pipeline.cuts import Shard
 from pipeline.data.listing import ArchiveListing, Listing
 from pipeline.driver import tasks
 from pipeline.driver.state import ImageCounts, Job
 from pipeline.driver.waiting import Ref, get_result, wait_all
-from pipeline.plan import Shard
 
 # A task that groups so many takes 80 MB of digests and twice that besides, and a second.
 _BUCKET_IMAGES = 4_000_000

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from pipeline.cuts import MAX_PART_BYTES, Shard
 from pipeline.data.files import display
 from pipeline.data.listing import ArchiveImages, ArchiveListing
 from pipeline.decoding.shards import Loader, ShardFile, shard_owners
@@ -27,7 +28,6 @@ from pipeline.driver.duplicates import Grouping
 from pipeline.driver.state import ImageCounts, Job
 from pipeline.driver.waiting import Ref, get_result, wait_some
 from pipeline.errors import ActorLostError, DataError
-from pipeline.plan import MAX_PART_BYTES, Shard
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0

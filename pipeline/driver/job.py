@@ -7,11 +7,10 @@ means and parameters, never pixels, and the work in flight is bounded by bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,46 +18,41 @@ from pipeline.compute.classifiers import score_bytes
 from pipeline.config import Config
 from pipeline.data import files, score_files, uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY
-from pipeline.data.classes import look_alike
 from pipeline.data.listing import Listing
 from pipeline.data.score_files import ScoreFile
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
-from pipeline.driver import cluster, connect, neighbors, report, scan, train
+from pipeline.driver import cluster, connect, neighbors, notices, report, scan, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
-from pipeline.driver.duplicates import Duplicates, find_duplicates
+from pipeline.driver.duplicates import find_duplicates
 from pipeline.driver.feed import feed, score
-from pipeline.driver.own_model import ModelFile, describe_model, probe_model, read_model, second_input
+from pipeline.driver.own_model import ModelFile, probe_model, read_model, second_input
 from pipeline.driver.scores import join_scores
 from pipeline.driver.state import Clock, ImageCounts, Job
 from pipeline.driver.train import Training
-from pipeline.driver.waiting import Ref, get_result, wait_all
+from pipeline.driver.waiting import Ref, wait_all
+from pipeline.driver.write import write_results
 from pipeline.errors import (
     ActorLostError,
     ClusterError,
     EvaluationError,
-    ImageCountError,
     OptionError,
     OutputError,
     without_secrets,
 )
-from pipeline.plan import Plan, Target, make_plan
-from pipeline.results import checkpoint, figures, tables, writing
-from pipeline.results.duplicates import merge_duplicates, merge_suspects
+from pipeline.plan import Plan, make_plan
+from pipeline.results import checkpoint, writing
 from pipeline.results.finished import open_run
 from pipeline.results.notebook import Run
 from pipeline.results.progress import Progress
-from pipeline.results.run import RunRecord, run_json
-from pipeline.results.tables import DUPLICATES_SCHEMA, SKIPPED_SCHEMA, SUSPECTS_SCHEMA
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
-# Of fewer images, the interval of an accuracy is more than half as wide as all that it can be.
-_FEW_IMAGES = 10
 
 
 def evaluate(
@@ -139,7 +133,7 @@ class _Begun(NamedTuple):
 def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) -> Job:
     """Look at the model, cut the listing, choose where images are kept, and prepare the results' folder."""
     config, clock, show = begun.config, begun.clock, begun.show
-    _say_what_may_surprise(listing)
+    notices.say_what_may_surprise(listing)
     model = None
     if begun.model_file:
         clock.enter("model")
@@ -192,37 +186,6 @@ def _write_report(job: Job, run: dict[str, Any], noted: list[Ref]) -> dict[str, 
         logger.warning("the page could not be made: %s; the results are complete, make it by %s", exc, again)
         return {**run, "options": {**run["options"], "report": False}}
     return run
-
-
-def _say_what_may_surprise(listing: Listing) -> None:
-    if listing.dropped:
-        logger.warning(
-            "%d classes are left out for want of images in one split: %s", len(listing.dropped),
-            files.enumerate_names(listing.dropped),
-        )  # fmt: skip
-    if found := look_alike(listing.classes):
-        logger.warning(
-            "classes: expected names that can be told apart, got %s; they are taken for different ones", found
-        )
-    num_ignored = sum(listing.num_ignored.values())
-    if num_ignored > listing.num_images:
-        logger.warning(
-            "%s: expected images, got %d files of other endings (%s) beside %d images; the README lists the "
-            "endings that are read",
-            without_secrets(listing.location.root), num_ignored, files.name_ignored(listing.num_ignored),
-            listing.num_images,
-        )  # fmt: skip
-
-
-def _say_where_images_are_few(listing: Listing, counts: ImageCounts) -> None:
-    confusion_KK = next(iter(counts.confusions.values()))
-    found = [(int(number), name) for number, name in zip(confusion_KK.sum(axis=1), listing.classes, strict=True)]
-    if few := sorted(each for each in found if each[0] < _FEW_IMAGES):
-        logger.warning(
-            "validation images: expected at least %d of every class, got fewer of %d of %d classes, whose accuracies "
-            "say little: %s", _FEW_IMAGES, len(few), len(found),
-            files.enumerate_names([f"{number} of {name}" for number, name in few]),
-        )  # fmt: skip
 
 
 def _meet_nodes(config: Config, on_progress: Callable[[Progress], None], *, is_joined: bool) -> list[Node]:
@@ -294,12 +257,12 @@ def _run(job: Job, actors: list[Actor]) -> tuple[dict[str, Any], list[Ref]]:
             counts = feed(job, actors, begin_actors(actors, job.plan, job.allocation, scratch))
             _check_images(job, counts, fingerprint)
             if num_deaths == 0:
-                _say_where_gpus_are_missing(job, counts)
+                notices.say_where_gpus_are_missing(job, counts)
             _compute(job, actors, counts, training, fingerprint)
             if job.plan.model is not None:
                 runs = [actor.call.remote("describe_runs") for actor in actors]
                 counts.runs = wait_all(runs, "the model", partial(job.show, "score", 1, 1))
-            run = _write(job, counts, training, find_duplicates(job, counts))
+            run = write_results(job, counts, training, find_duplicates(job, counts))
             return run, [counts.noted[part] for part in sorted(counts.noted)]
         except ActorLostError as exc:
             train.save(job, training, fingerprint)
@@ -353,110 +316,3 @@ def _check_images(job: Job, counts: ImageCounts, fingerprint: dict[str, Any]) ->
             f"{job.listing.location.root}: expected the images with which {job.output.root} was begun, got others; run "
             "with the same data, or give --overwrite"
         )
-
-
-def _say_where_gpus_are_missing(job: Job, counts: ImageCounts) -> None:
-    num_on_cpu = counts.devices.count("cpu")
-    if job.allocation.gpus_per_actor > 0 and num_on_cpu:
-        logger.warning(
-            "%d actors were given GPUs, but torch finds no CUDA device there; they compute on the CPU", num_on_cpu
-        )
-
-
-def _write(job: Job, counts: ImageCounts, training: Training, duplicates: Duplicates) -> dict[str, Any]:
-    """Add the counts up, check that every image is accounted for, and write all tables and run.json."""
-    job.clock.enter("write")
-    listing, output = job.listing, job.output
-    num_train, num_valid = counts.num_decoded["train"], counts.num_decoded["valid"]
-    confusions = counts.confusions
-    for name, confusion_KK in confusions.items():
-        num_scored = int(confusion_KK.sum())
-        is_right = num_scored == num_valid and int(counts.train_counts_K.sum()) == num_train
-        if not is_right or num_train + num_valid + counts.num_skipped != listing.num_images:
-            raise ImageCountError(
-                f"{name}: expected {listing.num_images} listed images, got {num_train} to train on "
-                f"({counts.train_counts_K.sum()} in the means), {num_valid} to validate on ({num_scored} scored) and "
-                f"{counts.num_skipped} skipped; run again, and if it comes again report it"
-            )
-    _say_where_images_are_few(listing, counts)
-    rows = [
-        row
-        for name, counts_KK in confusions.items()
-        for row in figures.accuracies(name, listing.classes, counts_KK, counts.num_in_top.get(name))
-    ]
-    digests = {f"part-{part:05d}": digest for part, digest in counts.digests.items()}
-    model = job.plan.model
-    if model is not None:
-        digests["model"] = hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest()
-    contents = {
-        "metrics": tables.metrics_table(rows),
-        "confusion": tables.confusion_table((*listing.classes, *(model.extra_classes if model else ())), confusions),
-        "means": tables.means_table(listing.classes, job.plan.shape, counts.train_counts_K, counts.means_KD),
-    }
-    if training.model is not None and training.centre_D is not None:
-        weights = tables.weights_table(listing.classes, job.plan.shape, training.model, training.centre_D)
-        contents["weights"] = weights
-        contents["history"] = tables.history_table(training.history)
-    for name, table in contents.items():
-        digests[name] = writing.write_table(output, name, table)
-    skipped = (get_result(counts.skipped[index]) for index in sorted(counts.skipped))
-    digests["skipped"] = writing.write_tables(output, "skipped", SKIPPED_SCHEMA, skipped)
-    near, doubtful = (counts.neighbors.near, counts.neighbors.suspects) if counts.neighbors else ([], [])
-    groups = merge_duplicates(*([get_result(ref) for ref in refs] for refs in (duplicates.tables, near)))
-    digests["duplicates"] = writing.write_tables(output, "duplicates", DUPLICATES_SCHEMA, groups)
-    suspects = merge_suspects(*([get_result(ref) for ref in refs] for refs in (duplicates.suspects, doubtful)))
-    digests["suspects"] = writing.write_tables(output, "suspects", SUSPECTS_SCHEMA, suspects)
-    run = run_json(
-        RunRecord(
-            config=job.config,
-            listing=job.listing,
-            target=job.target,
-            output=output,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_skipped_by_reason=dict(sorted(counts.num_skipped_by_reason.items())),
-            num_resized=counts.num_resized,
-            num_shards=len(job.shards),
-            num_shards_from_cache=counts.num_from_cache,
-            learning_rate=training.learning_rate,
-            stopped_by=figures.stop_reason(job.config, training.history),
-            num_nodes=len(job.node_ids),
-            num_actors=job.allocation.num_actors,
-            gpus_per_actor=job.allocation.gpus_per_actor,
-            devices=counts.devices,
-            stores=counts.stores,
-            began=job.clock.began,
-            seconds=job.clock.read(),
-            duplicates=duplicates.counts,
-            neighbors=_describe_neighbors(job, counts),
-            model=describe_model(job.config, model, counts, job.clock.read()),
-            scores=job.given.about if job.given else None,
-            last_epoch=asdict(training.history[-1]) if training.history else None,
-            metrics=contents["metrics"].to_pylist(),
-            results_sha256=writing.combine_digests(digests),
-        )
-    )
-    writing.write_run(output, run)
-    checkpoint.delete_checkpoint(output)
-    return run
-
-
-def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
-    """Say for `run.json` what the search for neighbors came to."""
-    found = counts.neighbors
-    if found is None:
-        return None
-    num_others = counts.num_decoded["valid"] - found.num_twins
-    return {
-        "number": job.plan.num_neighbors,
-        "of": "all" if job.plan.searches_train else "valid",
-        "by": "features" if job.plan.has_features else "pixels",
-        "median_distance": found.median,
-        "num_twins": found.num_twins,
-        "num_near_twins": found.num_twins - found.num_same,
-        "num_suspects": found.num_suspects,
-        "accuracy_without_twins": {
-            name: (int(confusion_KK.trace()) - counts.num_twins_correct[name]) / num_others if num_others else None
-            for name, confusion_KK in counts.confusions.items()
-        },
-    }

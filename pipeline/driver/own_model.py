@@ -25,7 +25,7 @@ from pipeline.driver.state import ImageCounts
 from pipeline.driver.waiting import Ref, wait_all
 from pipeline.errors import ModelError, without_secrets
 from pipeline.model import Model, ModelInput, Probed, Wanted, match_classes
-from pipeline.plan import Target
+from pipeline.target import Target
 
 logger = logging.getLogger(__name__)
 

@@ -28,12 +28,12 @@ from pipeline.driver.connect import connected
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
 from pipeline.errors import EvaluationError
-from pipeline.plan import Target
 from pipeline.results import mistakes, pages, report, writing
 from pipeline.results.draft import open_draft
 from pipeline.results.finished import FinishedRun, open_run, read_batches
 from pipeline.results.mistakes import Found, Noted, Wanted
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.data import archives
 from pipeline.data import listing as listings
 from pipeline.data.classes import spread_over_splits
@@ -32,9 +33,10 @@ from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
 from pipeline.errors import DataError, without_secrets
-from pipeline.plan import Plan, Shard, Target
+from pipeline.plan import Plan
 from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 # Archives that are indexed, or wait for it, at one time.
 _MAX_SCANS = 256

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline.cuts import Shard
 from pipeline.data import score_files
 from pipeline.data.columns import one_chunk
 from pipeline.data.files import display, enumerate_names
@@ -36,7 +37,7 @@ from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.state import Clock, Given
 from pipeline.driver.waiting import Ref, get_result, wait_all
 from pipeline.errors import DataError
-from pipeline.plan import Plan, Shard
+from pipeline.plan import Plan
 from pipeline.results.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -17,15 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.data.listing import Listing
 from pipeline.data.splits import Split
 from pipeline.decoding.cache import Cache
 from pipeline.driver.actors import PartRecord
 from pipeline.driver.allocation import Allocation, Storage
 from pipeline.driver.waiting import Ref
-from pipeline.plan import Plan, Shard, Target
+from pipeline.plan import Plan
 from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 
 class Clock:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 
 from pipeline.config import Config
+from pipeline.cuts import Shard
 from pipeline.data.files import Location
 from pipeline.data.formats import reader_of
 from pipeline.data.formats.index import Archive, Scan
@@ -28,9 +29,9 @@ from pipeline.decoding.images import Header
 from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result
-from pipeline.plan import Shard, Target
 from pipeline.results.duplicates import exact_tables
 from pipeline.results.tables import skipped_table
+from pipeline.target import Target
 
 
 class Source(NamedTuple):

@@ -16,8 +16,8 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.listing import Listing
 from pipeline.errors import without_secrets
-from pipeline.plan import Target
 from pipeline.results.writing import Output
+from pipeline.target import Target
 
 
 @dataclass(frozen=True)
