@@ -11,6 +11,7 @@ its `load`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -33,7 +34,7 @@ class Classifier:
 
     Attributes:
         name: What columns and figures are called by.
-        load: Imports and returns the function that scores a block.
+        scorer: A module beside this one and its function that scores a block.
         has_scores: Whether it has a score for each class.
         has_distances: Whether these are distances, of which the smallest is the best.
         needs_epochs: Whether it is trained by SGD, and is left out with `--epochs 0`.
@@ -45,7 +46,7 @@ class Classifier:
     """
 
     name: str
-    load: Callable[[], Scorer]
+    scorer: str
     has_scores: bool = True
     has_distances: bool = False
     needs_epochs: bool = False
@@ -55,86 +56,26 @@ class Classifier:
     needs_given: bool = False
     has_other: bool = False
 
-
-def _majority_class() -> Scorer:
-    from pipeline.compute.classifiers import majority_class
-
-    return majority_class.score
-
-
-def _nearest_mean_l1() -> Scorer:
-    from pipeline.compute.classifiers import nearest_mean
-
-    return nearest_mean.score_l1
-
-
-def _nearest_mean_rms() -> Scorer:
-    from pipeline.compute.classifiers import nearest_mean
-
-    return nearest_mean.score_rms
-
-
-def _knn_first() -> Scorer:
-    from pipeline.compute.classifiers import knn
-
-    return knn.score_first
-
-
-def _knn() -> Scorer:
-    from pipeline.compute.classifiers import knn
-
-    return knn.score
-
-
-def _nearest_mean_euclidean() -> Scorer:
-    from pipeline.compute.classifiers import nearest_mean
-
-    return nearest_mean.score_euclidean
-
-
-def _nearest_mean_cosine() -> Scorer:
-    from pipeline.compute.classifiers import nearest_mean
-
-    return nearest_mean.score_cosine
-
-
-def _knn_weighted() -> Scorer:
-    from pipeline.compute.classifiers import knn
-
-    return knn.score_weighted
-
-
-def _sgd_linear() -> Scorer:
-    from pipeline.compute.classifiers import sgd_linear
-
-    return sgd_linear.score
-
-
-def _own_model() -> Scorer:
-    from pipeline.compute.classifiers import own_model
-
-    return own_model.score
-
-
-def _scores() -> Scorer:
-    from pipeline.compute.classifiers import scores
-
-    return scores.score
+    def load(self) -> Scorer:
+        """Import and return the function that scores a block."""
+        module, _, function = self.scorer.partition(".")
+        scorer: Scorer = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return scorer
 
 
 # In the order in which they are shown; of a name with a brace, `used_classifiers` fills in the number of neighbors.
 CLASSIFIERS = (
-    Classifier("majority_class", _majority_class, has_scores=False),
-    Classifier("nearest_mean_l1", _nearest_mean_l1, has_distances=True, of="pixels"),
-    Classifier("nearest_mean_rms", _nearest_mean_rms, has_distances=True, of="pixels"),
-    Classifier("nearest_mean_euclidean", _nearest_mean_euclidean, has_distances=True, of="features"),
-    Classifier("nearest_mean_cosine", _nearest_mean_cosine, has_distances=True, of="features"),
-    Classifier("knn_1", _knn_first, needs_neighbors=True),
-    Classifier("knn_{}", _knn, needs_neighbors=True),
-    Classifier(f"knn_{WEIGHTED_NEIGHBORS}", _knn_weighted, needs_neighbors=True, of="features"),
-    Classifier("sgd_linear", _sgd_linear, needs_epochs=True),
-    Classifier("model", _own_model, needs_logits=True),
-    Classifier("scores", _scores, needs_given=True, has_other=True),
+    Classifier("majority_class", "majority_class.score", has_scores=False),
+    Classifier("nearest_mean_l1", "nearest_mean.score_first", has_distances=True, of="pixels"),
+    Classifier("nearest_mean_rms", "nearest_mean.score_second", has_distances=True, of="pixels"),
+    Classifier("nearest_mean_euclidean", "nearest_mean.score_first", has_distances=True, of="features"),
+    Classifier("nearest_mean_cosine", "nearest_mean.score_second", has_distances=True, of="features"),
+    Classifier("knn_1", "knn.score_first", needs_neighbors=True),
+    Classifier("knn_{}", "knn.score", needs_neighbors=True),
+    Classifier(f"knn_{WEIGHTED_NEIGHBORS}", "knn.score_weighted", needs_neighbors=True, of="features"),
+    Classifier("sgd_linear", "sgd_linear.score", needs_epochs=True),
+    Classifier("model", "own_model.score", needs_logits=True),
+    Classifier("scores", "scores.score", needs_given=True, has_other=True),
 )
 
 

@@ -163,28 +163,16 @@ def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor) -> torch.Tensor:
     return squared_NK.sqrt_().float()
 
 
-def score_euclidean(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score a block of features by the Euclidean distance to each class mean; see `classifiers.Scorer`."""
-    euclidean_NK, _ = block.distances
-    return euclidean_NK, nearest(euclidean_NK)
+def score_first(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block by the first of the two `distances` to each class mean; see `classifiers.Scorer`."""
+    distances_NK, _ = block.distances
+    return distances_NK, nearest(distances_NK)
 
 
-def score_cosine(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score a block of features by the cosine distance to each class mean; see `classifiers.Scorer`."""
-    _, cosine_NK = block.distances
-    return cosine_NK, nearest(cosine_NK)
-
-
-def score_l1(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score a block by the mean absolute difference to each class mean; see `classifiers.Scorer`."""
-    l1_NK, _ = block.distances
-    return l1_NK, nearest(l1_NK)
-
-
-def score_rms(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score a block by the root of the mean squared difference to each class mean; see `classifiers.Scorer`."""
-    _, rms_NK = block.distances
-    return rms_NK, nearest(rms_NK)
+def score_second(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block by the second of the two `distances` to each class mean; see `classifiers.Scorer`."""
+    _, distances_NK = block.distances
+    return distances_NK, nearest(distances_NK)
 
 
 def nearest(distances_NK: torch.Tensor) -> torch.Tensor:
