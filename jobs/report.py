@@ -13,10 +13,11 @@ import sys
 
 import click
 
-from pipeline.errors import EvaluationError, without_secrets
+from commands import OneLineCommand
+from pipeline.errors import EvaluationError, OptionError, without_secrets
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out")
 @click.option("--data", default=None, help="Where the images are now.  [default: where they were]")
 @click.option("--example", default=None, help="Key of the image that is shown as numbers.")
@@ -34,7 +35,7 @@ def main(out: str, data: str | None, example: str | None, address: str | None) -
         click.echo(without_secrets(report.remake(out, data, example, address)))
     except EvaluationError as exc:
         click.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(exc, OptionError) else 1)
 
 
 if __name__ == "__main__":

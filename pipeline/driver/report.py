@@ -7,9 +7,9 @@ became of the images, the page is made; what cannot be shown is named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,10 @@ from pipeline.decoding.thumbnails import Picture, make_picture
 from pipeline.driver.connect import connected
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import EvaluationError
+from pipeline.errors import DataError, EvaluationError, OptionError
 from pipeline.plan import Target
 from pipeline.results import mistakes, pages, report, writing
-from pipeline.results.draft import open_draft
+from pipeline.results.draft import Draft, open_draft
 from pipeline.results.finished import FinishedRun, open_run, read_batches
 from pipeline.results.mistakes import Found, Noted, Wanted
 from pipeline.results.writing import Output
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Files that one task makes pictures of: few enough that they spread over CPUs.
 _TASK_KEYS = 48
+# Of the image that is shown as numbers, uint8 [H, W, C]; None if it cannot be decoded any more.
+_Pixels: TypeAlias = npt.NDArray[np.uint8] | None
 
 
 def images_of(listing: Listing, config: Config) -> Images:
@@ -70,6 +72,22 @@ def write_report(
     Raises:
         EvaluationError: If results cannot be read, or the page not be written.
     """
+    return _write(finished, *_collect(finished, images, on_tick, example, noted))
+
+
+def _write(finished: FinishedRun, draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: _Pixels) -> str:
+    output = finished.output
+    content = report.render(draft, pictures, pixels)
+    writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
+    if missing := sum(isinstance(found, Fault) for found in pictures.values()):
+        logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))
+    return f"{output.root}/{writing.REPORT_FILE}"
+
+
+def _collect(
+    finished: FinishedRun, images: Images, on_tick: Callable[[], bool], example: str | None, noted: Sequence[Ref] = ()
+) -> tuple[Draft, dict[str, Picture | Fault], _Pixels]:
+    """Find what the page shows, and have its pictures made."""
     output = finished.output
     draft = open_draft(finished, example)
     refs = [
@@ -80,12 +98,7 @@ def write_report(
     keys = report.picture_keys(draft)
     target = Target(**finished.run["target"])
     request = _Request(pages.picture_bytes(keys.total()), draft.example_key, target)
-    pictures, pixels = _fetch(images, list(keys), request, on_tick)
-    content = report.render(draft, pictures, pixels)
-    writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
-    if missing := sum(isinstance(found, Fault) for found in pictures.values()):
-        logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))
-    return f"{output.root}/{writing.REPORT_FILE}"
+    return draft, *_fetch(images, list(keys), request, on_tick)
 
 
 def remake(
@@ -102,12 +115,39 @@ def remake(
         on_tick: As `write_report` takes it.
 
     Raises:
+        DataError: If `data` has none of the images.
+        OptionError: If there is no image `example` where others are.
         EvaluationError: If there is no finished run, or the page cannot be written.
     """
     finished = open_run(out)
     with connected(address):
         images = locate_again(finished.run, data)
-        return write_report(finished, images, on_tick, example or finished.run["options"].get("example"))
+        named = example or finished.run["options"].get("example")
+        draft, pictures, pixels = _collect(finished, images, on_tick, named)
+        _check_pictures(draft, pictures, data, example)
+        return _write(finished, draft, pictures, pixels)
+
+
+def _check_pictures(
+    draft: Draft, pictures: Mapping[str, Picture | Fault], data: str | None, example: str | None
+) -> None:
+    """Keep the page that is there if the place that is named has no image of it, or not the one that is asked for.
+
+    Without a place, images may be gone, and a page that names them is all that can be had.
+    """
+    faults = {key: found for key, found in pictures.items() if isinstance(found, Fault)}
+    if data is not None and faults and len(faults) == len(pictures):
+        key, fault = next(iter(faults.items()))
+        raise DataError(
+            f"--data {data}: expected images of {draft.output.root}, got none of the {len(faults):,} that its page "
+            f"shows ({key}: {fault.error}); the page is left as it was: say where the images are, or leave --data out"
+        )
+    is_known = example in draft.found.by_key or len(faults) == len(pictures)
+    if example in faults and not is_known:
+        other = next(key for key in pictures if key not in faults)
+        raise OptionError(
+            f"--example {example}: expected the key of an image, got {faults[example].error}; give one as {other}"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +161,7 @@ class _Request:
 
 def _fetch(
     images: Images, keys: Sequence[str], request: _Request, on_tick: Callable[[], bool]
-) -> tuple[dict[str, Picture | Fault], npt.NDArray[np.uint8] | None]:
+) -> tuple[dict[str, Picture | Fault], _Pixels]:
     """Have pictures made, and one image decoded; every key has an answer."""
     waiting: dict[Ref, list[str]] = {}
     for place, names in images.assign(keys):
@@ -175,7 +215,7 @@ def _picture_members(
 
 def _make_pictures(
     images: Iterable[tuple[str, bytes | ReadFault]], request: _Request
-) -> tuple[dict[str, Picture | Fault], npt.NDArray[np.uint8] | None]:
+) -> tuple[dict[str, Picture | Fault], _Pixels]:
     pictures, pixels, target = {}, None, request.target
     for key, data in images:
         pictures[key] = make_picture(data, request.max_bytes)

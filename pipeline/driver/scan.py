@@ -23,6 +23,7 @@ from pipeline.data.classes import spread_over_splits
 from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
+from pipeline.data.lookup import check_example
 from pipeline.data.splits import Split
 from pipeline.decoding.images import Header, choose_target, sample_rows
 from pipeline.decoding.shards import sample_headers
@@ -114,6 +115,8 @@ def _list_first(location: Location, config: Config) -> FirstListing:
     if found:
         return FoundArchives(found, ignored)
     listing = listings.list_dataset(location, config)
+    if config.example is not None:
+        check_example(listing, config.example)
     rows = sample_rows(len(listing.train))
     return listing, choose_target(config, sample_headers(location, listing.train, None, rows))
 
