@@ -70,6 +70,11 @@ def _likeness(name: str, other: str) -> float:
     return SequenceMatcher(None, name.lstrip("-"), other.lstrip("-")).ratio()
 
 
+def quoted(name: str) -> str:
+    """Write a name as `--classes` takes it: in quotes where it has a comma or a quote in it."""
+    return '"{}"'.format(name.replace('"', '""')) if "," in name or '"' in name else name
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number of things, `1 row` or `1,234 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

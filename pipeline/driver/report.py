@@ -27,7 +27,7 @@ from pipeline.decoding.thumbnails import Picture, make_picture
 from pipeline.driver.connect import connected
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import DataError, EvaluationError, OptionError
+from pipeline.errors import DataError, EvaluationError, OptionError, counted
 from pipeline.plan import Target
 from pipeline.results import mistakes, pages, report, writing
 from pipeline.results.draft import Draft, open_draft
@@ -80,7 +80,12 @@ def _write(finished: FinishedRun, draft: Draft, pictures: Mapping[str, Picture |
     content = report.render(draft, pictures, pixels)
     writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
     if missing := sum(isinstance(found, Fault) for found in pictures.values()):
-        logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))
+        logger.info(
+            "%s: without pictures of %d of %s, which it names",
+            writing.REPORT_FILE,
+            missing,
+            counted(len(pictures), "image"),
+        )
     return f"{output.root}/{writing.REPORT_FILE}"
 
 
@@ -139,8 +144,8 @@ def _check_pictures(
     if data is not None and faults and len(faults) == len(pictures):
         key, fault = next(iter(faults.items()))
         raise DataError(
-            f"--data {data}: expected images of {draft.output.root}, got none of the {len(faults):,} that its page "
-            f"shows ({key}: {fault.error}); the page is left as it was: say where the images are, or leave --data out"
+            f"--data {data}: expected the images of {draft.output.root}, got none of {counted(len(faults), 'image')} "
+            f"that its page shows ({key}: {fault.error}); the page is as it was; say where they are"
         )
     is_known = example in draft.found.by_key or len(faults) == len(pictures)
     if example in faults and not is_known:

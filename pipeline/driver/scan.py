@@ -32,7 +32,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import DataError, without_secrets
+from pipeline.errors import DataError, counted, without_secrets
 from pipeline.plan import Plan, Shard, Target
 from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
@@ -157,7 +157,7 @@ def list_archives(
                 waiting[ref] = number
             if not waiting:
                 return
-            for done in wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+            for done in wait_some(list(waiting), f"indexing {counted(len(waiting), 'archive')}", show):
                 number = waiting.pop(done)
                 scans[number] = get_result(done, f"indexing {all_archives[number].path}")
 
@@ -217,7 +217,7 @@ def name_entries(
         while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
             rows = listed[shard.split].slice(shard.start, shard.num_images)
             waiting[tasks.submit_entry_name(listing.location, plan.target_of(shard.split), rows)] = shard
-        for done in wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
+        for done in wait_some(list(waiting), f"looking up the files of {counted(len(waiting), 'shard')}", show):
             shard = waiting.pop(done)
             named[shard.index] = replace(shard, entry=get_result(done, f"looking up files of shard {shard.index}"))
             num_done += shard.num_images
