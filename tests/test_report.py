@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, command, encode, pack_tar
-from pages import check_page, chromium, open_page, read_tables
+from pages import check_page, chromium, figure, open_page, read_tables, without_breaks
 from PIL import Image
 from runs import CLASSIFIERS, NUM_VALID, make_images, make_run
 from s3 import CREDENTIALS, client, s3_server
 
 from pipeline.config import Config
 from pipeline.driver import job, report
-from pipeline.errors import OutputError
+from pipeline.errors import DataError, OptionError, OutputError
 from pipeline.plan import Target
 from pipeline.results.finished import read_rows
 from pipeline.results.pages import visible
@@ -35,7 +35,7 @@ NAMES = ("<script>alert(1)<script>", "a\"b'c&", "\u202egpj.exe", "\x07bell")
 
 
 def page_of(out):
-    return (out / "report.html").read_text()
+    return without_breaks((out / "report.html").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,12 @@ def test_scores_and_neighbors_of_mistakes_are_those_of_the_predictions(three_cla
         scores = dict(zip(("2", "10", "ä"), row[f"{name}_scores"], strict=True))
         for other, distance in zip(row["neighbor_classes"][:2], row["neighbor_distances"][:2], strict=True):
             assert f"{other} {distance:.4f}" in text
-        assert f"{given} taken for {predicted} score {scores[predicted]:.4f} against {scores[given]:.4f}" in text
+        said = {
+            "nearest_mean_l1": f"distance {figure(scores[predicted])} against {figure(scores[given])}",
+            "knn_5": f"{round(5 * scores[predicted])} of 5 votes against {round(5 * scores[given])}",
+            "sgd_linear": f"probability {figure(scores[predicted])} against {figure(scores[given])}",
+        }
+        assert f"{given} taken for {predicted} {said[name]}" in text
 
 
 def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(three_classes):
@@ -147,7 +152,7 @@ def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(
             " ".join([*(f"{row['split']}, {row['class']}" for row in rows), said, *(row["key"] for row in rows)])
             in text
         )
-    assert "1 of 1 groups, which have 2 images" in text
+    assert "1 of 1 group, which has 2 images" in text
     counts = run["neighbors"]
     assert f"{counts['num_twins']} validation image has a twin in training ; without it knn_5 gets 0.6250" in text
     assert f"{counts['num_suspects']} images have a doubtful label ; only validation images were searched" in text
@@ -226,9 +231,37 @@ def test_without_its_dataset_the_page_names_what_it_cannot_show(tmp_path):
     shutil.rmtree(tmp_path / "data")
     report.remake(str(out))
     _, text = read_tables(page_of(out))
-    assert "no picture" in text
-    assert "The image cannot be decoded any more" in text
+    assert f"None of the images on this page has a picture: unreadable: {tmp_path}/data: expected" in text
+    assert "as it could not be decoded when this page was made: unreadable" in text
     assert "valid/3/0.png" in text
+
+
+def test_a_place_without_the_images_leaves_the_page_as_it_was(tmp_path):
+    make_images(tmp_path, ("3", "7"))
+    out = make_run(tmp_path, ("3", "7"))
+    report.remake(str(out))
+    first = page_of(out)
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match=r"\A--data .*other: expected the images of .*, got none of \d+ images .*; .*\Z"
+    ):
+        report.remake(str(out), data=str(tmp_path / "other"))
+    with pytest.raises(
+        OptionError, match=r"\A--example train/3/9\.png: expected the key of an image, got .*; give one as"
+    ):
+        report.remake(str(out), example="train/3/9.png")
+    assert page_of(out) == first
+    (tmp_path / "data").rename(tmp_path / "moved")
+    report.remake(str(out), data=str(tmp_path / "moved"))
+    assert "no picture" not in page_of(out)
+
+
+def test_an_example_that_is_not_there_is_one_line_before_anything_is_decoded(small_dataset, tmp_path):
+    with pytest.raises(
+        OptionError, match=r"\A--example valid/x\.png: expected the key of an image, got none .*; give one as"
+    ):
+        job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), example="valid/x.png"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_left_out_is_said(tmp_path):
@@ -286,7 +319,7 @@ def test_an_image_too_large_to_show_is_named(tmp_path):
     out = make_run(tmp_path, ("3", "7"))
     report.remake(str(out))
     _, text = read_tables(page_of(out))
-    assert "too large to show too_large: 10000 x 10001 pixels" in text
+    assert "too large too_large: 10000 x 10001 pixels" in text
 
 
 def test_no_report_writes_none(small_dataset, tmp_path):

@@ -105,7 +105,7 @@ def check_example(listing: Listing, key: str) -> None:
 
     tables = [rows for rows in (listing.train, listing.valid) if isinstance(rows, pa.Table)]
     names = pa.array(_spellings(key), pa.binary())
-    if tables and not any(pc.is_in(rows["key"], value_set=names).true_count for rows in tables):
+    if tables and not any(pc.any(pc.is_in(rows["key"], value_set=names)).as_py() for rows in tables):
         first = files.display(tables[-1]["key"][0].as_py())
         raise OptionError(f"--example {key}: expected the key of an image, got none of this name; give one as {first}")
 

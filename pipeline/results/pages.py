@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # What all pictures together may take as files; base64 makes them a third larger, and the rest is left to text.
 _PICTURES_BYTES = 2_400_000
 _MAX_PICTURE_BYTES = 8_000
+# What is written where a picture would be, at most.
+_MAX_BRIEF = 40
 # A picture of less is enlarged without blur.
 _SMALL_SIDE = 64
 # Categories of Unicode: controls, formats, halves of surrogate pairs, private or no characters, ends of lines.
@@ -125,6 +127,7 @@ def _spelled(character: str) -> str:
 def _picture(found: Picture | Fault) -> dict[str, Any]:
     """Return a picture as an address that holds it, or why there is none."""
     if isinstance(found, Fault):
-        return {"uri": None, "fault": f"{found.reason}: {found.error}"}
+        fault = f"{found.reason}: {found.error}"
+        return {"uri": None, "fault": fault, "brief": fault if len(fault) <= _MAX_BRIEF else found.reason}
     is_small = max(found.width, found.height) <= _SMALL_SIDE
     return {"uri": charts.data_uri(found.data, found.media_type), "fault": None, "is_small": is_small}
