@@ -21,7 +21,9 @@ from pipeline.errors import EvaluationError, OptionError, without_secrets
 @click.argument("out")
 @click.option("--data", default=None, help="Where the images are now.  [default: where they were]")
 @click.option("--example", default=None, help="Key of the image that is shown as numbers.")
-@click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@click.option(
+    "--address", default=None, help="Ray cluster that does the work.  [default: RAY_ADDRESS, else this machine]"
+)
 def main(out: str, data: str | None, example: str | None, address: str | None) -> None:
     """Make report.html of the finished run in OUT, a folder or URI, anew."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
