@@ -75,6 +75,7 @@ def test_every_figure_is_that_of_the_tables(compare):
     best = max(totals, key=lambda row: row["accuracy_a"])
     assert f"B less A: {best['classifier_a']} (best) {signed(best['difference'])}" in text
     assert page.count("data:image/") == len(changes)
+    assert "By knn_1, both get the same images right. By the other pair: no difference can be told from chance" in text
 
 
 def test_hostile_names_are_text_and_have_their_pictures(compare):

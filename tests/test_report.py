@@ -19,10 +19,12 @@ from s3 import CREDENTIALS, client, s3_server
 
 from pipeline.config import Config
 from pipeline.driver import job, report
-from pipeline.errors import DataError, OptionError, OutputError
+from pipeline.driver.report_pieces import by_processes
+from pipeline.errors import ActorLostError, DataError, OptionError, OutputError
 from pipeline.plan import Target
-from pipeline.results.finished import read_rows
-from pipeline.results.pages import visible
+from pipeline.results.finished import open_run, read_rows
+from pipeline.results.pages import breakable, path, visible
+from pipeline.results.sections import headline
 from pipeline.results.writing import Output
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -322,6 +324,23 @@ def test_an_image_too_large_to_show_is_named(tmp_path):
     assert "too large too_large: 10000 x 10001 pixels" in text
 
 
+def test_a_process_that_dies_is_an_error_of_what_waits_and_no_end():
+    answers = dict(by_processes([(int, ("3",)), (open_run, ("nothing-there",))], "a test"))
+    assert answers[0] == 3
+    assert isinstance(answers[1], OutputError)
+    [(_, died)] = by_processes([(os._exit, (1,))], "a test")
+    assert isinstance(died, ActorLostError)
+
+
+def test_a_model_of_the_user_is_what_the_headline_asks_about(three_classes):
+    run = json.loads((three_classes / "run.json").read_text())
+    assert headline(run)["own"] == []
+    renamed = [row | {"classifier": row["classifier"].replace("knn_5", "model")} for row in run["metrics"]]
+    head = headline({**run, "metrics": renamed})
+    assert [(each["name"], each["called"]) for each in head["own"]] == [("model", "your model")]
+    assert head["rival"]["classifier"] == "nearest_mean_l1"
+
+
 def test_no_report_writes_none(small_dataset, tmp_path):
     run = job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=0, report=False))
     assert not (tmp_path / "out" / "report.html").exists()
@@ -340,6 +359,20 @@ def test_an_unfinished_run_is_one_line(tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_seen_is_spelled(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "shown"),
+    [
+        (breakable, "knn_5", "knn_5"), (breakable, "nearest_mean_l1", "nearest_<wbr>mean_l1"),
+        (breakable, "knn_5:sgd_linear", "knn_5:<wbr>sgd_linear"),
+        (path, "valid/3/0001.png", 'valid/<wbr>3/<span class="end">0001.png</span>'),
+        (path, "a_b<i>/none", 'a_<wbr>b&lt;i&gt;/<wbr>none<span class="end"></span>'),
+        (path, "val_0123456789.JPEG", 'val_<wbr>012345<span class="end">6789.JPEG</span>'),
+    ],
+)  # fmt: skip
+def test_names_break_where_their_parts_end(way, name, shown):
+    assert way(name) == shown
 
 
 # In a browser

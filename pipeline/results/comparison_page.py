@@ -18,7 +18,7 @@ from pipeline.data import lookup
 from pipeline.data.files import ReadFault
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture, make_picture
-from pipeline.errors import EvaluationError, counted, without_secrets
+from pipeline.errors import EvaluationError, without_secrets
 from pipeline.results import charts, pages
 from pipeline.results.comparison import Paired, holm
 from pipeline.results.comparison_text import CHANGES, about_lines, changed_rows, pair_name
@@ -97,10 +97,11 @@ def _in_words(pairs: Sequence[Pair], main: int) -> tuple[str, str | None]:
             parts.append(f"{side} is better by {', '.join([*named[:_MAX_NAMED], *more])}")
             left -= len(named)
     if left:
-        parts.append(f"by {left if parts else 'none'} a difference can{'not' if parts else ''} be told from chance")
-    others = (
-        f"By the other {counted(len(rest), 'pair')}: {'; '.join(parts)} (p below {_SIGNIFICANT}, by Holm's method)."
-    )
+        parts.append(
+            f"of {left} a difference cannot be told from chance" if parts else "no difference can be told from chance"
+        )
+    other = "pair" if len(rest) == 1 else f"{len(rest)} pairs"
+    others = f"By the other {other}: {'; '.join(parts)} (p below {_SIGNIFICANT}, by Holm's method)."
     return f"By {judges}, {verdict}.", others if rest else None
 
 

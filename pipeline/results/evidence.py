@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.plan import WEIGHTED_NEIGHBORS
 from pipeline.results.draft import Draft
 from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
-from pipeline.results.texts import figure
+from pipeline.results.texts import figure, with_minus
 
 
 def has_features(run: Mapping[str, Any]) -> bool:
@@ -54,7 +54,7 @@ def scores_in_words(classifier: str, mistake: Mistake, *, is_weighted: bool) -> 
     if number == classifier or not mistake.neighbors:
         is_distance = classifier.startswith("nearest_mean")
         kind = "distance" if is_distance else "score" if classifier == "scores" else "probability"
-        return f"{kind} {figure(own)} against {figure(given)}"
+        return f"{kind} {with_minus(figure(own))} against {with_minus(figure(given))}"
     if number == "1":
         near = next((figure(each[2]) for each in mistake.neighbors if each[1] == mistake.given), None)
         others = f"{near} to {mistake.given}" if near else f"no {mistake.given} among {len(mistake.neighbors)}"
