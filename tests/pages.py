@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 MAX_BYTES = 5_000_000
+# A long page takes a busy machine a while.
+_SCREENSHOT_MS = 120_000
 # Without these flags, Chromium asks for updates and the like.
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -80,7 +82,8 @@ def check_page(browser, path, sections, num_pictures, folder):
         faults = Axe().run(page).response["violations"]
         assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
         assert [each for each in _WHOLE if page.evaluate(_IS_CUT, each)] == []
-        page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"{folder.name}-{width}.png", full_page=True)
+        picture = Path(os.environ.get("SCREENSHOTS", folder)) / f"{folder.name}-{width}.png"
+        page.screenshot(path=picture, full_page=True, timeout=_SCREENSHOT_MS)
         page.close()
 
 

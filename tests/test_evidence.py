@@ -30,4 +30,4 @@ def test_scores_are_said_in_the_terms_of_the_classifier(classifier, scores, is_w
 
 def test_a_class_that_no_neighbor_has_is_said_to_be_far():
     mistake = Mistake("k", "fox", "cat", (1.0, 0.0), NEAR, (0.0, 0.0))
-    assert scores_in_words("knn_1", mistake, is_weighted=False) == "distance 0.1250 to cat, no fox among 3"
+    assert scores_in_words("knn_1", mistake, is_weighted=False) == "distance 0.1250 to cat, no fox near"

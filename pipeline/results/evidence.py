@@ -57,7 +57,7 @@ def scores_in_words(classifier: str, mistake: Mistake, *, is_weighted: bool) -> 
         return f"{kind} {with_minus(figure(own))} against {with_minus(figure(given))}"
     if number == "1":
         near = next((figure(each[2]) for each in mistake.neighbors if each[1] == mistake.given), None)
-        others = f"{near} to {mistake.given}" if near else f"no {mistake.given} among {len(mistake.neighbors)}"
+        others = f"{near} to {mistake.given}" if near else f"no {mistake.given} near"
         return f"distance {figure(mistake.neighbors[0][2])} to {mistake.predicted}, {others}"
     if is_weighted and number == str(WEIGHTED_NEIGHBORS):
         return f"{figure(own)} of the votes against {figure(given)}"
