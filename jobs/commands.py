@@ -14,6 +14,8 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from pipeline.errors import usage_line
+
 
 class OneLineCommand(click.Command):
     """A command, or with `click.Group` a group of them, whose usage errors are one line."""
@@ -36,5 +38,5 @@ def _one_line() -> Iterator[None]:
     except NoArgsIsHelpError:  # which shows the help
         raise
     except click.UsageError as exc:
-        click.echo(f"error: {' '.join(exc.format_message().split()).rstrip('.')}; try --help", err=True)
+        click.echo(f"error: {usage_line(exc)}", err=True)
         sys.exit(exc.exit_code)

@@ -38,7 +38,7 @@ from pipeline.config import (
     SCORES,
     Config,
 )
-from pipeline.errors import EvaluationError, OptionError, without_secrets
+from pipeline.errors import EvaluationError, OptionError, usage_line, without_secrets
 from pipeline.results.progress import Progress, StatusLine, is_terminal, progress_line, progress_parts
 from pipeline.results.summary import print_summary, summary
 
@@ -234,7 +234,7 @@ class _Command(click.Command):
             return super().make_context(*args, **settings)
         except click.UsageError as exc:
             # As in commands.py, which `ray submit` leaves behind.
-            click.echo(f"error: {' '.join(exc.format_message().split()).rstrip('.')}; try --help", err=True)
+            click.echo(f"error: {usage_line(exc)}", err=True)
             sys.exit(2)
 
 

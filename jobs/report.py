@@ -13,14 +13,17 @@ import sys
 
 import click
 
-from pipeline.errors import EvaluationError, without_secrets
+from commands import OneLineCommand
+from pipeline.errors import EvaluationError, OptionError, without_secrets
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out")
 @click.option("--data", default=None, help="Where the images are now.  [default: where they were]")
 @click.option("--example", default=None, help="Key of the image that is shown as numbers.")
-@click.option("--address", default=None, help="Ray cluster to join.  [default: the one found, else a local one]")
+@click.option(
+    "--address", default=None, help="Ray cluster that does the work.  [default: RAY_ADDRESS, else this machine]"
+)
 def main(out: str, data: str | None, example: str | None, address: str | None) -> None:
     """Make report.html of the finished run in OUT, a folder or URI, anew."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -34,7 +37,7 @@ def main(out: str, data: str | None, example: str | None, address: str | None) -
         click.echo(without_secrets(report.remake(out, data, example, address)))
     except EvaluationError as exc:
         click.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(exc, OptionError) else 1)
 
 
 if __name__ == "__main__":

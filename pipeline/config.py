@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from pipeline.errors import OptionError
+from pipeline.errors import OptionError, quoted
 
 INCOMPLETE_CLASSES = ("error", "drop")
 NEIGHBORS_OF = ("auto", "valid", "all")
@@ -173,7 +173,7 @@ class Config:
             )
         if both := [name for name in self.exclude_classes if name in self.classes]:
             raise OptionError(
-                f"--exclude-classes: expected no class of --classes, got {both[0]}; name it in one of them"
+                f"--exclude-classes: expected no class of --classes, got {quoted(both[0])}; name it in one of them"
             )
         for option, split in (("--train-split", self.train_split), ("--valid-split", self.valid_split)):
             _expect(

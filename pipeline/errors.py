@@ -18,8 +18,16 @@ line alone, so that an error crosses Ray by pickle unchanged. No message holds t
 anything that a terminal would obey.
 """
 
-import re
+from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from click import UsageError
+
+# From here on what was typed is taken for a slip: `--adress`, and not `--bogus` for `--out`.
+_MIN_LIKENESS = 0.65
 _SECRET = re.compile(
     # What stands between the colon and the @ of a URI's user.
     r"(?<=://)([^/?#\s@:]*:)[^/?#\s]*(?=@)|"
@@ -42,6 +50,34 @@ def printable(text: str) -> str:
     # Joiners shape letters, of Persian and of pictures, and nothing else.
     shown = (each if each.isprintable() or each in "\u200c\u200d" else f"{each!a}"[1:-1] for each in text)
     return "".join(shown)
+
+
+def usage_line(exc: UsageError) -> str:
+    """Write a usage error of click as one line; of a name that there is not, the one that is near to it, if any."""
+    typed = str(getattr(exc, "option_name", getattr(exc, "command_name", "")))
+    likest = ""
+    for name in getattr(exc, "possibilities", None) or ():  # click's own: some of them share no more than a letter
+        if _likeness(name, typed) >= max(_MIN_LIKENESS, _likeness(likest, typed)):
+            likest = name
+    message = exc.message if hasattr(exc, "possibilities") else exc.format_message()
+    advice = f"is {likest} meant, or try --help" if likest else "try --help"
+    return f"{' '.join(message.split()).rstrip('.')}; {advice}"
+
+
+def _likeness(name: str, other: str) -> float:
+    from difflib import SequenceMatcher
+
+    return SequenceMatcher(None, name.lstrip("-"), other.lstrip("-")).ratio()
+
+
+def quoted(name: str) -> str:
+    """Write a name as `--classes` takes it: in quotes where it has a comma or a quote in it."""
+    return '"{}"'.format(name.replace('"', '""')) if "," in name or '"' in name else name
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things, `1 row` or `1,234 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class EvaluationError(Exception):

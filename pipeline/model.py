@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, quoted
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> tuple[tuple[i
     doubled = [name for name, number in Counter(names).items() if number > 1]
     if doubled:
         raise ModelError(
-            f"--model-classes: expected every name once, got {doubled[0]} {names.count(doubled[0])} times; give a name "
-            "a line, in the order of the model's outputs"
+            f"--model-classes: expected every name once, got {quoted(doubled[0])} {names.count(doubled[0])} times; "
+            "give a name a line, in the order of the model's outputs"
         )
     extra = [name for name in names if name not in set(classes)]
     if len(extra) == len(names):
         raise ModelError(
-            f"--model-classes: expected names of the dataset's classes, as {classes[0]}, got none of them but "
-            f"{names[0] if names else 'nothing'}; give a name a line as the dataset spells it"
+            f"--model-classes: expected names of the dataset's classes, as {quoted(classes[0])}, got none of them but "
+            f"{quoted(names[0]) if names else 'nothing'}; give a name a line as the dataset spells it"
         )
     places = {name: place for place, name in enumerate([*classes, *extra])}
     return tuple(places[name] for name in names), tuple(extra)

@@ -1,6 +1,7 @@
 """Pages as a person finds them: opened in Chromium, and their tables as text."""
 
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 MAX_BYTES = 5_000_000
+# A long page takes a busy machine a while.
+_SCREENSHOT_MS = 120_000
 # Without these flags, Chromium asks for updates and the like.
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -25,6 +28,12 @@ def find_chromium():
     return found
 
 
+# What is to show all of its text, and how to see that some does not.
+_WHOLE = (".stats > div", ".bars td", ".bars th", ".card", ".gone", ".pair")
+_IS_CUT = """selector => [...document.querySelectorAll(selector)].some(
+    each => each.scrollWidth > each.clientWidth + 1 || each.scrollHeight > each.clientHeight + 1)"""
+
+
 @contextmanager
 def chromium():
     """Start Chromium, and end it."""
@@ -34,6 +43,16 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(_FLAGS))
         yield browser
         browser.close()
+
+
+def figure(value):
+    """Write a figure as pages do."""
+    return f"{value:.4f}".replace("-", "\u2212")
+
+
+def signed(value):
+    """Write a difference likewise."""
+    return f"{value:+.4f}".replace("-", "\u2212")
 
 
 def open_page(browser, path, width, scheme="light"):
@@ -62,7 +81,9 @@ def check_page(browser, path, sections, num_pictures, folder):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         faults = Axe().run(page).response["violations"]
         assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] != "minor"] == []
-        page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"{folder.name}-{width}.png", full_page=True)
+        assert [each for each in _WHOLE if page.evaluate(_IS_CUT, each)] == []
+        picture = Path(os.environ.get("SCREENSHOTS", folder)) / f"{folder.name}-{width}.png"
+        page.screenshot(path=picture, full_page=True, timeout=_SCREENSHOT_MS)
         page.close()
 
 
@@ -94,8 +115,13 @@ class _Tables(HTMLParser):
             self.cell.append(data)
 
 
+def without_breaks(page):
+    """Return a page without what says where names may be broken."""
+    return re.sub(r'<wbr>|<span class="end">(.*?)</span>', r"\1", page)
+
+
 def read_tables(page):
     """Return the tables of a page, each with the section that it is in, and all of its text."""
     parser = _Tables()
-    parser.feed(page)
+    parser.feed(without_breaks(page))
     return parser.tables, " ".join("".join(parser.text).split())

@@ -107,7 +107,7 @@ def test_no_actor_is_split_over_two_gpus(num_gpus, share, num_actors):
      (1, 0, 0.1, "0.1")],
 )  # fmt: skip
 def test_cuda_without_gpus_enough_is_refused(actors, num_gpus, share, needed):
-    with pytest.raises(ClusterError, match=f"^--device cuda: expected {needed} GPUs in the cluster, got {num_gpus}"):
+    with pytest.raises(ClusterError, match=f"^--device cuda: expected {needed} GPUs? in the cluster, got {num_gpus}"):
         allocated({"CPU": 4, "GPU": num_gpus}, device="cuda", actors=actors, gpus_per_actor=share)
 
 

@@ -3,12 +3,12 @@
 import pyarrow.parquet as pq
 import pytest
 from builders import write_finished
-from pages import check_page, chromium, read_tables
+from pages import check_page, chromium, figure, read_tables, signed, without_breaks
 from runs import make_images
 
 from pipeline.results.comparison_page import write_page
 from pipeline.results.finished import open_run
-from pipeline.results.texts import chance, figure, signed
+from pipeline.results.texts import chance
 from pipeline.results.two_runs import compare_runs, write_comparison
 from pipeline.results.writing import Output, prepare
 
@@ -38,7 +38,7 @@ def compare(tmp_path):
         output = Output.at(str(tmp_path / "out"))
         write_comparison(output, comparison)
         write_page(output, comparison)
-        return tmp_path / "out", (tmp_path / "out" / "compare.html").read_text()
+        return tmp_path / "out", without_breaks((tmp_path / "out" / "compare.html").read_text())
 
     return make
 
@@ -75,6 +75,7 @@ def test_every_figure_is_that_of_the_tables(compare):
     best = max(totals, key=lambda row: row["accuracy_a"])
     assert f"B less A: {best['classifier_a']} (best) {signed(best['difference'])}" in text
     assert page.count("data:image/") == len(changes)
+    assert "By knn_1, both get the same images right. By the other pair: no difference can be told from chance" in text
 
 
 def test_hostile_names_are_text_and_have_their_pictures(compare):
@@ -88,7 +89,8 @@ def test_hostile_names_are_text_and_have_their_pictures(compare):
 def test_without_the_images_the_page_names_them(compare):
     _, page = compare(has_images=False)
     _, text = read_tables(page)
-    assert text.count("no picture") == 3
+    assert text.count("no picture unreadable") == 3
+    assert "None of the images on this page has a picture: unreadable" in text
     assert "valid/7/1.png" in text
 
 

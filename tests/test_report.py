@@ -12,16 +12,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builders import ROOT, command, encode, pack_tar
-from pages import check_page, chromium, open_page, read_tables
+from pages import check_page, chromium, figure, open_page, read_tables, without_breaks
 from PIL import Image
 from runs import CLASSIFIERS, NUM_VALID, make_images, make_run
 from s3 import CREDENTIALS, client, s3_server
 
 from pipeline.config import Config
 from pipeline.driver import job, report
-from pipeline.errors import OutputError
-from pipeline.results.finished import read_rows
-from pipeline.results.pages import visible
+from pipeline.driver.report_pieces import by_processes
+from pipeline.errors import ActorLostError, DataError, OptionError, OutputError
+from pipeline.results.finished import open_run, read_rows
+from pipeline.results.pages import breakable, path, visible
+from pipeline.results.sections import headline
 from pipeline.results.writing import Output
 from pipeline.target import Target
 
@@ -35,7 +37,7 @@ NAMES = ("<script>alert(1)<script>", "a\"b'c&", "\u202egpj.exe", "\x07bell")
 
 
 def page_of(out):
-    return (out / "report.html").read_text()
+    return without_breaks((out / "report.html").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,12 @@ def test_scores_and_neighbors_of_mistakes_are_those_of_the_predictions(three_cla
         scores = dict(zip(("2", "10", "ä"), row[f"{name}_scores"], strict=True))
         for other, distance in zip(row["neighbor_classes"][:2], row["neighbor_distances"][:2], strict=True):
             assert f"{other} {distance:.4f}" in text
-        assert f"{given} taken for {predicted} score {scores[predicted]:.4f} against {scores[given]:.4f}" in text
+        said = {
+            "nearest_mean_l1": f"distance {figure(scores[predicted])} against {figure(scores[given])}",
+            "knn_5": f"{round(5 * scores[predicted])} of 5 votes against {round(5 * scores[given])}",
+            "sgd_linear": f"probability {figure(scores[predicted])} against {figure(scores[given])}",
+        }
+        assert f"{given} taken for {predicted} {said[name]}" in text
 
 
 def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(three_classes):
@@ -147,7 +154,7 @@ def test_suspects_duplicates_skipped_images_and_seconds_are_those_of_the_tables(
             " ".join([*(f"{row['split']}, {row['class']}" for row in rows), said, *(row["key"] for row in rows)])
             in text
         )
-    assert "1 of 1 groups, which have 2 images" in text
+    assert "1 of 1 group, which has 2 images" in text
     counts = run["neighbors"]
     assert f"{counts['num_twins']} validation image has a twin in training ; without it knn_5 gets 0.6250" in text
     assert f"{counts['num_suspects']} images have a doubtful label ; only validation images were searched" in text
@@ -226,9 +233,37 @@ def test_without_its_dataset_the_page_names_what_it_cannot_show(tmp_path):
     shutil.rmtree(tmp_path / "data")
     report.remake(str(out))
     _, text = read_tables(page_of(out))
-    assert "no picture" in text
-    assert "The image cannot be decoded any more" in text
+    assert f"None of the images on this page has a picture: unreadable: {tmp_path}/data: expected" in text
+    assert "as it could not be decoded when this page was made: unreadable" in text
     assert "valid/3/0.png" in text
+
+
+def test_a_place_without_the_images_leaves_the_page_as_it_was(tmp_path):
+    make_images(tmp_path, ("3", "7"))
+    out = make_run(tmp_path, ("3", "7"))
+    report.remake(str(out))
+    first = page_of(out)
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match=r"\A--data .*other: expected the images of .*, got none of \d+ images .*; .*\Z"
+    ):
+        report.remake(str(out), data=str(tmp_path / "other"))
+    with pytest.raises(
+        OptionError, match=r"\A--example train/3/9\.png: expected the key of an image, got .*; give one as"
+    ):
+        report.remake(str(out), example="train/3/9.png")
+    assert page_of(out) == first
+    (tmp_path / "data").rename(tmp_path / "moved")
+    report.remake(str(out), data=str(tmp_path / "moved"))
+    assert "no picture" not in page_of(out)
+
+
+def test_an_example_that_is_not_there_is_one_line_before_anything_is_decoded(small_dataset, tmp_path):
+    with pytest.raises(
+        OptionError, match=r"\A--example valid/x\.png: expected the key of an image, got none .*; give one as"
+    ):
+        job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), example="valid/x.png"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_left_out_is_said(tmp_path):
@@ -286,7 +321,24 @@ def test_an_image_too_large_to_show_is_named(tmp_path):
     out = make_run(tmp_path, ("3", "7"))
     report.remake(str(out))
     _, text = read_tables(page_of(out))
-    assert "too large to show too_large: 10000 x 10001 pixels" in text
+    assert "too large too_large: 10000 x 10001 pixels" in text
+
+
+def test_a_process_that_dies_is_an_error_of_what_waits_and_no_end():
+    answers = dict(by_processes([(int, ("3",)), (open_run, ("nothing-there",))], "a test"))
+    assert answers[0] == 3
+    assert isinstance(answers[1], OutputError)
+    [(_, died)] = by_processes([(os._exit, (1,))], "a test")
+    assert isinstance(died, ActorLostError)
+
+
+def test_a_model_of_the_user_is_what_the_headline_asks_about(three_classes):
+    run = json.loads((three_classes / "run.json").read_text())
+    assert headline(run)["own"] == []
+    renamed = [row | {"classifier": row["classifier"].replace("knn_5", "model")} for row in run["metrics"]]
+    head = headline({**run, "metrics": renamed})
+    assert [(each["name"], each["called"]) for each in head["own"]] == [("model", "your model")]
+    assert head["rival"]["classifier"] == "nearest_mean_l1"
 
 
 def test_no_report_writes_none(small_dataset, tmp_path):
@@ -307,6 +359,20 @@ def test_an_unfinished_run_is_one_line(tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_seen_is_spelled(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "shown"),
+    [
+        (breakable, "knn_5", "knn_5"), (breakable, "nearest_mean_l1", "nearest_<wbr>mean_l1"),
+        (breakable, "knn_5:sgd_linear", "knn_5:<wbr>sgd_linear"),
+        (path, "valid/3/0001.png", 'valid/<wbr>3/<span class="end">0001.png</span>'),
+        (path, "a_b<i>/none", 'a_<wbr>b&lt;i&gt;/<wbr>none<span class="end"></span>'),
+        (path, "val_0123456789.JPEG", 'val_<wbr>012345<span class="end">6789.JPEG</span>'),
+    ],
+)  # fmt: skip
+def test_names_break_where_their_parts_end(way, name, shown):
+    assert way(name) == shown
 
 
 # In a browser

@@ -52,6 +52,21 @@ def test_every_line_of_a_csv_file_is_read_once_however_it_is_cut(tmp_path, monke
     assert num_pieces == len(range(content.index(b"\n") + 1, path.stat().st_size, size))
 
 
+@pytest.mark.parametrize("size", [*range(1, 12), 40, 64, 2**26])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends_in_quotes_belong_to_their_value(tmp_path, monkeypatch, size, end):
+    monkeypatch.setattr(score_files, "PIECE_BYTES", size)
+    keys = [f'a{end}"{row}", b{end}{end}c' for row in range(9)]
+    with (tmp_path / "p.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream, lineterminator=end)
+        rows.writerows(
+            [["key", f"salt{end}pepper", "7"], *([key, "0.5", str(row % 2)] for row, key in enumerate(keys))]
+        )
+    found, codes, _, num_pieces = read_all(tmp_path / "p.csv", (f"salt{end}pepper", "7"))
+    assert (found, codes.tolist()) == (keys, [row % 2 for row in range(9)])
+    assert num_pieces > 1 or size == 2**26
+
+
 @pytest.mark.parametrize("size", [1, 300, 2**26])
 @pytest.mark.parametrize("group_rows", [1, 7, 50])
 @pytest.mark.parametrize("kind", ["local", "bucket"])
@@ -136,7 +151,7 @@ BROKEN = {
     "no_key.csv": (b"name,prediction\na,3\n", "expected a column key, got name, prediction"),
     "no_key.parquet": (parquet_of(prediction=["3", "7"]), "expected a column key, got prediction"),
     "key_alone.csv": (b"key\na\n", "expected a column prediction, or one for each class, got key alone"),
-    "no_class.csv": (b"key,left,right\na,1,2\n", "or one for each class, as 3, 7, salt, pepper, got key, left, right"),
+    "no_class.csv": (b"key,left,right\na,1,2\n", 'each class, as 3, 7, "salt, pepper", got key, left, right'),
     "row_numbers.csv": (b",key,3,7\n0,a,1,2\n", "expected a class as the name of each column, got one without a name"),
     "row_numbers.parquet": (parquet_of(key=TWO, **{"3": [1.0, 2.0], "__index_level_0__": [0, 1]}), "got __index_level"),
     "twice.csv": (b"key,3,3\na,1,2\n", "expected each column once, got 3 twice"),

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.compute.exchange import TIMEOUT_SECONDS, Address, Exchange
-from pipeline.errors import ActorLostError
+from pipeline.errors import ActorLostError, counted
 
 T = TypeVar("T")
 # Tensors by the rank of another actor.
@@ -68,7 +68,9 @@ class Collective:
                 self._join_nccl(self._exchange, addresses)
         except (OSError, RuntimeError) as exc:
             where = f"actor {self.rank}"
-            raise ActorLostError(f"{where}: expected {self.num_actors} actors to connect, got {exc}") from exc
+            raise ActorLostError(
+                f"{where}: expected {counted(self.num_actors, 'actor')} to connect, got {exc}"
+            ) from exc
 
     def add_up(self, counts: torch.Tensor) -> torch.Tensor:
         """Add up whole numbers, int64 of any shape, over all actors.

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pipeline.compute.threads import Threads
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, counted
 from pipeline.model import Model, Probed, Wanted
 
 # Small enough for a CPU's memory, large enough for most of its speed; 256 suit a GPU better.
@@ -135,8 +135,8 @@ def probe(program: Program, wanted: Wanted, device: torch.device) -> Probed:
     for option, values in (("mean", wanted.mean), ("std", wanted.std)):
         if len(values) not in (1, program.channels):
             raise ModelError(
-                f"--model-{option}: expected a number for each of {program.channels} channels, got {len(values)}; "
-                "give one number, or leave it out"
+                f"--model-{option}: expected a number for each of {counted(program.channels, 'channel')}, got "
+                f"{len(values)}; give one number, or leave it out"
             )
     if wanted.batch_size is not None and program.batch_size not in (None, wanted.batch_size):
         raise ModelError(

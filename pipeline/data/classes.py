@@ -22,7 +22,7 @@ from pipeline.data.columns import one_chunk
 from pipeline.data.files import IMAGE_ENDINGS, Location, display, enumerate_names, is_image_name
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.splits import Split, are_held_out, hashes_of, natural_sort_key
-from pipeline.errors import DataError
+from pipeline.errors import DataError, counted, quoted
 
 
 def check_classes(
@@ -45,7 +45,7 @@ def check_classes(
     is_there = [_count(each) > 0 for listed in (train, valid) for each in listed.values()]
     if not any(is_there):
         beside = sum(number for name, number in ignored.items() if is_image_name(b"x" + name.encode()))
-        found = f"{beside} images beside them" if beside else "none"
+        found = f"{counted(beside, 'image')} beside them" if beside else "none"
         raise DataError(
             f"{root}: expected image files in class folders, got {found}; give every class a folder of its own; "
             f"files count as images by their ending ({display(b' '.join(sorted(IMAGE_ENDINGS)))})"
@@ -70,7 +70,7 @@ def check_classes(
         )
     complete = [name for name in classes if name not in is_lacking]
     if len(complete) < 2:
-        found = f"only {display(complete[0])}" if complete else "none"
+        found = f"only {quoted(display(complete[0]))}" if complete else "none"
         raise DataError(
             f"{root}: expected at least two classes with images in both splits, got {found}; "
             "a classifier needs something to tell apart"

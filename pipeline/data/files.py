@@ -29,7 +29,7 @@ from pipeline.data import uris
 from pipeline.data.ahead import DEFAULT_CONCURRENCY, Admit, read_many
 from pipeline.data.formats import ENDINGS, format_of
 from pipeline.data.storage import MAX_FILE_BYTES, LocalStore, NotAFileError, Store, TooLargeError, open_root, reason
-from pipeline.errors import DataError, printable
+from pipeline.errors import DataError, printable, quoted
 
 # Sizes in bytes and times of the last change in nanoseconds, [N] each; -1 for what is not known.
 Stamps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -256,14 +256,18 @@ def display(name: bytes) -> str:
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """Name up to ten, and count the others."""
-    return ", ".join(map(printable, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    """Name up to ten, in quotes where that tells them apart, and count the others."""
+    return _enumerate([quoted(name) for name in names[:10]], len(names))
 
 
 def name_ignored(num_ignored: Mapping[str, int]) -> str:
     """Say how many files were ignored of which endings, the most frequent first."""
     counts = sorted(num_ignored.items(), key=lambda item: (-item[1], item[0]))
-    return enumerate_names([f"{number:,} {name}" for name, number in counts]) or "none"
+    return _enumerate([f"{number:,} {name}" for name, number in counts[:10]], len(counts)) or "none"
+
+
+def _enumerate(texts: Sequence[str], number: int) -> str:
+    return ", ".join(map(printable, texts)) + (f" and {number - len(texts):,} more" if number > len(texts) else "")
 
 
 def is_system_folder(name: bytes) -> bool:

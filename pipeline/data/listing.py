@@ -33,7 +33,7 @@ from pipeline.data.files import (
 from pipeline.data.formats import ENDINGS
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.splits import Split, valid_names
-from pipeline.errors import DataError
+from pipeline.errors import DataError, counted
 
 _LABEL = pa.field("label", pa.int32())
 # Classes of object storage that are listed at a time, each page by page.
@@ -248,7 +248,9 @@ def _check_level(location: Location, folders: list[bytes], ignored: Counter[str]
         advice = None
     if config.valid_fraction is not None and (len(inside) > 1 or advice is None):
         return
-    found = enumerate_names(inside) or (f"{num_images} images of one class" if num_images else "no folder at all")
+    found = enumerate_names(inside) or (
+        f"{counted(num_images, 'image')} of one class" if num_images else "no folder at all"
+    )
     if advice is None and len(inside) > 1:
         advice = "name it with --train-split, or hold images out of a dataset without splits with --valid-fraction 0.2"
     wanted = f"a folder {config.train_split}/" if config.valid_fraction is None else "at least two class folders"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -24,7 +24,10 @@ from pipeline.data.files import Location, ReadFault
 from pipeline.data.formats import reader_of
 from pipeline.data.formats.index import Archive
 from pipeline.data.uris import is_uri
-from pipeline.errors import DataError, EvaluationError
+from pipeline.errors import DataError, EvaluationError, OptionError
+
+if TYPE_CHECKING:
+    from pipeline.data.listing import Listing
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,21 @@ def locate_again(run: Mapping[str, Any], data: str | None = None) -> Images:
         logger.warning("%s; the images that are not there are named on the page", exc)
         found = []
     return Images(location, tuple((archive, None) for archive in found), config)
+
+
+def check_example(listing: Listing, key: str) -> None:
+    """Check that an image of class folders has this name; those of archives are not known by name yet.
+
+    Raises:
+        OptionError: If none has.
+    """
+    import pyarrow.compute as pc  # which takes longer to load than most jobs have use for
+
+    tables = [rows for rows in (listing.train, listing.valid) if isinstance(rows, pa.Table)]
+    names = pa.array(_spellings(key), pa.binary())
+    if tables and not any(pc.any(pc.is_in(rows["key"], value_set=names)).as_py() for rows in tables):
+        first = files.display(tables[-1]["key"][0].as_py())
+        raise OptionError(f"--example {key}: expected the key of an image, got none of this name; give one as {first}")
 
 
 def read_images(images: Images, keys: Iterable[str]) -> Iterator[tuple[str, bytes | ReadFault]]:

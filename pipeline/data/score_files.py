@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,9 +19,10 @@ import pyarrow as pa
 
 from pipeline.config import SCORES
 from pipeline.data.ahead import read_many
+from pipeline.data.files import enumerate_names
 from pipeline.data.storage import Entry, Store, StoredFile, open_root, reason
 from pipeline.data.uris import absolute_root
-from pipeline.errors import DataError, without_secrets
+from pipeline.errors import DataError, quoted, without_secrets
 
 KEY, PREDICTION = "key", "prediction"
 _MAGIC = b"PAR1"
@@ -28,6 +30,9 @@ _MAGIC = b"PAR1"
 _INDEX = "__index_level_"
 # Of a CSV file's text, and of what rows of a Parquet file are without compression; a task holds some times as much.
 PIECE_BYTES = 64 * 2**20
+# A value of a CSV file: in quotes, which may hold line ends and, twice, quotes; or as it is.
+CSV_VALUE = rb'(?:"(?:[^"]|"")*"|[^",\r\n]*)'
+_HEADER = re.compile(rb"(?:\xef\xbb\xbf)?" + CSV_VALUE + b"(?:," + CSV_VALUE + rb")*\r?\n")
 _HEADER_BYTES, _MAX_HEADER_BYTES = 2**16, 2**24
 _HASHED_BYTES, _HASHED_AHEAD = 2**23, 4
 
@@ -121,8 +126,8 @@ def check_classes(file: ScoreFile, classes: Sequence[str]) -> tuple[tuple[str, .
     missing = tuple(name for name in classes if name not in file.classes)
     if len(missing) == len(classes):
         raise DataError(
-            f"{file.given}: expected a column {PREDICTION}, or one for each class, as {_few(classes)}, got "
-            f"{_few(file.columns)}; name the columns by the classes"
+            f"{file.given}: expected a column {PREDICTION}, or one for each class, as {enumerate_names(classes)}, got "
+            f"{enumerate_names(file.columns)}; name the columns by the classes"
         )
     return missing, tuple(name for name in file.classes if name not in classes)
 
@@ -184,10 +189,11 @@ def _open_csv(file: ScoreFile) -> ScoreFile:
 
     with reading(file.given):
         length, begin = _HEADER_BYTES, b""
-        while b"\n" not in begin and len(begin) < min(file.entry.size, _MAX_HEADER_BYTES):
+        while not _HEADER.match(begin) and len(begin) < min(file.entry.size, _MAX_HEADER_BYTES):
             begin = file.store.read_range(file.entry.path, 0, min(length, file.entry.size))
             length *= 4
-        header = begin[: begin.find(b"\n") + 1] or begin
+        found = _HEADER.match(begin)
+        header = found[0] if found else begin[: begin.find(b"\n") + 1] or begin
         columns = csv.read_csv(pa.py_buffer(header), csv.ReadOptions(use_threads=False)).column_names
     if len(header) == file.entry.size:
         raise DataError(f"{file.given}: expected rows below the names of columns, got none; write it again")
@@ -226,22 +232,20 @@ def _check_columns(file: ScoreFile) -> None:
     columns = file.columns
     if len(set(columns)) < len(columns):
         twice = next(name for name in columns if columns.count(name) > 1)
-        raise DataError(f"{file.given}: expected each column once, got {twice} twice; name the columns apart")
+        raise DataError(f"{file.given}: expected each column once, got {quoted(twice)} twice; name the columns apart")
     if file.kind == "scores" and (numbers := [name for name in columns if not name or name.startswith(_INDEX)]):
         raise DataError(
             f"{file.given}: expected a class as the name of each column, got {numbers[0] or 'one without a name'}; "
             "write the file without the rows' numbers, of pandas with index=False"
         )
     if KEY not in columns:
-        raise DataError(f"{file.given}: expected a column {KEY}, got {_few(columns)}; name the images' column so")
+        raise DataError(
+            f"{file.given}: expected a column {KEY}, got {enumerate_names(columns)}; name the images' column so"
+        )
     if len(columns) == 1:
         raise DataError(
             f"{file.given}: expected a column {PREDICTION}, or one for each class, got {KEY} alone; write one of them"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 @contextmanager

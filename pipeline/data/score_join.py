@@ -64,7 +64,7 @@ class Mismatch:
         texts = (
             (self.num_missing, "without a row", self.missing),
             (self.num_doubled, "with several", self.doubled),
-            (self.num_unknown, "rows of other keys", self.unknown),
+            (self.num_unknown, "row of another key" if self.num_unknown == 1 else "rows of other keys", self.unknown),
         )
         return ", ".join(
             f"{number:,} {what} ({', '.join(keys)}{', …' if number > len(keys) else ''})"

@@ -8,6 +8,7 @@ Axes: N rows, K classes of the dataset. Scores are float32; the highest is the b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.data.score_files import KEY, PIECE_BYTES, PREDICTION, ScoreFile, reading, size_bytes
+from pipeline.data.score_files import CSV_VALUE, KEY, PIECE_BYTES, PREDICTION, ScoreFile, reading, size_bytes
 from pipeline.data.storage import StoredFile
-from pipeline.errors import DataError
+from pipeline.errors import DataError, quoted
 
-_LINE_BYTES, _MAX_BATCH_ROWS = 2**16, 2**14
+_MAX_BATCH_ROWS = 2**14
+# Of a CSV file, how far a row is looked for: some rows, of any number of columns.
+_MIN_WINDOW_BYTES, _WINDOW_VALUE_BYTES = 2**16, 128
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _take_scores(file: ScoreFile, keys: pa.StringArray, table: pa.Table, classes
         if not (is_finite_N := np.isfinite(values_N)).all():
             row = int(np.flatnonzero(~is_finite_N)[0])
             found = "none" if (value := column[row].as_py()) is None else f"{value}"
-            expected, advice = f"a finite score of class {name}", "write a finite number for every class"
+            expected, advice = f"a finite score of class {quoted(name)}", "write a finite number for every class"
             raise _bad_row(file, keys, ~is_finite_N, expected, found, advice)
         if name in labels:
             scores_NK[:, labels[name]] = values_N
@@ -112,8 +115,8 @@ def _read_csv(file: ScoreFile, start: int, stop: int) -> pa.Table:
     """Read the lines that begin between two bytes."""
     from pyarrow import csv
 
-    begin = start if start == file.header_bytes else _next_line(file, start - 1)
-    lines = file.store.read_range(file.entry.path, begin, _next_line(file, stop - 1))
+    begin = start if start == file.header_bytes else _next_row(file, start - 1)
+    lines = file.store.read_range(file.entry.path, begin, _next_row(file, stop - 1))
     names = [KEY, PREDICTION] if file.kind == "predictions" else list(file.columns)
     kinds = {name: pa.string() if name in (KEY, PREDICTION) else pa.float32() for name in names}
     if not lines.strip():
@@ -122,6 +125,7 @@ def _read_csv(file: ScoreFile, start: int, stop: int) -> pa.Table:
         return csv.read_csv(
             pa.py_buffer(lines),
             csv.ReadOptions(use_threads=False, column_names=file.columns),
+            csv.ParseOptions(newlines_in_values=b'"' in lines),
             # Nothing but an empty place stands for no number: "NA" may be a class.
             convert_options=csv.ConvertOptions(column_types=kinds, include_columns=names, null_values=[""]),
         )
@@ -133,13 +137,25 @@ def _read_csv(file: ScoreFile, start: int, stop: int) -> pa.Table:
         ) from exc
 
 
-def _next_line(file: ScoreFile, at: int) -> int:
-    """Return where the first line begins behind the first line end that stands at a byte or later."""
+def _next_row(file: ScoreFile, at: int) -> int:
+    """Return where the first row begins behind the first line end that stands at a byte or later.
+
+    A line end may be part of a value, in quotes: what follows has to be a row with a value for each column. Whether it
+    is depends on the file alone, so that neighboring pieces agree; where nothing is, any line is taken for a row.
+    """
+    row = re.compile(CSV_VALUE + b"(?:," + CSV_VALUE + rb"){%d}\r?(?:\n|\Z)" % (len(file.columns) - 1))
+    window_bytes = max(_MIN_WINDOW_BYTES, len(file.columns) * _WINDOW_VALUE_BYTES)
     while at < file.entry.size:
-        block = file.store.read_range(file.entry.path, at, at + _LINE_BYTES)
-        if (found := block.find(b"\n")) >= 0:
-            return at + found + 1
-        at += _LINE_BYTES
+        block = file.store.read_range(file.entry.path, at, at + window_bytes)
+        is_last = at + len(block) >= file.entry.size
+        ends = [found.end() for found in re.finditer(b"\n", block)]
+        for end in ends:
+            matched = row.match(block, end)
+            if at + end == file.entry.size or (matched and (is_last or matched.end() < len(block))):
+                return at + end
+        if ends:
+            return at + ends[0]
+        at += len(block)
     return file.entry.size
 
 

@@ -75,7 +75,7 @@ def allocate(config: Config, resources: Mapping[str, float], num_nodes: int) -> 
     has_gpus = max_on_gpus >= (config.actors or 1)
     if config.device == "cuda" and not has_gpus:
         raise ClusterError(
-            f"--device cuda: expected {(config.actors or 1) * config.gpus_per_actor:g} GPUs in the cluster, got "
+            f"--device cuda: expected {_gpus((config.actors or 1) * config.gpus_per_actor)} in the cluster, got "
             f"{num_gpus:g}; add GPUs, ask for fewer --actors, or give --device cpu"
         )
     is_on_gpu = has_gpus and config.device != "cpu"
@@ -83,6 +83,10 @@ def allocate(config: Config, resources: Mapping[str, float], num_nodes: int) -> 
     return Allocation(
         num_actors, config.gpus_per_actor if is_on_gpu else 0.0, max(1, num_cpus // max(num_actors, num_nodes))
     )
+
+
+def _gpus(number: float) -> str:
+    return f"{number:g} GPU{'' if number == 1 else 's'}"
 
 
 def max_shards_in_flight(plan: Plan, shards: list[Shard], resources: Mapping[str, float]) -> int:

@@ -27,7 +27,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.duplicates import Grouping
 from pipeline.driver.state import ImageCounts, Job
 from pipeline.driver.waiting import Ref, get_result, wait_some
-from pipeline.errors import ActorLostError, DataError
+from pipeline.errors import ActorLostError, DataError, counted
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0
@@ -89,7 +89,7 @@ def score(job: Job, actors: list[Actor], counts: ImageCounts) -> None:
     while waiting:
         finished = wait_some(
             list(waiting),
-            f"{len(waiting)} prediction files",
+            counted(len(waiting), "prediction file"),
             lambda: job.show("score", len(counts.digests), len(job.plan.part_sizes)),
         )
         for done in finished:
@@ -179,7 +179,7 @@ class _Feeding:
             self.max_in_flight = max_shards_in_flight(self.job.plan, self.job.shards, cluster.cluster_resources())
             # Ray waits forever for an actor that no living node can take.
             if len(self.counts.devices) < len(self.actors) and (gone := self.job.node_ids - cluster.living_ids()):
-                raise ActorLostError(f"an actor: expected it to start, got {len(gone)} lost nodes")
+                raise ActorLostError(f"an actor: expected it to start, got {counted(len(gone), 'lost node')}")
         if self._num_to_decode == 0:
             return self.job.show("means", len(self.counts.digests), len(self.job.plan.part_sizes))
         num_done = self.counts.num_decoded.total() + self.counts.num_skipped

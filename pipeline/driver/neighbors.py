@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job, NeighborCounts
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
+from pipeline.errors import counted
 from pipeline.plan import Request
 from pipeline.tree import lane_ranges
 
@@ -69,7 +70,7 @@ def _ask(job: Job, actors: list[Actor], requests: list[tuple[int, Request]]) -> 
             queries = actors[rank].call.remote("neighborhood.queries", request)
             answers = [actor.call.remote("neighborhood.search", queries) for actor in actors]
             waiting[actors[rank].call.remote("neighborhood.take", request, *answers)] = rank, request
-        for done in wait_some(list(waiting), f"the neighbors of {len(waiting)} blocks of images", look):
+        for done in wait_some(list(waiting), f"the neighbors of images in {counted(len(waiting), 'block')}", look):
             rank, request = waiting.pop(done)
             num_pending[rank] = max(num_pending[rank], get_result(done))
             num_done += request.num_positions

@@ -1,4 +1,4 @@
-"""The page of a finished run: rows of predictions found and pictures made by tasks, put together here.
+"""The page of a finished run: what `report_pieces` finds and makes, put together here.
 
 Input: results that are complete, and where the images are. Output: `report.html` beside the tables. Invariant: whatever
 became of the images, the page is made; what cannot be shown is named.
@@ -7,38 +7,44 @@ became of the images, the page is made; what cannot be shown is named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import ray
 
 from pipeline.config import Config
-from pipeline.data import lookup
-from pipeline.data.files import Location, ReadFault
 from pipeline.data.formats.index import Archive
 from pipeline.data.listing import ArchiveListing, Listing
 from pipeline.data.lookup import Images, locate_again
-from pipeline.decoding.images import Fault, decode_image
-from pipeline.decoding.thumbnails import Picture, make_picture
+from pipeline.decoding.images import Fault
+from pipeline.decoding.thumbnails import Picture
 from pipeline.driver.connect import connected
-from pipeline.driver.imports import leave_pandas_out
-from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import EvaluationError
+from pipeline.driver.report_pieces import (
+    Call,
+    Made,
+    Pixels,
+    Request,
+    by_processes,
+    find_mistakes,
+    picture_files,
+    picture_members,
+)
+from pipeline.driver.waiting import Ref, get_result, wait_some
+from pipeline.errors import DataError, EvaluationError, OptionError, counted
 from pipeline.results import mistakes, pages, report, writing
-from pipeline.results.draft import open_draft
-from pipeline.results.finished import FinishedRun, open_run, read_batches
-from pipeline.results.mistakes import Found, Noted, Wanted
-from pipeline.results.writing import Output
+from pipeline.results.draft import Draft, open_draft
+from pipeline.results.finished import FinishedRun, open_run
 from pipeline.target import Target
 
 logger = logging.getLogger(__name__)
 
 # Files that one task makes pictures of: few enough that they spread over CPUs.
 _TASK_KEYS = 48
+_TASKS = {function: ray.remote(function) for function in (find_mistakes, picture_files, picture_members)}
+_DoAll: TypeAlias = Callable[[Sequence[Call], str], Iterable[tuple[int, Any]]]
 
 
 def images_of(listing: Listing, config: Config) -> Images:
@@ -70,117 +76,129 @@ def write_report(
     Raises:
         EvaluationError: If results cannot be read, or the page not be written.
     """
+    return _write(finished, *_collect(finished, images, partial(_by_tasks, on_tick=on_tick), example, noted))
+
+
+def _write(finished: FinishedRun, draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: Pixels) -> str:
     output = finished.output
-    draft = open_draft(finished, example)
-    refs = [
-        _find_mistakes.remote(output, name, draft.wanted, known)
-        for name, known in zip(finished.parts, noted or [None] * len(finished.parts), strict=True)
-    ]
-    draft.found = mistakes.merge(wait_all(refs, "the worst mistakes", on_tick))
-    keys = report.picture_keys(draft)
-    target = Target(**finished.run["target"])
-    request = _Request(pages.picture_bytes(keys.total()), draft.example_key, target)
-    pictures, pixels = _fetch(images, list(keys), request, on_tick)
     content = report.render(draft, pictures, pixels)
     writing.write_file(output, writing.REPORT_FILE, lambda stream: stream.write(content))
     if missing := sum(isinstance(found, Fault) for found in pictures.values()):
-        logger.info("%s: %d of %d pictures are not there, and named", writing.REPORT_FILE, missing, len(pictures))
+        logger.info(
+            "%s: without pictures of %d of %s, which it names",
+            writing.REPORT_FILE,
+            missing,
+            counted(len(pictures), "image"),
+        )
     return f"{output.root}/{writing.REPORT_FILE}"
 
 
-def remake(
-    out: str, data: str | None = None, example: str | None = None, address: str | None = None,
-    on_tick: Callable[[], bool] = lambda: False,
-) -> str:  # fmt: skip
+def _collect(
+    finished: FinishedRun, images: Images, do_all: _DoAll, example: str | None, noted: Sequence[Ref] = ()
+) -> tuple[Draft, dict[str, Picture | Fault], Pixels]:
+    """Find what the page shows, and have its pictures made."""
+    output = finished.output
+    draft = open_draft(finished, example)
+    known = noted or [None] * len(finished.parts)
+    calls: list[Call] = [
+        (find_mistakes, (output, name, draft.wanted, own)) for name, own in zip(finished.parts, known, strict=True)
+    ]
+    found: list[Any] = [None] * len(calls)
+    for place, answer in do_all(calls, "the worst mistakes"):
+        if isinstance(answer, EvaluationError):
+            raise answer
+        found[place] = answer
+    draft.found = mistakes.merge(found)
+    keys = report.picture_keys(draft)
+    target = Target(**finished.run["target"])
+    request = Request(pages.picture_bytes(keys.total()), draft.example_key, target)
+    return draft, *_fetch(images, list(keys), request, do_all)
+
+
+def remake(out: str, data: str | None = None, example: str | None = None, address: str | None = None) -> str:
     """Make the page of a finished run anew, and return its path or URI.
+
+    Tasks of a cluster do the work where one is named, else processes of this machine: to start Ray takes longer.
 
     Args:
         out: The folder or URI of the results.
         data: Where the images are now; None for where they were.
         example: As `write_report` takes it; None for that of the run.
-        address: Of a Ray cluster, as for a run.
-        on_tick: As `write_report` takes it.
+        address: Of a Ray cluster; None for that of `RAY_ADDRESS`, if any.
 
     Raises:
+        DataError: If `data` has none of the images.
+        OptionError: If there is no image `example` where others are.
         EvaluationError: If there is no finished run, or the page cannot be written.
     """
     finished = open_run(out)
-    with connected(address):
-        images = locate_again(finished.run, data)
-        return write_report(finished, images, on_tick, example or finished.run["options"].get("example"))
+    images = locate_again(finished.run, data)
+    named = example or finished.run["options"].get("example")
+    with ExitStack() as stack:
+        do_all: _DoAll = by_processes
+        if ray.is_initialized() or (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+            stack.enter_context(connected(address))
+            do_all = partial(_by_tasks, on_tick=lambda: False)
+        draft, pictures, pixels = _collect(finished, images, do_all, named)
+    _check_pictures(draft, pictures, data, example)
+    return _write(finished, draft, pictures, pixels)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is to be made of files: pictures of so many bytes, and of one of them the pixels at the run's size."""
+def _check_pictures(
+    draft: Draft, pictures: Mapping[str, Picture | Fault], data: str | None, example: str | None
+) -> None:
+    """Keep the page that is there if the place that is named has no image of it, or not the one that is asked for.
 
-    max_bytes: int
-    example: str | None
-    target: Target
+    Without a place, images may be gone, and a page that names them is all that can be had.
+    """
+    faults = {key: found for key, found in pictures.items() if isinstance(found, Fault)}
+    if data is not None and faults and len(faults) == len(pictures):
+        key, fault = next(iter(faults.items()))
+        raise DataError(
+            f"--data {data}: expected the images of {draft.output.root}, got none of {counted(len(faults), 'image')} "
+            f"that its page shows ({key}: {fault.error}); the page is as it was; say where they are"
+        )
+    is_known = example in draft.found.by_key or len(faults) == len(pictures)
+    if example in faults and not is_known:
+        other = next(key for key in pictures if key not in faults)
+        raise OptionError(
+            f"--example {example}: expected the key of an image, got {faults[example].error}; give one as {other}"
+        )
 
 
-def _fetch(
-    images: Images, keys: Sequence[str], request: _Request, on_tick: Callable[[], bool]
-) -> tuple[dict[str, Picture | Fault], npt.NDArray[np.uint8] | None]:
+def _fetch(images: Images, keys: Sequence[str], request: Request, do_all: _DoAll) -> Made:
     """Have pictures made, and one image decoded; every key has an answer."""
-    waiting: dict[Ref, list[str]] = {}
+    calls: list[Call] = []
+    named: list[list[str]] = []
     for place, names in images.assign(keys):
         if place is not None:
             archive, indexes = place
             source = images.location, archive, images.config
-            waiting[_picture_members.remote(source, names, request, indexes is not None, *(indexes or ()))] = names
+            calls.append((picture_members, (source, names, request, indexes is not None, *(indexes or ()))))
+            named.append(names)
             continue
         for start in range(0, len(names), _TASK_KEYS):
-            own = names[start : start + _TASK_KEYS]
-            waiting[_picture_files.remote(images.location, own, request)] = own
+            named.append(names[start : start + _TASK_KEYS])
+            calls.append((picture_files, (images.location, named[-1], request)))
     pictures: dict[str, Picture | Fault] = {}
     pixels = None
-    while waiting:
-        for done in wait_some(list(waiting), "pictures", on_tick):
-            own = waiting.pop(done)
-            try:
-                made, decoded = get_result(done, "making pictures")
-                pictures.update(made)
-                pixels = decoded if decoded is not None else pixels
-            except EvaluationError as exc:  # a file that crashes its decoder; the page is no reason to end a job
-                pictures.update(dict.fromkeys(own, Fault("unreadable", str(exc))))
+    for number, answer in do_all(calls, "making pictures"):
+        if isinstance(answer, EvaluationError):  # as of a file that crashes its decoder: no reason to end a job
+            answer = dict.fromkeys(named[number], Fault("unreadable", str(answer))), None
+        made, decoded = answer
+        pictures.update(made)
+        pixels = decoded if decoded is not None else pixels
     missing = Fault("unreadable", "no file of this name")
     return {key: pictures.get(key, missing) for key in keys}, pixels
 
 
-@ray.remote
-def _find_mistakes(output: Output, name: str, wanted: Wanted, noted: dict[str, Noted] | None) -> Found:
-    leave_pandas_out()
-    if noted is None:
-        noted = mistakes.note(read_batches(output, name), wanted.classes)
-    light = read_batches(output, name, mistakes.light_columns(wanted))
-    return Found(mistakes.narrow(noted, wanted), *mistakes.look_up(light, wanted))
-
-
-@ray.remote
-def _picture_files(location: Location, keys: list[str], request: _Request) -> Any:
-    leave_pandas_out()
-    return _make_pictures(lookup.read_files(location, keys), request)
-
-
-@ray.remote
-def _picture_members(
-    source: tuple[Location, Archive, Config], keys: list[str], request: _Request, is_indexed: bool, *indexes: pa.Table
-) -> Any:
-    leave_pandas_out()
-    tables = indexes if is_indexed else None
-    location, archive, config = source
-    return _make_pictures(lookup.read_members(location, archive, tables, keys, config), request)
-
-
-def _make_pictures(
-    images: Iterable[tuple[str, bytes | ReadFault]], request: _Request
-) -> tuple[dict[str, Picture | Fault], npt.NDArray[np.uint8] | None]:
-    pictures, pixels, target = {}, None, request.target
-    for key, data in images:
-        pictures[key] = make_picture(data, request.max_bytes)
-        if key == request.example:
-            decoded = decode_image(data, target)
-            if not isinstance(decoded, Fault):
-                pixels = np.frombuffer(decoded[0], np.uint8).reshape(target.height, target.width, target.channels)
-    return pictures, pixels
+def _by_tasks(calls: Sequence[Call], what: str, on_tick: Callable[[], bool]) -> Iterator[tuple[int, Any]]:
+    """Have calls done by tasks of Ray; yields as `by_processes` does."""
+    waiting = {_TASKS[function].remote(*values): place for place, (function, values) in enumerate(calls)}
+    while waiting:
+        for done in wait_some(list(waiting), what, on_tick):
+            place = waiting.pop(done)
+            try:
+                yield place, get_result(done, what)
+            except EvaluationError as exc:
+                yield place, exc

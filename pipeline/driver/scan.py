@@ -24,6 +24,7 @@ from pipeline.data.classes import spread_over_splits
 from pipeline.data.files import Location
 from pipeline.data.formats.index import Archive, Scan
 from pipeline.data.listing import ArchiveListing, Listing
+from pipeline.data.lookup import check_example
 from pipeline.data.splits import Split
 from pipeline.decoding.images import Header, choose_target, sample_rows
 from pipeline.decoding.shards import sample_headers
@@ -32,7 +33,7 @@ from pipeline.driver.allocation import max_shards_in_flight
 from pipeline.driver.cluster import Node
 from pipeline.driver.state import Clock
 from pipeline.driver.waiting import Ref, get_result, wait_all, wait_some
-from pipeline.errors import DataError, without_secrets
+from pipeline.errors import DataError, counted, without_secrets
 from pipeline.plan import Plan
 from pipeline.results.progress import Progress
 from pipeline.results.writing import Output
@@ -116,6 +117,8 @@ def _list_first(location: Location, config: Config) -> FirstListing:
     if found:
         return FoundArchives(found, ignored)
     listing = listings.list_dataset(location, config)
+    if config.example is not None:
+        check_example(listing, config.example)
     rows = sample_rows(len(listing.train))
     return listing, choose_target(config, sample_headers(location, listing.train, None, rows))
 
@@ -156,7 +159,7 @@ def list_archives(
                 waiting[ref] = number
             if not waiting:
                 return
-            for done in wait_some(list(waiting), f"indexing {len(waiting)} archives", show):
+            for done in wait_some(list(waiting), f"indexing {counted(len(waiting), 'archive')}", show):
                 number = waiting.pop(done)
                 scans[number] = get_result(done, f"indexing {all_archives[number].path}")
 
@@ -216,7 +219,7 @@ def name_entries(
         while len(waiting) < max_in_flight and (shard := next(upcoming, None)) is not None:
             rows = listed[shard.split].slice(shard.start, shard.num_images)
             waiting[tasks.submit_entry_name(listing.location, plan.target_of(shard.split), rows)] = shard
-        for done in wait_some(list(waiting), f"looking up the files of {len(waiting)} shards", show):
+        for done in wait_some(list(waiting), f"looking up the files of {counted(len(waiting), 'shard')}", show):
             shard = waiting.pop(done)
             named[shard.index] = replace(shard, entry=get_result(done, f"looking up files of shard {shard.index}"))
             num_done += shard.num_images

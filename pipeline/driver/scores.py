@@ -36,7 +36,7 @@ from pipeline.driver import tasks
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.state import Clock, Given
 from pipeline.driver.waiting import Ref, get_result, wait_all
-from pipeline.errors import DataError
+from pipeline.errors import DataError, counted
 from pipeline.plan import Plan
 from pipeline.results.progress import Progress
 
@@ -107,7 +107,7 @@ def join_scores(
         total.add(mismatch)
     if total != Mismatch():
         raise DataError(
-            f"{file.given}: expected each of the {num_valid:,} validation images in one row, got {total}; keys are "
+            f"{file.given}: expected a row for each of {counted(num_valid, 'validation image')}, got {total}; keys are "
             f"those of the predictions of a run with the same data, as {_first_key(listing)}"
         )
     [sha256] = wait_all([digest], f"hashing {file.given}", show)

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.results.texts import with_minus
+
 # A drawing's size in its own units, and the frame of its axes in it.
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 14, 188
@@ -79,13 +81,21 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
 
 
+def round_limit(largest: float) -> float:
+    """Choose the round end of an axis around zero, a little further than the largest value on it."""
+    if not largest:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(largest))
+    return next(power * factor for factor in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15) if largest * 1.04 <= power * factor)
+
+
 def _labels(ticks: Sequence[float]) -> list[str]:
     """Write ticks with as many decimals as their distance has."""
     step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
     if not 1e-4 <= step <= largest < 1e6:
-        return [f"{tick:.2g}" for tick in ticks]
+        return [with_minus(f"{tick:.2g}") for tick in ticks]
     decimals = len(f"{step:.6g}".partition(".")[2])
-    return [f"{tick:.{decimals}f}" for tick in ticks]
+    return [with_minus(f"{tick:.{decimals}f}") for tick in ticks]
 
 
 def level(share: float) -> int:

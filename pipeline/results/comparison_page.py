@@ -8,7 +8,7 @@ pictures are made by threads of this process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -19,7 +19,8 @@ from pipeline.data.files import ReadFault
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture, make_picture
 from pipeline.errors import EvaluationError, without_secrets
-from pipeline.results import pages
+from pipeline.results import charts, pages
+from pipeline.results.comparison import Paired, holm
 from pipeline.results.comparison_text import CHANGES, about_lines, changed_rows, pair_name
 from pipeline.results.texts import short
 from pipeline.results.two_runs import PAGE, Comparison, Pair
@@ -27,6 +28,8 @@ from pipeline.results.writing import Output, write_file
 
 # Rows of all pairs' tables of classes; and changed images of each kind, of one pair and of all.
 _MAX_CLASS_ROWS, _MAX_SHOWN, _MAX_ALL_SHOWN = 2000, 12, 240
+# Of the pairs that differ, so many are named; and the p-value from which on chance may be all.
+_MAX_NAMED, _SIGNIFICANT = 5, 0.05
 # Files that are in memory at a time, and threads that decode them.
 _ROUND_FILES, _MAX_THREADS = 16, 4
 _CONTENTS = (
@@ -48,6 +51,7 @@ def write_page(output: Output, comparison: Comparison) -> None:
     pictures = _make_pictures(runs, dict.fromkeys(keys), pages.picture_bytes(len(keys)))
     main = next((index for index, pair in enumerate(pairs) if pair["is_best"]), 0)
     ends = [abs(end) for pair in pairs for end in (pair["all"].difference_low, pair["all"].difference_high)]
+    verdict, others = _in_words(comparison.pairs, main)
     page = {
         "contents": _CONTENTS,
         "tabs": [(letter, len(pairs)) for letter in ("c", "m")],
@@ -59,11 +63,54 @@ def write_page(output: Output, comparison: Comparison) -> None:
         "num_images": comparison.num_images,
         "pairs": pairs,
         "main": main,
-        "limit": max(ends) or 1.0,
+        "limit": charts.round_limit(max(ends)),
+        "verdict": verdict,
+        "others": others,
         "differences": [(name, short(own), short(other)) for name, own, other in comparison.differences],
     }
     content = pages.render("compare.html.j2", page, pictures)
     write_file(output, PAGE, lambda stream: stream.write(content))
+
+
+def _in_words(pairs: Sequence[Pair], main: int) -> tuple[str, str | None]:
+    """Say by the main pair which run is better, and of the other pairs in how many one is."""
+    pair, own = pairs[main], pairs[main].rows[0]
+    judges = f"{pair.classifier_a} (A) and {pair.classifier_b} (B)"
+    if pair.classifier_a == pair.classifier_b:
+        judges = pair.classifier_a
+    verdict = f"a difference as small as this is what chance alone makes on {own.num_images:,} images"
+    if not own.num_only_a and not own.num_only_b:
+        verdict = "both get the same images right"
+    elif _differs(own.p_value):
+        verdict = f"{_better(own)} gets more of these images right than chance alone explains"
+    rest = [each for index, each in enumerate(pairs) if index != main]
+    corrected = holm([each.rows[0].p_value or 0.0 for each in rest])
+    parts, left = [], len(rest)
+    for side in "BA":
+        named = [
+            pair_name(each)
+            for each, p_value in zip(rest, corrected, strict=True)
+            if _differs(p_value) and _better(each.rows[0]) == side
+        ]
+        if named:
+            more = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
+            parts.append(f"{side} is better by {', '.join([*named[:_MAX_NAMED], *more])}")
+            left -= len(named)
+    if left:
+        parts.append(
+            f"of {left} a difference cannot be told from chance" if parts else "no difference can be told from chance"
+        )
+    other = "pair" if len(rest) == 1 else f"{len(rest)} pairs"
+    others = f"By the other {other}: {'; '.join(parts)} (p below {_SIGNIFICANT}, by Holm's method)."
+    return f"By {judges}, {verdict}.", others if rest else None
+
+
+def _better(row: Paired) -> str:
+    return "B" if row.num_only_b > row.num_only_a else "A"
+
+
+def _differs(p_value: float | None) -> bool:
+    return p_value is not None and p_value < _SIGNIFICANT
 
 
 def _show_pair(pair: Pair, comparison: Comparison, num_shown: int) -> dict[str, Any]:

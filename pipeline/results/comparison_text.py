@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.errors import printable, without_secrets
+from pipeline.errors import counted, printable, without_secrets
 from pipeline.results.comparison import Paired
 from pipeline.results.texts import chance, figure, plain_table, short, signed
 from pipeline.results.two_runs import Comparison, Pair
@@ -85,9 +85,9 @@ def about_lines(comparison: Comparison) -> list[str]:
     """Say what two runs have in common, and what of them is not compared."""
     a, b = comparison.a, comparison.b
     if a is b:
-        return [f"{comparison.num_images:,} validation images"]
+        return [counted(comparison.num_images, "validation image")]
     lines = [
-        f"{comparison.num_images:,} validation images in both, {comparison.num_only_in_a:,} only in A, "
+        f"{counted(comparison.num_images, 'validation image')} in both, {comparison.num_only_in_a:,} only in A, "
         f"{comparison.num_only_in_b:,} only in B"
     ]
     if "dataset.root" in (name for name, _, _ in comparison.differences):
@@ -146,7 +146,7 @@ def _change_lines(pair: Pair) -> list[str]:
     numbers = (pair.rows[0].num_only_a, pair.rows[0].num_only_b)
     for (change, words), number in zip(CHANGES.items(), numbers, strict=True):
         shown = changed_rows(pair, change, _MAX_CHANGES)
-        lines += ["", f"{number:,} images {words}" + (f", the {len(shown)} most certain" if shown else "")]
+        lines += ["", f"{counted(number, 'image')} {words}" + (f", the {len(shown)} most certain" if shown else "")]
         header = ["key", "class", "in A", "in B", "certainty"]
         if shown:
             lines += plain_table([header, *([_text(value) for value in row.values()] for row in shown)])

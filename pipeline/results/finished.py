@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.storage import StoredFile, reason
 from pipeline.data.uris import absolute_root
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, counted, quoted
 from pipeline.results.figures import classifier_names
 from pipeline.results.writing import PREDICTIONS, RUN_FILE, Output
 
@@ -205,16 +205,16 @@ def read_predictions(finished: FinishedRun, classes: Sequence[str], classifiers:
                 is_unknown = pc.and_(numbers.is_null(), table[name].is_valid())
                 [unknown] = [*table[name].filter(is_unknown)[:1].to_pylist(), None][:1]
                 raise OutputError(
-                    f"{finished.given}/{part}.parquet: expected classes of {RUN_FILE}, got {unknown}; give the folder "
-                    "as the run left it"
+                    f"{finished.given}/{part}.parquet: expected classes of {RUN_FILE}, got {quoted(str(unknown))}; "
+                    "give the folder as the run left it"
                 )
             blocks.append(numbers.fill_null(-1).to_numpy())
     all_keys = pa.chunked_array(keys, pa.string())
     num_keys = pc.count_distinct(all_keys).as_py()
     if len(all_keys) != num_keys or num_keys != finished.run["num_valid"]:
         raise OutputError(
-            f"{finished.given}/{PREDICTIONS}: expected {finished.run['num_valid']:,} images, each once, got "
-            f"{len(all_keys):,} with {num_keys:,} keys; give the folder as the run left it"
+            f"{finished.given}/{PREDICTIONS}: expected {counted(finished.run['num_valid'], 'image')}, each once, "
+            f"got {len(all_keys):,} with {counted(num_keys, 'key')}; give the folder as the run left it"
         )
     labels, *predictions = (np.concatenate(codes[name]) for name in names)
     return Predictions(all_keys, labels, dict(zip(classifiers, predictions, strict=True)))

@@ -6,8 +6,10 @@ is spelled; nothing on a page asks for anything elsewhere.
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
 from pipeline.results import charts
-from pipeline.results.texts import chance, figure, signed
+from pipeline.results.texts import chance, figure, signed, with_minus
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,10 +25,15 @@ if TYPE_CHECKING:
 # What all pictures together may take as files; base64 makes them a third larger, and the rest is left to text.
 _PICTURES_BYTES = 2_400_000
 _MAX_PICTURE_BYTES = 8_000
+# What is written where a picture would be, at most.
+_MAX_BRIEF = 40
 # A picture of less is enlarged without blur.
 _SMALL_SIDE = 64
 # Categories of Unicode: controls, formats, halves of surrogate pairs, private or no characters, ends of lines.
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+# Where names may be broken: classifiers' and images'; and the end of a file's name, which is kept together.
+_AFTER_NAME, _AFTER_WORD, _AFTER_PART = map(re.compile, (r"(?<=:)", r"(?<=_)(?=.{4})", r"(?<=[/_-])(?=.)"))
+_LAST_LETTERS = re.compile(r"[^/_-]{0,4}\.\w{1,5}$")
 _TEMPLATES = Path(__file__).with_name("page")
 
 
@@ -49,17 +56,27 @@ def render(template: str, page: Mapping[str, Any], pictures: Mapping[str, Pictur
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "figure": figure,
-        "signed": signed,
+    filters: dict[str, Callable[..., object]] = {
+        "figure": lambda value: with_minus(figure(value)),
+        "signed": lambda value: with_minus(signed(value)),
         "chance": chance,
         "count": "{:,}".format,
         "seconds": "{:.1f}".format,
         "breakable": breakable,
+        "path": path,
     }
+    environment.filters |= filters
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     shown = {key: _picture(found) for key, found in pictures.items()}
-    return environment.get_template(template).render({**page, "made": made, "pictures": shown}).encode()
+    faults = Counter(each["fault"] for each in shown.values() if each["fault"])
+    more = {
+        "made": made,
+        "pictures": shown,
+        "num_missing": faults.total(),
+        "why_missing": ", ".join(fault for fault, _ in faults.most_common(1))
+        + (" and others" if len(faults) > 1 else ""),
+    }
+    return environment.get_template(template).render({**page, **more}).encode()
 
 
 def picture_bytes(num_pictures: int) -> int:
@@ -81,10 +98,25 @@ def visible(text: str) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """Let a narrow column break a classifier's name after an underscore."""
-    from markupsafe import Markup, escape
+    """Let a narrow column break the name of a classifier between words, unless little follows, and of two between."""
+    return _with_breaks(name, _AFTER_NAME if ":" in name else _AFTER_WORD)
 
-    return Markup("_<wbr>").join(escape(part) for part in visible(name).split("_"))
+
+def path(key: str) -> Markup:
+    """Let the name of an image break where its parts end, and not in what its file's name ends with."""
+    from markupsafe import Markup
+
+    found = _LAST_LETTERS.search(key)
+    end = found[0] if found else ""
+    return Markup('{}<span class="end">{}</span>').format(
+        _with_breaks(key[: len(key) - len(end)], _AFTER_PART), visible(end)
+    )
+
+
+def _with_breaks(text: str, places: re.Pattern[str]) -> Markup:
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(map(visible, places.split(text)))
 
 
 def _spelled(character: str) -> str:
@@ -95,6 +127,7 @@ def _spelled(character: str) -> str:
 def _picture(found: Picture | Fault) -> dict[str, Any]:
     """Return a picture as an address that holds it, or why there is none."""
     if isinstance(found, Fault):
-        return {"uri": None, "fault": f"{found.reason}: {found.error}"}
+        fault = f"{found.reason}: {found.error}"
+        return {"uri": None, "fault": fault, "brief": fault if len(fault) <= _MAX_BRIEF else found.reason}
     is_small = max(found.width, found.height) <= _SMALL_SIDE
-    return {"uri": charts.data_uri(found.data, found.media_type), "is_small": is_small}
+    return {"uri": charts.data_uri(found.data, found.media_type), "fault": None, "is_small": is_small}

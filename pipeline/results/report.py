@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.decoding.images import Fault
 from pipeline.decoding.thumbnails import Picture
-from pipeline.results import charts, pages, sections
+from pipeline.results import charts, evidence, pages, sections
 from pipeline.results.draft import GUESSING, Draft
 from pipeline.results.figures import classifier_names
 from pipeline.results.summary import STOPS
@@ -37,11 +37,11 @@ def picture_keys(draft: Draft) -> Counter[str]:
     for name in draft.wanted.classifiers:
         for mistake in draft.found.worst(name):
             keys[mistake.key] += 1
-            keys.update(key for key, _, _ in sections.shown_neighbors(mistake))
+            keys.update(key for key, _, _ in evidence.shown_neighbors(mistake))
     keys.update(key for own in draft.by_pair.values() for key in own)
     for row in draft.suspects:
         keys[row["key"]] += 1
-        if (other := sections.counterpart(row, draft.found, draft.exact)) is not None:
+        if (other := evidence.counterpart(row, draft.found, draft.exact)) is not None:
             keys[other[0]] += 1
     keys.update(row["key"] for _, rows in draft.exact for row in rows)
     keys.update(row["key"] for rows in draft.near for row in rows)
@@ -62,14 +62,14 @@ def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.ND
     best_metrics = sections.metrics_by_class(run, draft.best)
     shown_classes = sections.shown_classes(run, best_metrics)
     suggested = [row["suggested_class"] for row in draft.suspects]
-    pictured = [] if sections.has_features(run) else list(dict.fromkeys([*shown_classes, *suggested]))
+    pictured = [] if evidence.has_features(run) else list(dict.fromkeys([*shown_classes, *suggested]))
     images, limit = sections.class_images(draft.output, pictured)
     page = {
         "contents": _CONTENTS,
         "tabs": [(letter, len(names)) for letter in ("c", "m")],
         "version": run["version"],
         "run": run,
-        "has_features": sections.has_features(run),
+        "has_features": evidence.has_features(run),
         "dataset_name": pages.dataset_name(run),
         "best": draft.best,
         "guessing": GUESSING,
@@ -77,9 +77,9 @@ def render(draft: Draft, pictures: Mapping[str, Picture | Fault], pixels: npt.ND
         "accuracies": sections.accuracies(run),
         "classes": sections.classes_table(run),
         "confusions": [sections.confusion(draft.confusions[name], name, draft) for name in names],
-        "mistakes": [sections.worst_mistakes(draft, name) for name in draft.wanted.classifiers],
-        "pairs": sections.mistakes_by_pair(draft),
-        "suspects": [sections.suspect(row, draft) for row in draft.suspects],
+        "mistakes": [evidence.worst_mistakes(draft, name) for name in draft.wanted.classifiers],
+        "pairs": evidence.mistakes_by_pair(draft),
+        "suspects": [evidence.suspect(row, draft) for row in draft.suspects],
         "exact": draft.exact,
         "near": draft.near,
         "shown_classes": shown_classes,

@@ -18,14 +18,16 @@ import numpy.typing as npt
 from pipeline.config import Config
 from pipeline.results import charts
 from pipeline.results.draft import GUESSING, Confusion, Draft
+from pipeline.results.evidence import has_features
 from pipeline.results.figures import LINE, best_classifier, classifier_names
 from pipeline.results.finished import read_batches
-from pipeline.results.mistakes import NUM_NEIGHBORS, Found, Mistake
 from pipeline.results.texts import option_name
 from pipeline.results.writing import Output
 
 # Of more classes a heat map cannot be read; their most confused pairs are listed.
 _MAX_MATRIX_CLASSES = 24
+# Classifiers that are the user's own, as the headline calls them.
+_CALLED = {"model": "your model", "scores": "your predictions"}
 _MAX_SHOWN_CLASSES = 24
 _MAX_TABLE_CLASSES = 2000
 _MAX_TABLE_SIDE = 32
@@ -46,11 +48,15 @@ def metrics_by_class(run: Mapping[str, Any], classifier: str) -> dict[str, Mappi
 def headline(run: Mapping[str, Any]) -> dict[str, Any]:
     """Say what was evaluated, how well it went, and what to look at first."""
     totals = {row["classifier"]: row for row in run["metrics"] if row["scope"] == "all"}
+    own = [name for name in _CALLED if name in totals]
+    others = [row for row in run["metrics"] if row["classifier"] not in own]
     neighbors = run["neighbors"]
     num_twins = neighbors["num_twins"] if neighbors else run["duplicates"]["num_exact_twins"]
     return {
         "best": totals[best_classifier(run["metrics"])],
         "guessing": totals.get(GUESSING),
+        "own": [{"name": name, "called": _CALLED[name], "accuracy": totals[name]["accuracy"]} for name in own],
+        "rival": totals[best_classifier(others)] if own else None,
         "num_twins": num_twins,
         "num_suspects": neighbors["num_suspects"] if neighbors else run["duplicates"]["num_conflicts"],
         "without_twins": (neighbors or {}).get("accuracy_without_twins", {}).get(best_classifier(run["metrics"])),
@@ -126,49 +132,6 @@ def confusion(counts: Confusion, name: str, draft: Draft) -> dict[str, Any]:
     return {"name": name, "classes": counts.classes, "pairs": None, "matrix": matrix}
 
 
-def shown_neighbors(mistake: Mistake) -> tuple[tuple[str, str, float], ...]:
-    """Return the nearest training images that are shown beside a mistake."""
-    return mistake.neighbors[:NUM_NEIGHBORS]
-
-
-def worst_mistakes(draft: Draft, name: str) -> dict[str, Any]:
-    """Return one classifier's worst mistakes, and how many it makes."""
-    total = next(row for row in draft.run["metrics"] if row["classifier"] == name and row["scope"] == "all")
-    return {
-        "name": name,
-        "num_wrong": total["num_images"] - total["num_correct"],
-        "mistakes": [(each, shown_neighbors(each)) for each in draft.found.worst(name)],
-    }
-
-
-def mistakes_by_pair(draft: Draft) -> list[dict[str, Any]]:
-    """Return the best classifier's mistakes by pair of classes, the most confused pair first."""
-    numbers = {(given, predicted): number for given, predicted, number in draft.confusions[draft.best].worst_pairs()}
-    return [
-        {"given": given, "predicted": predicted, "num_images": numbers[given, predicted], "place": f"pair-{place}",
-         "shown": keys}
-        for place, ((given, predicted), keys) in enumerate(draft.by_pair.items())
-    ]  # fmt: skip
-
-
-def counterpart(
-    row: Mapping[str, Any], found: Found, exact: Sequence[tuple[int, list[dict[str, Any]]]]
-) -> tuple[str, float] | None:
-    """Find the image that speaks for the class that is suggested: a twin, or the nearest one; key and distance."""
-    for _, rows in exact:
-        twins = [other for other in rows if other["class"] == row["suggested_class"] and other["key"] != row["key"]]
-        if twins and any(other["key"] == row["key"] for other in rows):
-            return twins[0]["key"], 0.0
-    own = found.by_key.get(row["key"])
-    near = own.neighbors if own else ()
-    return next(((key, distance) for key, name, distance in near if name == row["suggested_class"]), None)
-
-
-def suspect(row: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    """Return a doubtful label beside the image that speaks for another class, if that is known."""
-    return {**row, "other": counterpart(row, draft.found, draft.exact)}
-
-
 def shown_classes(run: Mapping[str, Any], best_metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Choose the classes of which images are shown: all, or of many those with the lowest accuracies."""
     classes: list[str] = run["dataset"]["classes"]
@@ -176,12 +139,6 @@ def shown_classes(run: Mapping[str, Any], best_metrics: Mapping[str, Mapping[str
         return classes
     accuracy = {name: best_metrics[name]["accuracy"] for name in classes}
     return sorted(classes, key=lambda name: 2.0 if accuracy[name] is None else accuracy[name])[:_MAX_SHOWN_CLASSES]
-
-
-def has_features(run: Mapping[str, Any]) -> bool:
-    """Say whether classifiers compared the features of a model, and not pixels."""
-    model = run.get("model")
-    return model is not None and model["output"] == "embedding"
 
 
 def class_images(output: Output, classes: Sequence[str]) -> tuple[dict[str, dict[str, Any]], float]:

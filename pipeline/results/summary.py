@@ -6,11 +6,12 @@ only where a terminal is attached; both forms show the same figures, which are r
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.data.files import name_ignored
-from pipeline.errors import printable
+from pipeline.errors import counted, printable
 from pipeline.results.figures import best_classifier, classifier_names
 from pipeline.results.progress import make_console
 from pipeline.results.texts import figure, plain_table
@@ -30,7 +31,7 @@ STOPS = {
     "max_seconds": "the time was over",
 }
 _COPIED = ("results", "sha256", "page")
-_LABEL_WIDTH, _MIN_NAME_WIDTH = 9, 16
+_LABEL_WIDTH, _MIN_NAME_WIDTH, _TEXT_WIDTH = 9, 16, 109
 _GAP = 3  # between the columns of a table of `rich`
 
 
@@ -51,9 +52,17 @@ def headline(run: Mapping[str, Any]) -> str:
 def summary(run: Mapping[str, Any]) -> str:
     """Format a finished run for a log: a headline, classifiers, accuracies by class, counts, times, the page."""
     title, classes = _class_rows(run["metrics"])
-    facts = [f"{label:<{_LABEL_WIDTH}}  {text}" for label, text in _facts(run)]
+    facts = [line for label, text in _facts(run) for line in _lines(label, text)]
     table = plain_table(classifier_rows(run["metrics"]))
     return "\n".join([headline(run), "", *table, "", title, *plain_table(classes), "", *facts])
+
+
+def _lines(label: str, text: str) -> list[str]:
+    """Write a fact as lines that a log shows whole, or as one line if it is there to be copied."""
+    parts = [text]
+    if label not in _COPIED:
+        parts = textwrap.wrap(text, _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [f"{label if not number else '':<{_LABEL_WIDTH}}  {part}" for number, part in enumerate(parts)]
 
 
 def print_summary(run: Mapping[str, Any], stream: TextIO) -> None:
@@ -174,24 +183,31 @@ def _twins(run: Mapping[str, Any]) -> str:
     counts, neighbors = run["duplicates"], run["neighbors"]
     parts = ["no images with the same pixels"]
     if counts["num_exact_groups"]:
-        found = f"{counts['num_exact_images']:,} images in {counts['num_exact_groups']:,} groups with the same pixels"
-        parts = [f"{found} (duplicates.parquet)"]
+        groups = counted(counts["num_exact_groups"], "group")
+        parts = [f"{counts['num_exact_images']:,} images in {groups} with the same pixels (duplicates.parquet)"]
     if counts["num_conflicts"]:
         parts.append(f"{counts['num_conflicts']:,} of several classes (suspects.parquet)")
     if neighbors is None:
-        return "; ".join([*parts, f"{counts['num_exact_twins']:,} validation images have a twin in training"])
+        return "; ".join([*parts, _have_twins(counts["num_exact_twins"])])
     by = " by the model's features" if neighbors.get("by") == "features" else ""
-    twins = f"{neighbors['num_twins']:,} validation images have a twin in training{by}"
+    twins = f"{_have_twins(neighbors['num_twins'])}{by}"
     if neighbors["num_twins"]:
         figures = ", ".join(f"{name} {figure(value)}" for name, value in neighbors["accuracy_without_twins"].items())
-        twins += f", {neighbors['num_near_twins']:,} of them changed a little; accuracy without them: {figures}"
+        near, them = neighbors["num_near_twins"], "it" if neighbors["num_twins"] == 1 else "them"
+        twins += f", {near:,} of them changed a little; accuracy without {them}: {figures}"
     return "; ".join([*parts, twins])
 
 
+def _have_twins(number: int) -> str:
+    return f"{counted(number, 'validation image')} {'has' if number == 1 else 'have'} a twin in training"
+
+
 def _labels(neighbors: Mapping[str, Any]) -> str:
-    split = "images" if neighbors["of"] == "all" else "validation images"
-    look = "are by the model's features" if neighbors.get("by") == "features" else "look"
-    return f"{neighbors['num_suspects']:,} {split} {look} more like another class (suspects.parquet)"
+    number, noun = neighbors["num_suspects"], "image" if neighbors["of"] == "all" else "validation image"
+    look = "looks" if number == 1 else "look"
+    if neighbors.get("by") == "features":
+        look = f"{'is' if number == 1 else 'are'} by the model's features"
+    return f"{counted(number, noun)} {look} more like another class (suspects.parquet)"
 
 
 def _rich_table(rows: Sequence[Sequence[str]], is_bold: Sequence[bool] = ()) -> Table:

@@ -18,6 +18,11 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
 
 
+def with_minus(text: str) -> str:
+    """Write the sign of a figure as pages do: a minus, as wide as a plus; a hyphen alone stands for no figure."""
+    return f"\u2212{text[1:]}" if text.startswith("-") and len(text) > 1 else text
+
+
 def chance(value: float | None) -> str:
     """Write a p-value, a small one by its power of ten, and one that is too small for a float as less than that."""
     return figure(value) if value is None or value >= 0.0001 else f"{value:.0e}" if value else "<1e-300"

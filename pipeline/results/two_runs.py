@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.errors import DataError, OptionError, OutputError
+from pipeline.errors import DataError, OptionError, OutputError, counted, quoted
 from pipeline.results.comparison import Paired, compare, margins, match_keys
 from pipeline.results.finished import FinishedRun, Predictions, read_predictions, read_scores
 from pipeline.results.texts import option_name
@@ -100,8 +100,8 @@ def compare_runs(a: FinishedRun, b: FinishedRun, asked: Sequence[str] = ()) -> C
     if set(a.classes) != set(b.classes):
         unlike = sorted(set(a.classes) ^ set(b.classes))
         raise DataError(
-            f"{b.given}: expected the {len(a.classes)} classes of {a.given}, got {len(b.classes)}, and {unlike[0]} is "
-            f"in one of them alone; compare runs of one dataset with the same --classes"
+            f"{b.given}: expected the {len(a.classes)} classes of {a.given}, got {len(b.classes)}, and "
+            f"{quoted(unlike[0])} is in one of them alone; compare runs of one dataset with the same --classes"
         )
     pairs = _choose_pairs(a, b, asked)
     used_a, used_b = a.classifiers, b.classifiers
@@ -173,8 +173,8 @@ def _check_images(
     (found_a, rows_a_N), (found_b, rows_b_N) = in_a, in_b
     if len(rows_a_N) == 0:
         raise DataError(
-            f"{b.given}: expected validation images of {a.given}, got none of its {len(found_a.labels_N):,} keys; "
-            "compare runs of one dataset"
+            f"{b.given}: expected validation images of {a.given}, got none of its "
+            f"{counted(len(found_a.labels_N), 'key')}; compare runs of one dataset"
         )
     labels_a_N, labels_b_N = found_a.labels_N[rows_a_N], found_b.labels_N[rows_b_N]
     if len(unlike := np.flatnonzero(labels_a_N != labels_b_N)):
@@ -182,7 +182,8 @@ def _check_images(
         key = found_a.keys[int(rows_a_N[row])].as_py()
         raise DataError(
             f"{b.given}: expected every image to have the class that it has in {a.given}, got {key} as "
-            f"{a.classes[labels_b_N[row]]} in place of {a.classes[labels_a_N[row]]}, and {len(unlike) - 1:,} more; "
+            f"{quoted(a.classes[labels_b_N[row]])} in place of {quoted(a.classes[labels_a_N[row]])}, and "
+            f"{len(unlike) - 1:,} more; "
             "compare runs of one dataset"
         )
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.storage import Store, open_root, reason
 from pipeline.data.uris import absolute_root, is_uri
-from pipeline.errors import OutputError, without_secrets
+from pipeline.errors import OutputError, counted, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def write_file(output: Output, name: str, write: Callable[[pa.NativeFile], objec
 def _what_is_there(files: Collection[str], foreign: Collection[str]) -> tuple[str, str]:
     """Say what a folder holds that is neither to be replaced nor gone on with, and what to do."""
     if foreign:
-        return f"one with {len(files)} files", "choose another"
+        return f"one with {counted(len(files), 'file')}", "choose another"
     if RUN_FILE in files:
         return "a finished run", "choose another, or replace it with --overwrite"
     return "an unfinished run", "go on with it by --resume, or start over by --overwrite"

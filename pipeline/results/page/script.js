@@ -13,7 +13,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const compare = (one, other) => {
         const [a, b] = [value(one), value(other)];
         if (column === 0) return a.localeCompare(b, "en", { numeric: true });
-        const number = (text) => (text === "-" ? -1 : parseFloat(text)); // of an interval its lower end
+        // Of an interval its lower end; no figure sorts before all others.
+        const number = (text) => (text === "-" ? -2 : parseFloat(text.replace("\u2212", "-").replace("<", "")));
         return number(a) - number(b);
       };
       const rows = [...table.tBodies[0].rows].sort((one, other) => (falls ? -1 : 1) * compare(one, other));
