@@ -114,7 +114,7 @@ class Cluster:
         gate = Gate(self.head.path(folder))
         # Every host sees the project where it is here.
         words = ("tests/evaluate_gated.py", "--", *gate.arguments(moments, folder))
-        return self.start(*SUBMIT, *words, *where(out)), gate
+        return self.start(*SUBMIT, *words, *where(out), "--no-report"), gate
 
     def on(self, host, script, *args):
         """Run a Python script on a host of the cluster, in the environment that its shells have."""
@@ -247,6 +247,7 @@ def test_a_submitted_job_writes_what_a_local_run_writes(cluster, local_run):
     assert run["rows"] == local_run["metrics"]
 
 
+@pytest.mark.long
 def test_the_driver_stays_small(cluster, local_run):
     crossed = [sum(bytes_crossed(cluster.switch, cluster.workers))]
     job, gate = cluster.submit_gated("measured", "fed,score")
@@ -267,7 +268,7 @@ def test_a_job_submitted_to_the_dashboard_with_more_actors_writes_the_same(clust
     tunnel = ("ssh", "-o", "StrictHostKeyChecking=no", "-N", "-L", "8265:127.0.0.1:8265", cluster.head.address)
     with service(cluster.switch, *tunnel, log=cluster.folder / "tunnel.log"):
         words = ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "jobs", "--")
-        job = cluster.start(*words, "python", "evaluate.py", *where("job"), "--actors", 4)
+        job = cluster.start(*words, "python", "evaluate.py", *where("job"), "--no-report", "--actors", 3)
         assert job.end() == 0, job.text()
     assert results(cluster, "job")["results_sha256"] == local_run["results_sha256"]
 
@@ -312,9 +313,9 @@ def test_a_worker_cut_off_while_decoding_changes_nothing(cluster, local_run):
     assert results(cluster, "decoding")["results_sha256"] == local_run["results_sha256"]
 
 
-def test_a_worker_cut_off_while_training_changes_nothing(cluster, local_run):
+def test_a_worker_cut_off_while_training_changes_nothing_and_the_driver_stays_small(cluster, local_run):
     cluster.restore()
-    job, gate = cluster.submit_gated("training", "train")
+    job, gate = cluster.submit_gated("training", "train,score")
     with gate.held("train", job.process, job.text):
         # One with an actor, so that it is missed.
         with_actors = [
@@ -323,7 +324,11 @@ def test_a_worker_cut_off_while_training_changes_nothing(cluster, local_run):
         assert with_actors, "expected an actor on a worker, got all on the head, which has no CPU"
         # It is gone at once, and the job goes on before anybody knows.
         cut_off(cluster.switch, with_actors[0])
+    with gate.held("score", job.process, job.text):
+        driver_peak_mib = _driver_peak_mib(cluster.head)
     assert job.end() == 0, job.text()
+    logger.info("%.0f MiB is the driver's peak", driver_peak_mib)
+    assert driver_peak_mib < 400
     assert "restarting all actors" in job.text()
     assert results(cluster, "training")["results_sha256"] == local_run["results_sha256"]
 

@@ -50,7 +50,7 @@ def three_classes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "out"
-    job.evaluate(Config(out=str(out)))
+    job.evaluate(Config(out=str(out), device="cpu"))
     return out
 
 
@@ -241,7 +241,7 @@ def test_what_a_run_left_out_is_said(tmp_path):
 
 
 def test_a_page_made_anew_is_the_same_but_for_its_date(small_dataset, tmp_path):
-    job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=2))
+    job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=2, device="cpu"))
     first = page_of(tmp_path / "out")
     report.remake(str(tmp_path / "out"))
     dates = re.compile("<time>.*?</time>")
@@ -271,7 +271,7 @@ def test_images_in_archives_have_their_pictures_at_once_and_anew(small_dataset, 
         paths = sorted((small_dataset / split).rglob("*.png"))
         members = [(str(path.relative_to(small_dataset / split)), path.read_bytes()) for path in paths]
         (tmp_path / "data" / f"{split}.tar").write_bytes(pack_tar(members))
-    job.evaluate(Config(data=str(tmp_path / "data"), out=str(tmp_path / "out"), epochs=1))
+    job.evaluate(Config(data=str(tmp_path / "data"), out=str(tmp_path / "out"), epochs=1, device="cpu"))
     first = page_of(tmp_path / "out")
     assert "no picture" not in first
     assert "valid.tar/" in first
@@ -287,12 +287,6 @@ def test_an_image_too_large_to_show_is_named(tmp_path):
     report.remake(str(out))
     _, text = read_tables(page_of(out))
     assert "too large to show too_large: 10000 x 10001 pixels" in text
-
-
-def test_no_report_writes_none(small_dataset, tmp_path):
-    run = job.evaluate(Config(data=str(small_dataset), out=str(tmp_path / "out"), epochs=0, report=False))
-    assert not (tmp_path / "out" / "report.html").exists()
-    assert run["options"]["report"] is False
 
 
 def test_an_unfinished_run_is_one_line(tmp_path):
