@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.data]
 
 EPOCHS = 3
 # More shards than are in flight at a time, so that there is a middle of decoding.
-OPTIONS = ("--epochs", EPOCHS, "--shard-images", 8)
+OPTIONS = ("--epochs", EPOCHS, "--shard-images", 5)
 # What Ray's processes inherit in place of a profile of the instance; without the last, every process looks for one.
 STORAGE = {
     "AWS_ENDPOINT_URL": "http://10.77.0.1:5000",
@@ -75,10 +75,13 @@ run["num_predictions"] = len(pq.read_table(f"{root}/predictions", filesystem=buc
 run["rows"] = pq.read_table(f"{root}/metrics.parquet", filesystem=bucket).to_pylist()
 print(json.dumps(run))
 """
-COUNT_NODES = """
-import ray
+WAIT_FOR_NODES = """
+import ray, sys, time
 ray.init("auto", logging_level="ERROR", log_to_driver=False)
-print(sum(node["Alive"] for node in ray.nodes()))
+deadline = time.monotonic() + float(sys.argv[2])
+while (found := sum(node["Alive"] for node in ray.nodes())) != int(sys.argv[1]):
+    assert time.monotonic() < deadline, f"expected {sys.argv[1]} nodes, got {found}"
+    time.sleep(0.2)
 """
 
 
@@ -122,9 +125,8 @@ class Cluster:
 
     def wait_for_nodes(self, number, timeout_s=300):
         """Wait until so many nodes live."""
-        deadline = time.monotonic() + timeout_s
-        while (found := self.on(self.head, COUNT_NODES).stdout.split()[-1:]) != [str(number)]:
-            assert time.monotonic() < deadline, f"expected {number} nodes, got {found}"
+        waited = self.on(self.head, WAIT_FOR_NODES, number, timeout_s)
+        assert waited.returncode == 0, waited.stderr
 
     def restore(self):
         """Connect all workers again and start Ray there anew, as after a failure of the network."""
@@ -178,10 +180,10 @@ def _driver_peak_mib(host):
 
 @pytest.fixture(scope="module")
 def few_images(mnist_sample, tmp_path_factory):
-    """Every thirtieth image of the sample, and packed for the bucket, whose server is slow at many small files."""
+    """Every fiftieth image of the sample, and packed for the bucket, whose server is slow at many small files."""
     folder = tmp_path_factory.mktemp("few")
     packed = tmp_path_factory.mktemp("packed") / "few.tar"
-    names = [path.relative_to(mnist_sample).as_posix() for path in sorted(mnist_sample.rglob("*.png"))[::30]]
+    names = [path.relative_to(mnist_sample).as_posix() for path in sorted(mnist_sample.rglob("*.png"))[::50]]
     subprocess.run(["tar", "-C", mnist_sample, "-cf", packed, *names], check=True)
     subprocess.run(["tar", "-C", folder, "-xf", packed], check=True)
     return folder, packed
@@ -259,7 +261,7 @@ def test_the_driver_stays_small(cluster, local_run):
     assert job.end() == 0, job.text()
     fed, trained = crossed[1] - crossed[0], crossed[2] - crossed[1]
     logger.info("%.0f bytes an image over the workers' links until all are decoded", fed / local_run["num_listed"])
-    logger.info("%.0f bytes a step and lane while training", trained / (EPOCHS * 7 * 8))
+    logger.info("%.0f bytes a step and lane while training", trained / (EPOCHS * 4 * 8))
     logger.info("%.0f MiB is the driver's peak", driver_peak_mib)
     assert driver_peak_mib < 400
 
