@@ -254,13 +254,15 @@ def test_a_page_made_anew_from_an_s3_run_is_the_same(small_dataset, tmp_path):
     with s3_server() as (_, query):
         out = f"s3://bucket/out{query}"
         ran = command("--data", small_dataset, "--out", out, "--epochs", 1, **CREDENTIALS)
-        assert ran.communicate(timeout=120)[1] is not None
-        assert ran.returncode == 0
+        _, stderr = ran.communicate(timeout=120)
+        assert ran.returncode == 0, stderr
         bucket = client(query.partition("endpoint_override=")[2])
         read = lambda: bucket.get_object(Bucket="bucket", Key="out/report.html")["Body"].read().decode()  # noqa: E731
         first = read()
         again = [sys.executable, str(ROOT / "jobs" / "report.py"), out]
-        subprocess.run(again, check=True, env={**os.environ, **CREDENTIALS}, capture_output=True, timeout=120)
+        environment = {**os.environ, **CREDENTIALS}
+        remade = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert remade.returncode == 0, remade.stderr
         dates = re.compile("<time>.*?</time>")
         assert dates.sub("", read()) == dates.sub("", first)
 
