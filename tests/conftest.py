@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections import Counter
 
 import numpy as np
 import psutil
@@ -14,8 +15,19 @@ from pipeline.results.writing import Output, prepare
 
 # A bucket in memory: for the process, and until a test ends.
 clients._CLIENTS["memory"] = lambda uri, options: MemoryStore()
+# How long a test takes, roughly; without any marker it is quick.
+MARKER_WEIGHTS = {"ray": 1, "browser": 1, "slow": 3, "cluster": 10}
 # No test joins a Ray that somebody else runs on this machine.
 os.environ.setdefault("RAY_ADDRESS", "local")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begin the files that take longest first, or one worker would be at one of them when all others have ended."""
+    weights = Counter()
+    for item in items:
+        weights[item.path] += sum(weight for name, weight in MARKER_WEIGHTS.items() if item.get_closest_marker(name))
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def _invoke(*arguments):
 @pytest.mark.ray
 def test_this_program_and_a_plain_loop_are_compared(noisy_dataset, tmp_path):
     names, out = ["plain_loop", "limit", "evaluate"], tmp_path / "runs.parquet"
-    result = _invoke("--data", noisy_dataset, "--runs", 1, "--only", ",".join(names), "--out", out)
+    result = _invoke("--data", noisy_dataset, "--runs", 1, "--warm-ups", 0, "--only", ",".join(names), "--out", out)
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == names
     rows = pq.read_table(out).to_pylist()

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
 
 # More shards than are in flight at a time, and an epoch between the first and the last: both moments of a gate.
-OPTIONS = ("--data", "digits", "--shard-images", 32, "--epochs", 3, "--json")
+OPTIONS = ("--data", "digits", "--shard-images", 32, "--epochs", 3, "--no-report", "--json")
 # A death is noticed after two seconds: nobody listens there any more. Who is only slow has as long as ever to answer.
 IMPATIENCE = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
@@ -72,14 +72,7 @@ def kill_node(cluster, node):
     cluster.wait_for_nodes(timeout=300)
 
 
-def test_three_nodes_with_gpus_give_what_one_process_gives(cluster, reference, tmp_path):
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    run = finish(command(*OPTIONS, "--address", cluster.address, "--out", tmp_path / "out"))
-    assert (run["num_nodes"], run["actors"]["number"], run["actors"]["gpus_each"]) == (4, 3, 1)
-    assert run["results_sha256"] == reference
-
-
-@pytest.mark.parametrize("moment", ["decode", "train"])
+@pytest.mark.parametrize("moment", ["decode", pytest.param("train", marks=pytest.mark.long)])
 def test_a_node_without_an_actor_that_dies_changes_nothing(cluster, reference, gate, moment):
     node = cluster.add_node(num_cpus=2)
     job = start(cluster, gate, moment)
@@ -88,7 +81,7 @@ def test_a_node_without_an_actor_that_dies_changes_nothing(cluster, reference, g
     assert finish(job)["results_sha256"] == reference
 
 
-@pytest.mark.parametrize("moment", ["decode", "train"])
+@pytest.mark.parametrize("moment", [pytest.param("decode", marks=pytest.mark.long), "train"])
 def test_an_actor_s_node_that_dies_changes_nothing(cluster, reference, gate, moment):
     job = start(cluster, gate, moment)
     with gate.held(moment, job):
@@ -98,13 +91,14 @@ def test_an_actor_s_node_that_dies_changes_nothing(cluster, reference, gate, mom
     assert run["actors"]["number"] == 1
 
 
-def test_a_node_that_joins_is_waited_for_and_used(cluster, reference, gate):
+def test_a_node_that_joins_is_waited_for_and_three_with_gpus_give_what_one_process_gives(cluster, reference, gate):
     job = start(cluster, gate, "nodes", "--min-nodes", 4)
     with gate.held("nodes", job):
         pass  # it waits by itself for the fourth
     cluster.add_node(num_cpus=1, num_gpus=1)
     run = finish(job)
-    assert (run["num_nodes"], run["results_sha256"]) == (4, reference)
+    assert (run["num_nodes"], run["actors"]["number"], run["actors"]["gpus_each"]) == (4, 3, 1)
+    assert run["results_sha256"] == reference
 
 
 def test_a_node_that_joins_late_changes_nothing(cluster, reference, gate):

@@ -138,7 +138,7 @@ def test_the_summary_goes_to_standard_output_and_nothing_else(tmp_path):
 @pytest.mark.ray
 def test_threads_and_a_killed_actor_do_not_change_a_bit(tmp_path, gate):
     """One run as it is, and one with another OMP_NUM_THREADS of which an actor dies in the middle of training."""
-    options = ("--epochs", 3, "--actors", 2, "--json")
+    options = ("--epochs", 3, "--actors", 2, "--no-report", "--json")
     first = run_json(*options, "--out", tmp_path / "first", OMP_NUM_THREADS="1")
     mark = str(uuid.uuid4())
     options += ("--out", tmp_path / "second")
@@ -180,7 +180,7 @@ def closed_pipe():
     [(closed_pipe, "Broken pipe"), (lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device")],
 )
 def test_a_summary_that_cannot_be_written_is_one_line(small_dataset, tmp_path, opened, reason):
-    options = ("--data", small_dataset, "--epochs", 0, "--out", tmp_path / "out")
+    options = ("--data", small_dataset, "--epochs", 0, "--no-report", "--out", tmp_path / "out")
     process = start(*options, stdout=opened())
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 1
@@ -212,10 +212,10 @@ def terminal_of(columns):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("columns", [100, 50, 20])
+@pytest.mark.parametrize("columns", [50, *(pytest.param(columns, marks=pytest.mark.long) for columns in (20, 100))])
 def test_a_terminal_has_one_line_of_progress_and_then_tables(small_dataset, tmp_path, columns):
     terminal, finish = terminal_of(columns)
-    options = ("--data", small_dataset, "--epochs", 3, "--out", tmp_path / "out")
+    options = ("--data", small_dataset, "--epochs", 3, "--no-report", "--out", tmp_path / "out")
     # A plain Ray would say so in a line above the progress.
     # COLUMNS is that of another terminal, as where a shell passed it on.
     environment = {"IMAGE_BASELINE_PLAIN_RAY": "", "COLUMNS": "200"}
@@ -254,7 +254,7 @@ def test_no_message_stands_behind_another_text(monkeypatch, term):
 def test_messages_stand_above_the_progress_of_a_terminal(small_dataset, tmp_path, gate):
     terminal, finish = terminal_of(80)
     mark = str(uuid.uuid4())
-    options = ("--data", small_dataset, "--epochs", 3, "--out", tmp_path / "out")
+    options = ("--data", small_dataset, "--epochs", 3, "--no-report", "--out", tmp_path / "out")
     process = gated_command(gate, "train", *options, stderr=terminal, TERM="xterm", **{MARK: mark})
     os.close(terminal)
     with gate.held("train", process):
@@ -316,22 +316,26 @@ def actors_of(mark):
     return [process for process in processes_with(MARK, mark) if "ray::ActorProcess" in " ".join(process.cmdline())]
 
 
+LEFT_UNDONE = {
+    "start": "nothing was evaluated",
+    "decode": r"decoded \d+ of 156 images, .* is unfinished, run again",
+    "train": r"epoch 2 of 3, step .* is unfinished, go on with \S+ \S*evaluate\S*\.py .*--data .* --resume",
+}
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("moment", "left_undone"),
+    ("moment", "signum"),
     [
-        ("start", "nothing was evaluated"),
-        ("decode", r"decoded \d+ of 156 images, .* is unfinished, run again"),
-        (
-            "train",
-            r"epoch 2 of 3, step .* is unfinished, go on with \S+ \S*evaluate\S*\.py .*--data .* --resume",
-        ),
+        ("start", signal.SIGINT),
+        pytest.param("start", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("decode", signal.SIGINT, marks=pytest.mark.long),
+        ("decode", signal.SIGTERM),
+        ("train", signal.SIGINT),
+        ("train", signal.SIGTERM),
     ],
 )
-def test_an_interrupt_says_what_was_left_and_leaves_no_process(
-    small_dataset, tmp_path, gate, signum, moment, left_undone
-):
+def test_an_interrupt_says_what_was_left_and_leaves_no_process(small_dataset, tmp_path, gate, moment, signum):
     mark = str(uuid.uuid4())
     options = ("--data", small_dataset, "--shard-images", 4, "--epochs", 3, "--out", tmp_path / "out")
     process = gated_command(gate, moment, *options, **{MARK: mark})
@@ -344,7 +348,7 @@ def test_an_interrupt_says_what_was_left_and_leaves_no_process(
     finally:
         end_processes(processes_with(MARK, mark))
     assert (process.returncode, stdout) == (128 + signum, "")
-    assert re.fullmatch(f"interrupted: {left_undone}", last_line(stderr))
+    assert re.fullmatch(f"interrupted: {LEFT_UNDONE[moment]}", last_line(stderr))
     assert left == []
     assert not (tmp_path / "out" / "run.json").exists()
     assert not list(tmp_path.glob("out/**/*.tmp"))
@@ -393,7 +397,7 @@ def test_a_working_folder_that_was_removed_is_no_traceback(tmp_path, is_absolute
 
 @pytest.mark.ray
 def test_what_ray_s_processes_write_is_not_in_the_summary(small_dataset, tmp_path):
-    options = ("--data", small_dataset, "--epochs", 0, "--out", tmp_path / "out", "--json")
+    options = ("--data", small_dataset, "--epochs", 0, "--no-report", "--out", tmp_path / "out", "--json")
     process = command(*options, RAY_LOG_TO_STDERR="1")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -443,7 +447,7 @@ def odd_dataset(small_dataset, tmp_path):
 @pytest.mark.ray
 def test_odd_files_are_decoded_right_or_named_with_their_reason(odd_dataset, tmp_path):
     out = tmp_path / "out"
-    result = run_json("--data", odd_dataset, "--out", out, "--epochs", 1)
+    result = run_json("--data", odd_dataset, "--out", out, "--epochs", 1, "--no-report")
     skipped = {row["key"]: row["reason"] for row in pq.read_table(out / "skipped.parquet").to_pylist()}
     used = set(pq.read_table(out / "predictions")["key"].to_pylist())
     expected = {

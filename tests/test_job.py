@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 def evaluate(data, out, on_progress=lambda progress: None, **options):
-    return job.evaluate(Config(data=str(data), out=str(out), **{"report": False, **options}), on_progress)
+    """Run the job; with one actor and without the page, unless the options say otherwise."""
+    given = {"report": False, "device": "cpu", **options}
+    return job.evaluate(Config(data=str(data), out=str(out), **given), on_progress)
 
 
 def accuracy(run, classifier, scope="all", class_name=None):
@@ -56,7 +59,7 @@ def read(out, table):
 @pytest.fixture(scope="module")
 def sample_run(local_ray, mnist_sample, tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "out"
-    return evaluate(mnist_sample, out, device="cpu"), out
+    return evaluate(mnist_sample, out), out
 
 
 @pytest.mark.data
@@ -82,12 +85,14 @@ def test_mnist_sample_gives_the_published_counts_and_the_linear_model_passes_the
 
 @pytest.mark.data
 def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp_path, sample_run):
-    # Validated on its own training images, so that train/3/10000.png gets a row.
+    # Validated on one of its own training images, so that it gets a row.
     root = tmp_path / "both"
     root.mkdir()
     (root / "train").symlink_to(mnist_sample / "train")
-    (root / "valid").symlink_to(mnist_sample / "train")
-    evaluate(root, tmp_path / "out", epochs=0)
+    for path in (mnist_sample / "train" / "3" / "10000.png", next((mnist_sample / "train" / "7").iterdir())):
+        (root / "valid" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, root / "valid" / path.parent.name)
+    evaluate(root, tmp_path / "out", epochs=0, neighbors=0)
     rows = pq.read_table(tmp_path / "out" / "predictions", filters=[("key", "==", "valid/3/10000.png")])
     [row] = rows.to_pylist()
     np.testing.assert_allclose(np.round(row["nearest_mean_l1_scores"], 4), [0.1114, 0.1586], atol=1e-7)
@@ -98,7 +103,7 @@ def test_the_distances_of_a_known_image_are_the_published_ones(mnist_sample, tmp
 @pytest.mark.data
 @pytest.mark.slow
 def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
-    run = evaluate(mnist_png, tmp_path / "out", device="cpu")
+    run = evaluate(mnist_png, tmp_path / "out")
     assert accuracy(run, "nearest_mean_l1")["num_correct"] == 6685
     assert accuracy(run, "majority_class")["num_correct"] == 1135  # all ones, the class of most training images
     assert accuracy(run, "nearest_mean_rms")["num_correct"] == 8203
@@ -110,7 +115,7 @@ def test_all_of_mnist_gives_the_figures_of_a_plain_loop(mnist_png, tmp_path):
 @pytest.mark.data
 @pytest.mark.long
 def test_the_mean_of_all_steps_of_fashion_mnist_is_good_and_steady(fashion_mnist, tmp_path):
-    run = evaluate(fashion_mnist, tmp_path / "out", device="cpu")
+    run = evaluate(fashion_mnist, tmp_path / "out")
     assert accuracy(run, "sgd_linear")["accuracy"] >= 0.843  # scikit-learn's best logistic regression has 0.8463
     assert [accuracy(run, name)["num_correct"] for name in ("knn_1", "knn_5")] == [8497, 8554]
     assert run["neighbors"]["num_twins"] <= 100
@@ -118,28 +123,42 @@ def test_the_mean_of_all_steps_of_fashion_mnist_is_good_and_steady(fashion_mnist
     assert max(last) - min(last) <= 0.001
 
 
-def test_the_bundled_digits_reach_what_is_said_of_them(tmp_path):
-    run = evaluate("digits", tmp_path / "out")
+@pytest.fixture(scope="module")
+def digits_run(local_ray, tmp_path_factory):
+    return evaluate("digits", tmp_path_factory.mktemp("digits") / "out")
+
+
+def test_the_bundled_digits_reach_what_is_said_of_them(digits_run):
+    run = digits_run
     assert accuracy(run, "nearest_mean_rms")["num_correct"] == 787
     assert accuracy(run, "sgd_linear")["num_correct"] == 834
 
 
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")  # corners that are always white
-def test_nearest_mean_of_digits_is_that_of_scikit_learn(tmp_path):
+def test_nearest_mean_of_digits_is_that_of_scikit_learn(digits_run):
     from sklearn.datasets import load_digits
     from sklearn.neighbors import NearestCentroid
 
     digits = load_digits()
     pixels = np.rint(digits.data * 255 / 16)
     model = NearestCentroid().fit(pixels[:898], digits.target[:898])
-    run = evaluate("digits", tmp_path / "out", epochs=0)
     num_correct = int((model.predict(pixels[898:]) == digits.target[898:]).sum())
-    assert accuracy(run, "nearest_mean_rms")["num_correct"] == num_correct
+    assert accuracy(digits_run, "nearest_mean_rms")["num_correct"] == num_correct
+
+
+@pytest.fixture
+def noisy_run(noisy_dataset, tmp_path):
+    return evaluate(noisy_dataset, tmp_path / "out", epochs=2)
+
+
+@pytest.fixture(scope="module")
+def untrained(local_ray, small_dataset, tmp_path_factory):
+    return evaluate(small_dataset, tmp_path_factory.mktemp("untrained") / "out", epochs=0)
 
 
 @pytest.fixture(scope="module")
 def reference(local_ray, small_dataset, tmp_path_factory):
-    return evaluate(small_dataset, tmp_path_factory.mktemp("reference") / "out", epochs=3, device="cpu")
+    return evaluate(small_dataset, tmp_path_factory.mktemp("reference") / "out", epochs=3)
 
 
 def test_seconds_are_told_by_phase(reference):
@@ -156,20 +175,17 @@ def test_seconds_are_told_by_phase(reference):
     ]
 
 
-@pytest.mark.parametrize("num_actors", [2, 3, 4, pytest.param(8, marks=pytest.mark.long)])
-def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", actors=num_actors)
+@pytest.mark.parametrize(
+    ("num_actors", "options"),
+    [(2, {}), (3, {}), (4, {"shard_images": 5}), pytest.param(8, {}, marks=pytest.mark.long)],
+)
+def test_the_number_of_actors_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors, options):
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, actors=num_actors, **options)
     assert run["results_sha256"] == reference["results_sha256"]
 
 
-def test_more_actors_than_parts_score_alike(small_dataset, tmp_path):
-    options = {"epochs": 2, "device": "cpu", "shard_images": 5}
-    runs = [evaluate(small_dataset, tmp_path / str(n), actors=n, **options) for n in (1, 4)]
-    assert runs[0]["results_sha256"] == runs[1]["results_sha256"]
-
-
 def test_pretended_gpus_give_the_same_results_on_the_cpu_and_say_so(reference, small_dataset, tmp_path, caplog):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=3)
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="auto")
     assert run["results_sha256"] == reference["results_sha256"]
     devices = {"devices": ["cpu", "cpu"], "images_kept_in": ["memory"]}
     assert run["actors"] == {"number": 2, "gpus_each": 1.0, **devices}
@@ -181,7 +197,7 @@ def test_pretended_gpus_give_the_same_results_on_the_cpu_and_say_so(reference, s
 @pytest.mark.parametrize("kind", ["class folders", "webdataset", "parquet"])
 def test_archives_give_the_figures_of_the_folder(reference, small_dataset, tmp_path, kind):
     pack_archives(small_dataset, tmp_path, kind)
-    run = evaluate(tmp_path, tmp_path.parent / f"{kind} out", epochs=3, device="cpu", actors=2, shard_images=9)
+    run = evaluate(tmp_path, tmp_path.parent / f"{kind} out", epochs=3, shard_images=9)
     assert run["metrics"] == reference["metrics"]
     assert run["dataset"]["classes"] == reference["dataset"]["classes"]
     assert run["num_shards"] > 4
@@ -237,7 +253,7 @@ def test_archives_without_splits_are_held_out_from_by_a_glob(small_dataset, tmp_
 
 
 def test_decoded_images_are_kept_for_the_next_run(reference, small_dataset, tmp_path):
-    options = {"cache": str(tmp_path / "cache"), "epochs": 3, "device": "cpu"}
+    options = {"cache": str(tmp_path / "cache"), "epochs": 3}
     runs = [evaluate(small_dataset, tmp_path / str(actors), actors=actors, **options) for actors in (1, 2)]
     assert {run["results_sha256"] for run in runs} == {reference["results_sha256"]}
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == runs[0]["num_shards"]
@@ -255,15 +271,13 @@ def test_of_a_cache_only_what_changed_is_decoded_again(small_dataset, tmp_path, 
         shutil.copytree(small_dataset, data)
     options = {"cache": str(tmp_path / "cache"), "epochs": 0, "shard_images": 7}
     first = evaluate(data, tmp_path / "out 0", **options)
-    again = evaluate(data, tmp_path / "out 1", **options)
-    assert again["num_shards_from_cache"] == first["num_shards"] > 10
-    assert again["results_sha256"] == first["results_sha256"]
+    assert first["num_shards"] > 10
     changed = next(data.rglob("*.tar" if kind == "webdataset" else "*.png"))
     os.utime(changed, (0, 0))
-    third = evaluate(data, tmp_path / "out 2", **options)
-    num_changed = first["num_shards"] - third["num_shards_from_cache"]
+    second = evaluate(data, tmp_path / "out 1", **options)
+    num_changed = first["num_shards"] - second["num_shards_from_cache"]
     assert num_changed > 1 if kind == "webdataset" else num_changed == 1
-    assert third["results_sha256"] == first["results_sha256"]
+    assert second["results_sha256"] == first["results_sha256"]
 
 
 @pytest.mark.parametrize("cache", ["data", "data/cache", "out", "out/cache", "."])
@@ -274,16 +288,12 @@ def test_a_cache_in_or_around_data_or_results_is_refused(small_dataset, tmp_path
     assert not (small_dataset / "cache").exists()
 
 
-@pytest.mark.parametrize("num_actors", [1, 2])
-def test_images_that_memory_cannot_hold_are_kept_on_disk(
-    reference, small_dataset, tmp_path, monkeypatch, caplog, num_actors
-):
+def test_images_that_memory_cannot_hold_are_kept_on_disk(reference, small_dataset, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(cluster, "memory_limit", lambda: 10_000.0)  # of 156 images of 64 bytes
     (tmp_path / "scratch").mkdir()
     monkeypatch.chdir(tmp_path)  # actors have another working folder
-    options = {"epochs": 3, "device": "cpu", "actors": num_actors, "scratch": "scratch"}
-    run = evaluate(small_dataset, tmp_path / "out", **options)
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, scratch="scratch")
     assert run["actors"]["images_kept_in"] == ["disk"]
     assert run["results_sha256"] == reference["results_sha256"]
     assert f"they are kept on disk in {tmp_path}/scratch" in caplog.text
@@ -307,7 +317,7 @@ def test_several_nodes_are_asked_whether_they_see_the_same_files(small_dataset, 
 
 
 def test_another_seed_is_another_result(reference, small_dataset, tmp_path):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", seed=1)
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, seed=1)
     assert run["results_sha256"] != reference["results_sha256"]
 
 
@@ -322,7 +332,7 @@ def test_an_actor_killed_while_neighbors_are_searched_does_not_change_a_bit(
             killed.append(max(set(actor_pids()) - earlier))
             os.kill(killed[0], signal.SIGKILL)
 
-    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu", actors=2)
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, actors=2)
     assert killed
     assert "restarting all actors, to go on after epoch 3" in caplog.text
     assert run["results_sha256"] == reference["results_sha256"]
@@ -358,7 +368,7 @@ def is_ours(process):
 @pytest.mark.parametrize("num_actors", [1, 2])
 def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path, num_actors, caplog):
     on_progress, killed = kill_once_in_epoch(2, actor_pids)
-    options = {"epochs": 3, "device": "cpu", "actors": num_actors}
+    options = {"epochs": 3, "actors": num_actors}
     run = evaluate(small_dataset, tmp_path / "out", on_progress, **options)
     assert killed
     assert "restarting all actors, to go on after epoch" in caplog.text
@@ -376,7 +386,7 @@ def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
         if killed:  # as the actor that lives, and ends now, does
             monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
 
-    options = {"epochs": 3, "device": "cpu", "actors": 2, "scratch": str(tmp_path)}
+    options = {"epochs": 3, "actors": 2, "scratch": str(tmp_path)}
     run = evaluate(small_dataset, tmp_path / "out", fill_disk_and_kill, **options)
     assert killed
     assert "restarting all actors" in caplog.text
@@ -395,7 +405,7 @@ def test_an_actor_killed_while_decoding_does_not_change_a_bit(reference, small_d
             os.kill(killed[0], signal.SIGKILL)
 
     # More shards than are in flight at a time, so that there is a middle.
-    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu", shard_images=4)
+    run = evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, shard_images=4)
     assert killed
     assert "restarting all actors" in caplog.text
     assert run["results_sha256"] == reference["results_sha256"]
@@ -407,7 +417,7 @@ def test_actors_that_always_die_end_the_job(small_dataset, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(ClusterError, match=r"the actors: expected .*, got 4 deaths"):
-        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3, device="cpu")
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=3)
 
 
 def test_an_interrupt_is_one_where_no_checkpoint_can_be_written(small_dataset, tmp_path, caplog):
@@ -417,7 +427,7 @@ def test_an_interrupt_is_one_where_no_checkpoint_can_be_written(small_dataset, t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=1, device="cpu")
+        evaluate(small_dataset, tmp_path / "out", on_progress, epochs=1)
     assert "checkpoint.parquet: expected to write it, got No such file or directory" in caplog.messages[-1]
 
 
@@ -429,13 +439,13 @@ def interrupt(data, out, phase="train", epoch=None):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(data, out, on_progress, epochs=3, device="cpu")
+        evaluate(data, out, on_progress, epochs=3)
 
 
 def resume(data, out):
     """Go on to epoch 3; return the run and the epochs that were shown."""
     epochs = []
-    run = evaluate(data, out, lambda progress: epochs.append(progress.epoch), epochs=3, device="cpu", resume=True)
+    run = evaluate(data, out, lambda progress: epochs.append(progress.epoch), epochs=3, resume=True)
     return run, epochs
 
 
@@ -450,11 +460,17 @@ def test_resuming_gives_what_one_run_gives(reference, small_dataset, tmp_path, m
     assert not (tmp_path / "out" / "checkpoint.parquet").exists()
 
 
-def test_resuming_with_another_seed_is_refused(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", 0.0)
-    interrupt(small_dataset, tmp_path / "out", epoch=2)
+@pytest.fixture(scope="module")
+def interrupted(local_ray, small_dataset, tmp_path_factory):
+    """The results of a job that was interrupted when all was trained."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    interrupt(small_dataset, out, "score")
+    return out
+
+
+def test_resuming_with_another_seed_is_refused(interrupted, small_dataset):
     with pytest.raises(OutputError, match=r"--resume: expected --seed 0, .* got 5"):
-        evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", resume=True, seed=5)
+        evaluate(small_dataset, interrupted, epochs=3, resume=True, seed=5)
 
 
 def test_resuming_what_was_trained_by_other_arithmetic_is_refused(small_dataset, tmp_path, monkeypatch):
@@ -466,25 +482,22 @@ def test_resuming_what_was_trained_by_other_arithmetic_is_refused(small_dataset,
         resume(small_dataset, tmp_path / "out")
 
 
-def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(small_dataset, tmp_path):
-    interrupt(small_dataset, tmp_path / "out", "score")
+def test_fewer_epochs_than_there_were_are_refused_before_an_image_is_decoded(interrupted, small_dataset):
     phases = set()
     with pytest.raises(OutputError, match=r"--epochs: expected at least 3, .*, got 2; .* in place of --resume"):
-        evaluate(small_dataset, tmp_path / "out", lambda progress: phases.add(progress.phase), epochs=2, resume=True)
+        evaluate(small_dataset, interrupted, lambda progress: phases.add(progress.phase), epochs=2, resume=True)
     assert phases == {"start"}
 
 
-@pytest.mark.parametrize(
-    ("num_images", "few"), [(9, "2 of 2 classes, {}: 8 of 7, 9 of 3"), (10, "1 of 2 classes, {}: 9 of 7")]
-)
-def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog, num_images, few):
-    sizes = {"train": 2, "valid": num_images}
-    data = write_images(tmp_path / "data", sizes, ("3", "7"), lambda label: np.full((2, 2), label, np.uint8))
-    (data / "valid" / "7" / "0.png").write_bytes(b"no image")
+def test_classes_of_few_validation_images_are_named_in_one_line(tmp_path, caplog):
+    sizes = {"train": 2, "valid": 10}
+    data = write_images(tmp_path / "data", sizes, ("3", "7", "9"), lambda label: np.full((2, 2), label, np.uint8))
+    for key in ("3/0", "7/0", "7/1"):
+        (data / "valid" / f"{key}.png").write_bytes(b"no image")
     evaluate(data, tmp_path / "out", epochs=0)
     said = [text for text in caplog.messages if text.startswith("validation images")]
-    words = few.format("whose accuracies say little")
-    assert said == [f"validation images: expected at least 10 of every class, got fewer of {words}"]
+    few = "2 of 3 classes, whose accuracies say little: 8 of 7, 9 of 3"
+    assert said == [f"validation images: expected at least 10 of every class, got fewer of {few}"]
 
 
 @pytest.mark.parametrize("option", ["label_column", "image_column"])
@@ -506,8 +519,8 @@ def test_classes_that_look_the_same_are_named(tmp_path, caplog):
     assert ["got 'cat' and 'cat ' look alike" in text for text in said] == [True]
 
 
-def test_an_interrupt_after_training_keeps_all_of_it(reference, small_dataset, tmp_path):
-    interrupt(small_dataset, tmp_path / "out", "score")
+def test_an_interrupt_after_training_keeps_all_of_it(reference, interrupted, small_dataset, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "out")
     run, epochs = resume(small_dataset, tmp_path / "out")
     assert not {1, 2, 3} & set(epochs)
     assert run["results_sha256"] == reference["results_sha256"]
@@ -519,7 +532,7 @@ def test_resuming_with_other_images_of_the_same_names_is_refused(small_dataset, 
     interrupt(data, out, epoch=2)
     shutil.copy(data / "train" / "2" / "0.png", data / "train" / "2" / "1.png")
     with pytest.raises(OutputError, match=r"/data: expected the images .*, got others"):
-        evaluate(data, out, epochs=3, device="cpu", resume=True)
+        evaluate(data, out, epochs=3, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -555,12 +568,11 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_do(local_ray):
     assert not isinstance(caught.value, ActorLostError)
 
 
-@pytest.mark.parametrize("data", ["digits", "small_dataset", "noisy_dataset"])
+@pytest.mark.parametrize("name", ["digits_run", "reference", "noisy_run"])
 @pytest.mark.filterwarnings("ignore:Precision is ill-defined")  # of a class that is never predicted
-def test_the_figures_of_classes_are_those_of_scikit_learn(request, data, tmp_path):
-    root = data if data == "digits" else request.getfixturevalue(data)
-    run = evaluate(root, tmp_path / "out", epochs=2)
-    predictions = pq.read_table(tmp_path / "out" / "predictions").to_pydict()
+def test_the_figures_of_classes_are_those_of_scikit_learn(request, name):
+    run = request.getfixturevalue(name)
+    predictions = pq.read_table(f"{run['out']}/predictions").to_pydict()
     for name in dict.fromkeys(row["classifier"] for row in run["metrics"]):
         expected = classification_report(predictions["class"], predictions[f"{name}_prediction"], output_dict=True)
         means = accuracy(run, name, "mean_of_classes")
@@ -592,19 +604,18 @@ def test_of_many_classes_the_top_5_are_those_of_the_scores(tmp_path):
         assert got == np.mean([label in top for label, top in zip(labels, ranked, strict=True)])
 
 
-def test_every_image_is_in_one_table(small_dataset, tmp_path):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=1)
-    keys = pq.read_table(tmp_path / "out" / "predictions")["key"].to_pylist()
+def test_every_image_is_in_one_table(reference, small_dataset):
+    run = reference
+    keys = pq.read_table(f"{run['out']}/predictions")["key"].to_pylist()
     assert sorted(keys) == sorted(
         path.relative_to(small_dataset).as_posix() for path in small_dataset.glob("valid/*/*.png")
     )
     assert run["num_listed"] == run["num_train"] + len(keys) + run["num_skipped"] == 156
 
 
-def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
-    out = tmp_path / "out"
-    run = evaluate(small_dataset, out, epochs=0)
-    assert sorted(path.name for path in out.iterdir()) == [
+def test_without_training_there_are_no_tables_of_it(untrained):
+    run = untrained  # nor has it a page, which is not asked for
+    assert sorted(path.name for path in Path(run["out"]).iterdir()) == [
         "confusion.parquet", "duplicates.parquet", "means.parquet", "metrics.parquet", "predictions",
         "run.json", "skipped.parquet", "suspects.parquet",
     ]  # fmt: skip
@@ -614,9 +625,8 @@ def test_without_training_there_are_no_tables_of_it(small_dataset, tmp_path):
     assert run["stopped_by"] is None
 
 
-def test_the_written_weights_give_the_predictions_from_plain_pixels(tmp_path):
-    out = tmp_path / "out"
-    evaluate("digits", out, epochs=3)
+def test_the_written_weights_give_the_predictions_from_plain_pixels(digits_run):
+    out = Path(digits_run["out"])
     rows = read(out, "weights")
     weights_KD, bias_K = np.array([row["weights"] for row in rows]), np.array([row["bias"] for row in rows])
     images = {row["key"]: row["image"] for row in pq.read_table(files.DIGITS).to_pylist()}
@@ -642,10 +652,9 @@ def test_the_default_step_is_safe_for_images_that_are_much_alike(tmp_path):
     assert accuracy(run, "sgd_linear")["accuracy"] > 0.9
 
 
-def test_nearest_mean_is_the_same_with_and_without_training(reference, small_dataset, tmp_path):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=0)
+def test_nearest_mean_is_the_same_with_and_without_training(reference, untrained):
     for classifier in ("nearest_mean_l1", "nearest_mean_rms"):
-        assert accuracy(run, classifier) == accuracy(reference, classifier)
+        assert accuracy(untrained, classifier) == accuracy(reference, classifier)
 
 
 def test_run_json_and_the_tables_say_the_same(small_dataset, tmp_path):
@@ -659,10 +668,9 @@ def test_run_json_and_the_tables_say_the_same(small_dataset, tmp_path):
     assert sum(row["num_images"] for row in read(out, "confusion")) == len(used_classifiers(5, has_training=True)) * 24
 
 
-def test_the_counts_of_the_tables_follow_from_the_predictions(small_dataset, tmp_path):
-    out = tmp_path / "out"
-    run = evaluate(small_dataset, out, epochs=2)
-    rows = pq.read_table(out / "predictions").to_pylist()
+def test_the_counts_of_the_tables_follow_from_the_predictions(reference):
+    run = reference
+    rows = pq.read_table(f"{run['out']}/predictions").to_pylist()
     for classifier, choose in (
         ("nearest_mean_l1", np.argmin),
         ("nearest_mean_rms", np.argmin),
@@ -677,24 +685,18 @@ def test_the_counts_of_the_tables_follow_from_the_predictions(small_dataset, tmp
 @pytest.mark.parametrize(
     ("options", "reason", "num_epochs"),
     [
-        ({"epochs": 2}, "epochs", 2),
         ({"epochs": 50, "target_accuracy": 0.01}, "target_accuracy", 1),
         ({"epochs": 50, "max_seconds": 1e-9}, "max_seconds", 1),
         ({"epochs": 500, "patience": 1}, "patience", None),
     ],
 )
-def test_training_stops_by_its_four_rules(small_dataset, tmp_path, options, reason, num_epochs):
+def test_training_stops_by_its_four_rules(reference, small_dataset, tmp_path, options, reason, num_epochs):
+    assert reference["stopped_by"] == "epochs"
     run = evaluate(small_dataset, tmp_path / "out", **options)
     history = read(tmp_path / "out", "history")
     assert run["stopped_by"] == reason
     assert num_epochs in (None, len(history))
     assert len(history) < 500
-
-
-def test_a_dataset_without_splits_is_cut_by_its_fraction(small_dataset, tmp_path):
-    run = evaluate(small_dataset / "train", tmp_path / "out", valid_fraction=0.3, epochs=1)
-    assert run["num_listed"] == 120
-    assert 15 < run["num_valid"] < 60
 
 
 def test_training_that_diverges_says_what_to_do(black_and_white, tmp_path):
@@ -716,12 +718,12 @@ def test_a_class_of_bad_images_only_is_an_error(tmp_path):
         evaluate(tmp_path / "data", tmp_path / "out", size="8x8", mode="L")
 
 
-def test_a_finished_run_is_kept_and_replaced_only_when_told(small_dataset, tmp_path):
-    first = evaluate(small_dataset, tmp_path / "out", epochs=1)
+def test_a_finished_run_is_kept_and_replaced_only_when_told(reference, small_dataset, tmp_path):
+    shutil.copytree(reference["out"], tmp_path / "out")
     with pytest.raises(OutputError, match="expected a new or empty folder"):
         evaluate(small_dataset, tmp_path / "out", epochs=1)
     second = evaluate(small_dataset, tmp_path / "out", epochs=0, overwrite=True)
-    assert second["results_sha256"] != first["results_sha256"]
+    assert second["results_sha256"] != reference["results_sha256"]
     assert not (tmp_path / "out" / "weights.parquet").exists()
 
 
@@ -738,8 +740,8 @@ def test_work_that_stands_still_is_an_error_that_names_it(monkeypatch):
     ray.cancel(never, force=True)
 
 
-def test_decoding_workers_and_the_driver_never_load_torch(small_dataset, tmp_path):
-    evaluate(small_dataset, tmp_path / "out", epochs=1)
+@pytest.mark.usefixtures("reference")
+def test_decoding_workers_never_load_torch():
     modules = ray.get([ray.remote(lambda: sorted(__import__("sys").modules)).remote() for _ in range(4)])
     assert all("torch" not in names for names in modules)
 
@@ -754,7 +756,7 @@ def test_a_dead_actor_is_told_from_other_faults():
 
 
 def test_the_best_scores_alone_are_those_of_all(reference, small_dataset, tmp_path):
-    run = evaluate(small_dataset, tmp_path / "out", epochs=3, device="cpu", scores="top")
+    run = evaluate(small_dataset, tmp_path / "out", epochs=3, scores="top")
     assert run["metrics"] == reference["metrics"]
     [part] = (tmp_path / "out" / "predictions").iterdir()
     for row in pq.read_table(part).to_pylist():

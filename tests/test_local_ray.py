@@ -46,7 +46,7 @@ local_ray._GIVEN_ARGUMENTS |= {"--unknown"}
 
 
 def run(out, change="", **environment):
-    words = ["--epochs", "0", "--json", "--address", "local", "--out", out]
+    words = ["--epochs", "0", "--no-report", "--json", "--address", "local", "--out", out]
     environment = {"PYTHONPATH": str(ROOT), "CHANGE": change, "COMMAND": f"{ROOT}/jobs/evaluate.py", **environment}
     return subprocess.run(
         [sys.executable, "-c", _RUN, *words],

@@ -153,8 +153,8 @@ class _Slow(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = nn.Linear(64, 4096), nn.Linear(4096, 10)
-        self.middle = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(2))
+        self.first, self.last = nn.Linear(64, 2048), nn.Linear(2048, 10)
+        self.middle = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(2))
 
     def forward(self, images_N1HW):
         values = self.first(images_N1HW.flatten(1))

@@ -43,7 +43,7 @@ def head(home, *words, **variables):
 
 def join(address, out, **variables):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    words = ["--epochs", "0", "--address", address, "--out", out]
+    words = ["--epochs", "0", "--no-report", "--address", address, "--out", out]
     return subprocess.run(
         [sys.executable, ROOT / "jobs" / "evaluate.py", *words], env={**environment, **variables},
         capture_output=True, text=True, timeout=120, check=False,

@@ -25,13 +25,13 @@ QUERIES = [
 @pytest.fixture(scope="module")
 def results_folder(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    job.evaluate(Config(out=str(folder / "out"), epochs=3))
+    job.evaluate(Config(out=str(folder / "out"), epochs=3, report=False, device="cpu"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def default_run(local_ray, tmp_path_factory):
-    return job.evaluate(Config(out=str(tmp_path_factory.mktemp("default") / "out")))
+    return job.evaluate(Config(out=str(tmp_path_factory.mktemp("default") / "out"), device="cpu"))
 
 
 @pytest.mark.ray

@@ -348,7 +348,7 @@ def test_a_bucket_gives_the_results_of_a_folder(bucket, small_dataset, tmp_path)
     _, query = bucket
     s3.put_folder(query, small_dataset, "small#1")
     options = ("--epochs", 2, "--json")
-    here = run_json("--data", small_dataset, "--out", tmp_path / "out", *options)
+    here = run_json("--data", small_dataset, "--out", tmp_path / "out", "--no-report", *options)
     data, out = f"s3://bucket/small#1{query}", f"s3://bucket/results#1{query}"
     there = run_json("--data", data, "--out", out, *options)
     assert there["results_sha256"] == here["results_sha256"]
@@ -364,7 +364,7 @@ def test_a_bucket_gives_the_results_of_a_folder(bucket, small_dataset, tmp_path)
 
 @pytest.mark.ray
 def test_a_server_that_refuses_and_cuts_off_changes_nothing_and_an_image_is_a_request(buckets, small_dataset, tmp_path):
-    here = run_json("--data", small_dataset, "--out", tmp_path / "out", "--epochs", 0, "--json")
+    here = run_json("--data", small_dataset, "--out", tmp_path / "out", "--epochs", 0, "--no-report", "--json")
     for name, faults in (("good", {}), ("bad", {"refused": 0.05, "cut": 0.05})):
         with stored(buckets, latency_ms=2, **faults) as server:
             uri = f"s3://small?{server.query}&anonymous=true"
@@ -383,7 +383,8 @@ def test_an_object_that_cannot_be_had_is_one_unreadable_image(bucket, small_data
     frozen = {"Key": "cold/valid/10/0.png", "Body": b"x", "StorageClass": "GLACIER"}
     s3.client(query.rpartition("=")[2]).put_object(Bucket="bucket", **frozen)
     throttle.refusals = {"train/2/1.png": (403, "AccessDenied"), "train/10/7.png": (404, "NoSuchKey")}
-    run = run_json("--data", f"s3://bucket/cold{query}", "--out", tmp_path / "out", "--epochs", 1, "--json")
+    options = ("--epochs", 0, "--no-report", "--json")
+    run = run_json("--data", f"s3://bucket/cold{query}", "--out", tmp_path / "out", *options)
     skipped = pq.read_table(tmp_path / "out" / "skipped.parquet").to_pylist()
     assert {row["key"]: (row["reason"], row["error"].partition(",")[0]) for row in skipped} == {
         "train/2/1.png": ("unreadable", "AccessDenied"),
@@ -451,16 +452,15 @@ def test_a_uris_secret_key_is_used_and_written_nowhere(bucket, small_dataset, tm
     again = command(*options)  # refused, as results are there
     assert again.wait(180) == 1
     shown = stdout + stderr + "".join(again.communicate())
-    for order in ("show", "clear"):
-        asked = click.testing.CliRunner().invoke(cache_command.main, [order, kept])
-        assert asked.output.startswith("s3://key:***@bucket/signed-cache?"), asked.output
-        shown += asked.output
-        run_json(*options, "--overwrite", "--json")
     json_run = run_json(*options, "--overwrite", "--json")
     assert json_run["num_shards_from_cache"] == json_run["num_shards"] > 0
     assert json_run["options"]["data"] == f"s3://key:***@bucket/signed{query}"
     written = [s3.read_object(query, name) for name in s3.object_names(query, "signed-")]
     assert len(written) > 8
+    for order in ("show", "clear"):
+        asked = click.testing.CliRunner().invoke(cache_command.main, [order, kept])
+        assert asked.output.startswith("s3://key:***@bucket/signed-cache?"), asked.output
+        shown += asked.output
     assert "hid" not in shown + json.dumps(json_run)
     assert not any(b"hid%2Fden" in content or b"hid/den" in content for content in written)
 
