@@ -206,6 +206,31 @@ def test_actors_do_not_change_a_bit(step, num_actors):
         assert all(map(torch.equal, got, name))
 
 
+@pytest.mark.parametrize("step", [step for step in STEPS if has_blocks(*step[:2])])
+def test_sums_of_lanes_and_classes_of_actors_come_to_the_same(step):
+    steps = three_steps(*step)
+    by_class, by_lane = (walk_alone(*steps, has_class_blocks=each) for each in (True, False))
+    np.testing.assert_allclose(by_class[0], by_lane[0], rtol=1e-4, atol=1e-5)
+    for (got_2P, *_), _ in walk_together(3, *steps, has_class_blocks=False):
+        np.testing.assert_array_equal(got_2P, by_lane[0])
+
+
+@pytest.mark.parametrize(
+    ("num_values", "num_classes", "batch_size", "expected"),
+    [
+        (12_288, 1000, 64, True),
+        (12_288, 1000, 4096, True),
+        (12_288, 1000, 8192, False),
+        (3072, 100, 256, True),
+        (784, 10, 64, False),
+        (12_288, 10, 64, False),
+        (64, 65, 64, False),
+    ],
+)
+def test_actors_share_many_classes_of_large_images(num_values, num_classes, batch_size, expected):
+    assert has_blocks(num_values, num_classes, batch_size) == expected
+
+
 @pytest.mark.parametrize("shape", [(784, 10), (3072, 100), (3900, 1000)])
 @pytest.mark.parametrize("num_actors", [2, 4, 8])
 def test_at_most_two_and_a_half_times_the_parameters_leave_an_actor(shape, num_actors):
