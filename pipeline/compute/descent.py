@@ -13,7 +13,6 @@ Axes: as in `tiles`; A actors, T tiles (of `look_along`, lengths); n values of s
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -24,8 +23,9 @@ import torch
 from pipeline.compute.class_blocks import ROWS, ClassBlocks
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective, Pieces
+from pipeline.compute.lane_sums import LaneSums, Rows
 from pipeline.compute.threads import Threads
-from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inputs, fill_inputs, write_logits
+from pipeline.compute.tiles import Params, Tile, add_tree, empty_inputs, fill_inputs, write_logits
 from pipeline.results.figures import LINE
 from pipeline.tree import lane_ranges
 
@@ -33,15 +33,6 @@ from pipeline.tree import lane_ranges
 _ROUND_VALUES = 2**20
 # Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
 _MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a step's gradient is made of: errors_KB, derivatives of the losses by the logits, and inputs_BC."""
-
-    errors_KB: torch.Tensor
-    inputs_BC: torch.Tensor
-    lane_counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -57,15 +48,6 @@ class _LastStep:
     own: slice
     lane_counts: list[int]
     logits_BK: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """One thread's memory as a tile of one shape needs it: all of it [k, c], two of them also [U, M]."""
-
-    first_UM: torch.Tensor
-    second_UM: torch.Tensor
-    matrices: list[torch.Tensor]
 
 
 class Descent:
@@ -99,9 +81,7 @@ class Descent:
         self._lanes = lane_ranges(num_lanes, collective.num_actors)
         self._own_lanes = self._lanes[collective.rank]
         self._blocks = ClassBlocks(self.params, collective) if has_class_blocks else None
-        # As many as a tree of this actor's lanes needs, and at least two.
-        self._num_buffers = max(1, (len(self._own_lanes) - 1).bit_length()) + 1 if self._blocks is None else 2
-        self._of_thread = threading.local()
+        self._sums = LaneSums(self.params, len(self._own_lanes) if self._blocks is None else 1)
         self._inputs_BC = empty_inputs(0, num_values, device)
         self._last: _LastStep | None = None
         self._received: dict[int, torch.Tensor] = {}
@@ -169,7 +149,7 @@ class Descent:
         if len(self._num_images) == len(self._squares_STU):
             self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
         errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
-        rows = _Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
+        rows = Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
         if self._collective.num_actors == 1 or self._blocks is not None:
             self._threads.run(lambda number: self._step_tile(number, rows), self._own_tiles)
         else:
@@ -253,20 +233,19 @@ class Descent:
         size = -(-num_rows // self._threads.number)
         return [slice(first, first + size) for first in range(0, num_rows, size)]
 
-    def _step_tile(self, number: int, rows: _Rows) -> None:
-        tile = self.params.tiles[number]
-        sum_UM = self._buffers(tile).first_UM
-        self._sum_lanes(number, sum_UM, rows)
+    def _step_tile(self, number: int, rows: Rows) -> None:
+        sum_UM = self._sums.buffer(number)
+        self._sums.write(number, sum_UM, rows)
         self._step_units(number, sum_UM)
 
-    def _step_together(self, rows: _Rows) -> None:
+    def _step_together(self, rows: Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""
         collective = self._collective
         before = range(0)
         for numbers in [*self._rounds, range(0)]:
             sums = self._empty_sums(numbers)
             tasks = list(zip(numbers, sums, strict=True))
-            self._threads.run(lambda task: self._sum_lanes(*task, rows), tasks)
+            self._threads.run(lambda task: self._sums.write(*task, rows), tasks)
             sent, received = self._own_pieces(self.params, before)
             parts: list[list[torch.Tensor]] = [[] for _ in numbers]
             for rank in range(collective.num_actors):
@@ -287,21 +266,6 @@ class Descent:
         """Step this actor's units of a tile, given the sums of all actors' lanes, by rank."""
         self._step_units(number, add_tree(parts))
 
-    def _sum_lanes(self, number: int, sum_UM: torch.Tensor, rows: _Rows) -> None:
-        """Write the sum of this actor's lanes' gradients of a tile."""
-        tile = self.params.tiles[number]
-        buffers = self._buffers(tile)
-        matrices = buffers.matrices
-        if sum_UM is not buffers.first_UM:
-            matrices = [tile.matrix(sum_UM), *matrices[1:]]
-        num_values = matrices[0].numel()
-        if num_values < tile.size:
-            sum_UM.view(-1)[num_values:] = 0
-        errors, inputs = rows.errors_KB, rows.inputs_BC
-        if len(self.params.tiles) > 1:
-            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
-        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
-
     def _step_units(self, number: int, sum_UM: torch.Tensor) -> None:
         """Move this actor's units of a tile against the sum of all lanes' gradients, and take them into the mean."""
         if not sum_UM.numel():
@@ -312,27 +276,13 @@ class Descent:
         if tile.num_units == 1:
             torch.dot(sum_UM[0], sum_UM[0], out=sums_U[0])
         else:
-            squares_UM = torch.mul(sum_UM, sum_UM, out=self._buffers(tile).second_UM[units])
+            squares_UM = torch.mul(sum_UM, sum_UM, out=self._sums.spare(number)[units])
             # A GPU may make sums of several rows otherwise than those of one, which another actor may have.
             size = len(sums_U) if sum_UM.device.type == "cpu" else 1
             for some_UM, some_U in zip(squares_UM.split(size), sums_U.split(size), strict=True):
                 torch.sum(some_UM, 1, out=some_U)
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
         sgd_linear.average(mean_UM, params_UM, self._num_steps_before + step + 1)
-
-    def _buffers(self, tile: Tile) -> _Buffers:
-        """Return the buffers of the thread that asks, cut for a tile."""
-        if not hasattr(self._of_thread, "cut"):
-            size = max(tile.size for tile in self.params.tiles)
-            self._of_thread.memory = torch.empty(self._num_buffers, size, device=self.params.device)
-            self._of_thread.cut = {}
-        cut: dict[tuple[int, ...], _Buffers] = self._of_thread.cut
-        key = (*tile.shape, tile.num_units)
-        if key not in cut:
-            first_UM, second_UM, *_ = self._of_thread.memory[:, : tile.size].unflatten(1, (tile.num_units, -1))
-            matrices = [tile.matrix(buffer_N[: tile.size]) for buffer_N in self._of_thread.memory]
-            cut[key] = _Buffers(first_UM, second_UM, matrices)
-        return cut[key]
 
     def _span(self, number: int, rank: int) -> slice:
         """Return the units of a tile that an actor steps; in another tile they are others', so that all do alike."""
