@@ -187,7 +187,7 @@ def run(group, plan, decoded, num_epochs=2):
     """Do a whole job: means by actor, the history, parameters after each epoch by actor, the scored parts."""
     feed(group, decoded)
     means = ask_all(group, "finish_means")
-    ask_all(group, "begin_training", None)
+    ask_all(group, "begin_training")
     epochs = [ask_all(group, "train_epoch", epoch) for epoch in range(1, num_epochs + 1)]
     return {
         "means": means,
@@ -202,8 +202,15 @@ def prepared(plan, decoded, params_P=None):
     [actor] = alone(plan)
     feed([actor], decoded)
     actor("finish_means")()
-    actor("begin_training", params_P)()
+    begin(actor, params_P)
     return actor
+
+
+def begin(actor, params_P=None):
+    """Begin to train, or go on with these parameters."""
+    actor("begin_training")()
+    if params_P is not None:
+        actor("load_params", 0, params_P)()
 
 
 def score(group, plan):
@@ -400,7 +407,7 @@ def test_training_goes_on_from_the_parameters_of_an_epoch():
     actor("finish_means")()
     params_P = reference()["params"][0][0].copy()
     params_P.setflags(write=False)
-    actor("begin_training", params_P)()
+    begin(actor, params_P)
     record, after_P = actor("train_epoch", 2)()
     np.testing.assert_equal(after_P, reference()["params"][1][0])
     np.testing.assert_equal(params_P, reference()["params"][0][0])
@@ -414,7 +421,7 @@ def test_another_epoch_has_another_order():
     actor("finish_means")()
     ends = []
     for epoch in (1, 2, 1):
-        actor("begin_training", None)()
+        actor("begin_training")()
         ends.append(actor("train_epoch", epoch)()[1])
     np.testing.assert_equal(ends[0], ends[2])
     assert not np.array_equal(ends[0], ends[1])
@@ -425,7 +432,7 @@ def test_records_hold_what_the_actors_own_lanes_and_parts_gave(processes):
     group = together(processes(3), plan)
     feed(group, decoded)
     ask_all(group, "finish_means")
-    ask_all(group, "begin_training", None)
+    ask_all(group, "begin_training")
     records = [record for record, _ in ask_all(group, "train_epoch", 1)]
     assert [sorted(record.lane_losses) for record in records] == [[0, 1], [2, 3], [4, 5, 6, 7]]
     parts = range(len(plan.part_sizes))
@@ -491,7 +498,7 @@ def test_a_killed_peer_is_a_lost_actor_and_no_hang(processes, method):
     feed(group, decoded)
     if method == "train_epoch":
         ask_all(group, "finish_means")
-        ask_all(group, "begin_training", None)
+        ask_all(group, "begin_training")
     answer = group[0](method, *([1] if method == "train_epoch" else []))
     while not has_unread(started[1]):  # then the first has sent its own, and waits for the other's
         assert started[0].poll() is None
@@ -542,7 +549,7 @@ def test_slices_of_tables_are_taken_for_what_they_are():
         around = pa.concat_tables([others, table, others]).combine_chunks()
         feed([actor], [(shard, {0: around.slice(len(table), len(table))})])
     actor("finish_means")()
-    actor("begin_training", reference()["params"][1][0])()
+    begin(actor, reference()["params"][1][0])
     assert_same_parts(score([actor], plan), reference()["parts"])
 
 
@@ -558,7 +565,7 @@ def test_actors_keep_nothing_of_the_tables_that_they_were_given():
         feed([actor], [(shard, {0: pa.ipc.open_stream(pa.py_buffer(memory)).read_all()})])
         memory[:] = bytes(len(memory))  # as when the object store gives the memory to others
     actor("finish_means")()
-    actor("begin_training", reference()["params"][1][0])()
+    begin(actor, reference()["params"][1][0])
     assert_same_parts(score([actor], plan), reference()["parts"])
 
 

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, linear
 
+from pipeline.compute.class_blocks import sends_less
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
@@ -48,7 +49,7 @@ def draw_step(num_values, num_classes, lane_counts, seed=0):
     return torch.randn(num_classes * (num_values + 1)) / 10, images_BD, labels_B, lane_counts
 
 
-def make_descent(num_values, num_classes, num_lanes, collective=None, num_threads=1):
+def make_descent(num_values, num_classes, num_lanes, collective=None, num_threads=1, has_class_blocks=None):
     return Descent(
         num_classes,
         num_values,
@@ -56,7 +57,12 @@ def make_descent(num_values, num_classes, num_lanes, collective=None, num_thread
         device=torch.device("cpu"),
         collective=collective or Collective(0, 1),
         threads=Threads(num_threads),
+        has_class_blocks=has_blocks(num_values, num_classes) if has_class_blocks is None else has_class_blocks,
     )
+
+
+def has_blocks(num_values, num_classes, batch_size=64):
+    return sends_less(num_classes, num_values, batch_size, num_values, "cpu")
 
 
 def walk(descent, params_P, lanes, steps, rate=0.5):
@@ -67,19 +73,19 @@ def walk(descent, params_P, lanes, steps, rate=0.5):
         answers = []
         for images_BD, labels_B, counts in steps:
             images, labels = (torch.cat(rows.split(counts)[lanes.start : lanes.stop]) for rows in (images_BD, labels_B))
-            answers.append(descent.step(images, labels, counts[lanes.start : lanes.stop], 0.25, len(labels_B)))
+            answers.append(descent.step(images, labels, counts, 0.25))
         norm = descent.end_epoch()
         return descent.save(), *zip(*answers, strict=True), norm
 
 
-def walk_alone(params_P, steps, num_threads=1):
+def walk_alone(params_P, steps, num_threads=1, has_class_blocks=None):
     num_values, num_lanes = steps[0][0].shape[1], len(steps[0][2])
     num_classes = len(params_P) // (num_values + 1)
-    descent = make_descent(num_values, num_classes, num_lanes, num_threads=num_threads)
+    descent = make_descent(num_values, num_classes, num_lanes, None, num_threads, has_class_blocks)
     return walk(descent, params_P, range(num_lanes), steps)
 
 
-def walk_together(num_actors, params_P, steps, num_threads=1):
+def walk_together(num_actors, params_P, steps, num_threads=1, has_class_blocks=None):
     """Make the same steps with several actors; what each has to say, and the bytes that left it in a step."""
     num_values, num_lanes = steps[0][0].shape[1], len(steps[0][2])
     group = [Collective(rank, num_actors) for rank in range(num_actors)]
@@ -89,7 +95,7 @@ def walk_together(num_actors, params_P, steps, num_threads=1):
         group[rank].join(TOKEN, addresses, has_own_gpu=False)
         lanes = lane_ranges(num_lanes, num_actors)[rank]
         num_classes = len(params_P) // (num_values + 1)
-        descent = make_descent(num_values, num_classes, len(lanes), group[rank], num_threads)
+        descent = make_descent(num_values, num_classes, num_lanes, group[rank], num_threads, has_class_blocks)
         sent = []
         descent.end_epoch, end = lambda: sent.append(group[rank].num_bytes_sent) or end(), descent.end_epoch
         return walk(descent, params_P, lanes, steps), sent[0] / len(steps)
@@ -122,7 +128,7 @@ def train_on_lanes(images_ND, labels_N, num_classes, num_epochs, *, lane_rows=16
         descent.begin_epoch(-(-len(images_ND) // (4 * lane_rows)), 0, learning_rate)
         for rows_B in torch.randperm(len(images_ND), generator=numbers).split(4 * lane_rows):
             counts = [len(rows) for rows in rows_B.tensor_split(4)]
-            descent.step(images_ND[rows_B], labels_N[rows_B], counts, 0.0, len(rows_B))
+            descent.step(images_ND[rows_B], labels_N[rows_B], counts, 0.0)
     return descent.params
 
 
@@ -150,7 +156,7 @@ def test_the_loss_along_the_last_gradient_is_that_of_autograd(step):
     with torch.inference_mode():
         descent.load(params_P, params_P)
         descent.begin_epoch(1, 0, 0.5)
-        descent.step(images_BD, labels_B, counts, 0.25, len(labels_B))
+        descent.step(images_BD, labels_B, counts, 0.25)
         *losses, slope, num_images = np.sum(descent.look_along(), 0)
     gradient_P, *_ = autograd(params_P, images_BD, labels_B)
     expected = [autograd(params_P - length * 0.5 * gradient_P, images_BD, labels_B)[1].mean() for length in LINE]
@@ -162,9 +168,9 @@ def test_large_logits_lose_no_loss():
     params_P = torch.tensor([1000.0, -1000.0, 0.0, 0.0])
     descent = make_descent(1, 2, 1)
     descent.load(params_P, params_P)
-    descent.begin_epoch(1, 0, 1.0)
+    descent.begin_epoch(1, 0, 2.0)
     images_BD = torch.tensor([[255], [255]], dtype=torch.uint8)
-    losses_B, is_correct_B = descent.step(images_BD, torch.tensor([0, 1]), [2], 0.0, 1)
+    losses_B, is_correct_B = descent.step(images_BD, torch.tensor([0, 1]), [2], 0.0)
     assert (losses_B.tolist(), is_correct_B.tolist()) == ([0, 2000], [True, False])
     assert (params_P - torch.from_numpy(descent.save()[:4])).tolist() == [1, -1, 1, -1]
 
@@ -200,6 +206,31 @@ def test_actors_do_not_change_a_bit(step, num_actors):
         assert all(map(torch.equal, got, name))
 
 
+@pytest.mark.parametrize("step", [step for step in STEPS if has_blocks(*step[:2])])
+def test_sums_of_lanes_and_classes_of_actors_come_to_the_same(step):
+    steps = three_steps(*step)
+    by_class, by_lane = (walk_alone(*steps, has_class_blocks=each) for each in (True, False))
+    np.testing.assert_allclose(by_class[0], by_lane[0], rtol=1e-4, atol=1e-5)
+    for (got_2P, *_), _ in walk_together(3, *steps, has_class_blocks=False):
+        np.testing.assert_array_equal(got_2P, by_lane[0])
+
+
+@pytest.mark.parametrize(
+    ("num_values", "num_classes", "batch_size", "expected"),
+    [
+        (12_288, 1000, 64, True),
+        (12_288, 1000, 4096, True),
+        (12_288, 1000, 8192, False),
+        (3072, 100, 256, True),
+        (784, 10, 64, False),
+        (12_288, 10, 64, False),
+        (64, 65, 64, False),
+    ],
+)
+def test_actors_share_many_classes_of_large_images(num_values, num_classes, batch_size, expected):
+    assert has_blocks(num_values, num_classes, batch_size) == expected
+
+
 @pytest.mark.parametrize("shape", [(784, 10), (3072, 100), (3900, 1000)])
 @pytest.mark.parametrize("num_actors", [2, 4, 8])
 def test_at_most_two_and_a_half_times_the_parameters_leave_an_actor(shape, num_actors):
@@ -224,7 +255,7 @@ def train(descent, images_BD, labels_B, counts):
     with torch.inference_mode():
         descent.begin_epoch(2, 0, 0.1)
         for _ in range(2):
-            descent.step(images_BD, labels_B, counts, 0.5, 64)
+            descent.step(images_BD, labels_B, counts, 0.5)
         descent.end_epoch()
 train(small, *draw_step(3072, 100, [8] * 8)[1:])
 _, *rows = draw_step(12_288, 1000, [8] * 8)

@@ -138,7 +138,7 @@ def score_digits(content, dtype, num_epochs):
             table = as_table(split, start, start + 130)
             actor.add_train(start, table) if split == "train" else actor.add_valid(0, start, table)
     actor.finish_means()
-    actor.begin_training(None)
+    actor.begin_training()
     for epoch in range(1, num_epochs + 1):
         actor.train_epoch(epoch)
     for request in plan.requests("valid", {0: num_valid}):

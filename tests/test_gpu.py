@@ -59,7 +59,7 @@ def train_on_lanes(params_P, images_ND, labels_N, num_epochs):
         for rows_B in batches:
             counts = [len(rows) for rows in rows_B.tensor_split(4)]
             rows_B = rows_B.to(params_P.device)
-            losses_B, _ = descent.step(images_ND[rows_B], labels_N[rows_B], counts, 0.0, len(rows_B))
+            losses_B, _ = descent.step(images_ND[rows_B], labels_N[rows_B], counts, 0.0)
     return torch.from_numpy(descent.save()), losses_B
 
 
@@ -131,7 +131,7 @@ def test_a_step_is_that_of_the_cpu(num_values, num_classes, lane_counts):
     for tensors in ([params_P, images_BD, labels_B], to_device(params_P, images_BD, labels_B)):
         descent = make_descent(tensors[0], num_values, len(lane_counts))
         descent.begin_epoch(1, 0, 0.1)
-        answers.append(descent.step(*tensors[1:], lane_counts, 0.0, len(labels_B)))
+        answers.append(descent.step(*tensors[1:], lane_counts, 0.0))
         norms.append(descent.end_epoch())
         moved.append(descent.save())
     np.testing.assert_allclose(moved[1], moved[0], rtol=1e-4, atol=1e-5)

@@ -375,6 +375,18 @@ def test_a_killed_actor_does_not_change_a_bit(reference, small_dataset, tmp_path
     assert run["results_sha256"] == reference["results_sha256"]
 
 
+def test_parameters_that_go_in_pieces_go_on_after_a_death(small_dataset, tmp_path):
+    on_progress, killed = kill_once_in_epoch(2, actor_pids)
+    options = {"epochs": 3, "neighbors": 0, "device": "cpu", "size": "256x256", "mode": "RGB"}
+    first = evaluate(small_dataset, tmp_path / "1", **options)  # of three classes, whose parameters go in two pieces
+    run = evaluate(small_dataset, tmp_path / "2", on_progress, actors=2, **options)
+    assert killed
+    assert run["results_sha256"] == first["results_sha256"]
+    means = pq.read_table(tmp_path / "2" / "means.parquet")["mean"].combine_chunks().flatten().to_numpy()
+    assert len(means) == 3 * 3 * 256**2
+    assert (np.sort(means.reshape(3, -1).mean(1)) > 0.1).all()
+
+
 def test_an_actor_killed_with_its_images_on_disk_does_not_change_a_bit(
     reference, small_dataset, tmp_path, monkeypatch, caplog
 ):

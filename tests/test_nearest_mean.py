@@ -113,6 +113,13 @@ def test_an_image_of_all_greys_is_at_distance_0_from_itself():
         assert got_NK.tolist() == [[0]]
 
 
+@pytest.mark.parametrize("num_values", [5, 784, 12_288, 40_000])
+def test_images_that_equal_a_mean_are_at_distance_0_from_it(num_values):
+    images_ND, _, _ = draw(7, num_values, 2)
+    for got_NK in distances(images_ND, images_ND / np.float32(255)):
+        assert (got_NK.diagonal().tolist(), int((got_NK == 0).sum())) == ([0] * 7, 7)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_bytes", BLOCKS)
 def test_the_size_of_blocks_does_not_change_a_bit(monkeypatch, shape, num_bytes):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pipeline.compute.actor import LaneActor
     from pipeline.compute.exchange import Address
+    from pipeline.compute.tiles import Params
     from pipeline.driver.state import Job
 
 _NUM_LANES = 8
@@ -94,7 +95,7 @@ def _run_other(task: Task, address: Address, token: bytes, tell: Connection) -> 
     tell.send(own_address)
     second.join_group(token, address, own_address)
     second.finish_means()
-    second.begin_training(None)
+    second.begin_training()
     for epoch in range(task.num_epochs + 1):
         second.train_epoch(epoch + 1)
 
@@ -131,16 +132,15 @@ def _make_actor(task: Task, rank: int, num_actors: int) -> LaneActor:
 
 
 def _time_epochs(task: Task, first: LaneActor) -> Answer:
-    import torch
 
     first.finish_means()
-    first.begin_training(None)
+    first.begin_training()
     first.train_epoch(1)
     started = time.perf_counter()
     for epoch in range(task.num_epochs):
-        _, params_2P = first.train_epoch(epoch + 2)
+        first.train_epoch(epoch + 2)
     seconds = time.perf_counter() - started
-    return _answer(task, torch.from_numpy(params_2P).chunk(2)[1], seconds)
+    return _answer(task, first.model, seconds)
 
 
 def torch_loop(task: Task) -> Answer:
@@ -187,7 +187,10 @@ def torch_loop_threads(task: Task) -> Answer:
             bias_K.sub_(gradient_K, alpha=rate)
             num_steps += 1
             sgd_linear.average(mean_P, params_P, num_steps)
-    return _answer(task, mean_P, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    model = tiles.Params(num_classes, images_ND.shape[1], mean_P.device)
+    model.load(mean_P)
+    return _answer(task, model, seconds)
 
 
 def sklearn_sgd(task: Task) -> Answer:
@@ -242,25 +245,21 @@ def _epoch_rows(task: Task, epoch: int, num_images: int) -> Iterator[torch.Tenso
     return (torch.cat([order[step * lane_rows :][:lane_rows] for order in orders]) for step in range(num_steps))
 
 
-def _answer(task: Task, params_P: torch.Tensor, seconds: float) -> Answer:
+def _answer(task: Task, model: Params, seconds: float) -> Answer:
     """Score the validation images with the trained parameters."""
     import torch
 
-    from pipeline.compute import tiles
     from pipeline.compute.classifiers import sgd_linear
 
     images_ND, labels_N = (torch.from_numpy(task.load(f"valid_{name}")) for name in ("images", "labels"))
-    num_classes = len(params_P) // (images_ND.shape[1] + 1)
     centre_D, _ = _centre_and_rate(task)
-    model = tiles.Params(num_classes, images_ND.shape[1], params_P.device)
-    model.load(params_P)
     found_N = sgd_linear.log_probabilities(model, images_ND, centre_D).argmax(1)
     num_train = len(task.load("train_labels"))
     return Answer(
         num_train + len(labels_N),
         int((found_N == labels_N).sum()),
         len(labels_N),
-        checksum=float(torch.linalg.vector_norm(params_P)),
+        checksum=float(torch.linalg.vector_norm(model.stored_S)),
         phase_s=seconds,
         num_units=task.num_epochs * num_train,
     )

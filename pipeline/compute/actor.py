@@ -21,6 +21,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.compute.block import Trained
+from pipeline.compute.class_blocks import sends_less
 from pipeline.compute.classifiers import nearest_mean, sgd_linear, used_classifiers
 from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
@@ -34,6 +35,7 @@ from pipeline.compute.program import Program, Runner
 from pipeline.compute.scoring import ScoredPart, confusion, score_part
 from pipeline.compute.spool import Spool
 from pipeline.compute.threads import Threads
+from pipeline.compute.tiles import Params
 from pipeline.data.columns import one_chunk
 from pipeline.data.score_join import GivenRows, of_part
 from pipeline.plan import Plan
@@ -42,6 +44,8 @@ from pipeline.tree import lane_ranges
 
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
+# Means and parameters are given and taken in pieces, so that no copy of all of them is ever made.
+_PIECE_BYTES = 2**22
 
 
 class LaneActor:
@@ -197,46 +201,78 @@ class LaneActor:
         """Add up all actors' class sums and divide: every actor then holds the same means.
 
         Returns:
-            The classes' counts, int64 [K], and means, float32 [K, D], 0 to 1. A class without images has NaN.
+            The classes' counts, int64 [K], and what `means_from` returns for the first class.
         """
         self.flush()
-        self._sums_KD, self._counts_K = self._collective.add_up(self._sums_KD), self._collective.add_up(self._counts_K)
-        self._lane_counts_L = self._collective.add_up(self._lane_counts_L)
-        self._num_squares = self._collective.add_up(self._num_squares)
-        means_KD = nearest_mean.class_means(self._sums_KD, self._counts_K, UNIT if self._plan.has_features else 255)
+        add_up, plan = self._collective.add_up, self._plan
+        self._sums_KD, self._counts_K = add_up(self._sums_KD), add_up(self._counts_K)
+        self._lane_counts_L, self._num_squares = add_up(self._lane_counts_L), add_up(self._num_squares)
+        self._trained = replace(self._trained, counts_K=self._counts_K)
+        # Where there are several pieces, in a file without a name: until images are scored nobody needs them.
+        scratch = None if len(self._pieces) == 1 else self._scratch or tempfile.gettempdir()
+        self._means = Spool(scratch)
+        for classes in self._pieces:
+            rows = slice(classes.start, classes.stop)
+            unit = UNIT if plan.has_features else 255
+            means_kD = nearest_mean.class_means(self._sums_KD[rows], self._counts_K[rows], unit)
+            self._means.put(means_kD.cpu().numpy())
         self._sums_KD = torch.empty(0)  # which are twice as large as the means
-        self._trained = replace(self._trained, counts_K=self._counts_K, means_KD=means_KD)
-        return self._counts_K.cpu().numpy(), means_KD.cpu().numpy()
+        return self._counts_K.cpu().numpy(), self.means_from(0)
 
-    def begin_training(self, params_2P: npt.NDArray[np.float32] | None) -> tuple[float, npt.NDArray[np.float64]]:
-        """Take what `train_epoch` returned for the last finished epoch, or begin anew.
+    def means_from(self, first: int) -> npt.NDArray[np.float32]:
+        """Return the means of some classes, from the given one on, float32 [k, D], 0 to 1; NaN without images.
+
+        Args:
+            first: 0, or the class behind those that were returned before.
+        """
+        assert self._means is not None
+        means_kD: npt.NDArray[np.float32] = self._means.get(first // self._pieces[0].stop)
+        return means_kD
+
+    def begin_training(self) -> tuple[float, npt.NDArray[np.float64]]:
+        """Begin anew; `load_params` may follow.
 
         Returns:
             The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
         """
         self.flush()
-        self._take_means_back()
-        plan, trained = self._plan, self._trained
+        plan, counts_K = self._plan, self._trained.counts_K
         square_unit = SQUARE_UNIT if plan.has_features else 255**2
-        centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares), square_unit)
-        self._put_means_away()
+        means = (mean_D for classes in self._pieces for mean_D in torch.from_numpy(self.means_from(classes.start)))
+        centre = sgd_linear.find_centre(counts_K, means, int(self._num_squares), square_unit)
         self._learning_rate = plan.learning_rate or centre.safe_rate
-        initial_P = sgd_linear.initial_params(plan.num_classes, plan.num_values)
-        # Copies: what Ray gives is read-only, and not aligned as torch's own.
-        last_P, mean_P = (initial_P, initial_P) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
         if self._descent is None:
-            self._descent = Descent(
-                plan.num_classes,
-                plan.num_values,
-                len(self._lanes),
-                device=self._device,
-                collective=self._collective,
-                threads=self._threads,
-            )
-        self._descent.load(last_P.to(self._device), mean_P.to(self._device))
+            self._descent = self._make_descent()
+        initial_P = sgd_linear.initial_params(plan.num_classes, plan.num_values)
+        self._descent.load(initial_P, initial_P)
         centre_D = centre.centre_D.float().to(self._device)
         self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D)
         return self._learning_rate, centre.centre_D.numpy()
+
+    @property
+    def model(self) -> Params:
+        """The mean of the parameters over all steps, which is the linear model."""
+        assert self._trained.model is not None
+        return self._trained.model
+
+    def load_params(self, first: int, params_2p: npt.NDArray[np.float32]) -> None:
+        """Take the parameters of some classes, the first of them given, as `params_from` returns them."""
+        assert self._descent is not None
+        # Copies: what Ray gives is read-only, and not aligned as torch's own.
+        last_p, mean_p = map(torch.tensor, np.split(params_2p, 2))
+        self._descent.load(last_p.to(self._device), mean_p.to(self._device), first)
+
+    def params_from(self, first: int) -> npt.NDArray[np.float32]:
+        """Return parameters of some classes, from the given one on, after the last epoch.
+
+        Args:
+            first: 0, or the class behind those that were returned before.
+
+        Returns:
+            Those after the last step, and behind them their mean over all steps, which is the model, float32 [2p].
+        """
+        assert self._descent is not None
+        return self._descent.save(self._pieces[first // self._pieces[0].stop])
 
     @torch.inference_mode()
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:
@@ -246,8 +282,7 @@ class LaneActor:
             epoch: From 1; it chooses the order of the images.
 
         Returns:
-            The record; and from the first actor the parameters after the last step, and behind them their mean over all
-            steps, which is the model, float32 [2P]: the others hold the same.
+            The record; and from the first actor what `params_from` returns for the first class: all hold the same.
 
         Raises:
             ActorLostError: If another actor is gone.
@@ -261,13 +296,13 @@ class LaneActor:
         batches = self._train.batches(epoch, lane_rows, num_steps)
         descent.begin_epoch(num_steps, (epoch - 1) * num_steps, self._learning_rate)
         for index, (images_BD, labels_B, counts) in enumerate(batches):
-            num_images = sum(min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts)
-            losses_B, is_correct_B = descent.step(images_BD, labels_B, counts, trained.centre_D, num_images)
+            step_counts = [min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts]
+            losses_B, is_correct_B = descent.step(images_BD, labels_B, step_counts, trained.centre_D)
             sums.add_step(losses_B, is_correct_B, counts)
         num_train = sum(lane_counts[lane] for lane in self._lanes)
         line = dict(zip(self._lanes, descent.look_along(), strict=True))
         record = sums.record(epoch, num_train, descent.end_epoch(), line, *self._validate())
-        return record, descent.save() if self._rank == 0 else None
+        return record, self.params_from(0) if self._rank == 0 else None
 
     def count_steps(self) -> int:
         """Say how many steps of the epoch under way, or of the last one, are done; or blocks of a search."""
@@ -290,7 +325,7 @@ class LaneActor:
             given: Rows among which are those of its images, where they were predicted elsewhere.
         """
         self.flush()
-        self._take_means_back()
+        self._begin_scoring()
         plan = self._plan
         neighbors = None if median is None else self.neighborhood.columns(part)
         is_twin_N = None if median is None else self.neighborhood.are_twins(part, median)
@@ -305,16 +340,36 @@ class LaneActor:
         # Made with the first image: without training and neighbors it takes no room.
         return Lanes(self._plan, self._lanes, self._device, self._store_device, self._scratch)
 
-    def _put_means_away(self) -> None:
-        """Keep the class means in a file without a name: training does not need them."""
-        if self._means is None:
-            self._means = Spool(self._scratch or tempfile.gettempdir())
-            self._means.put(self._trained.means_KD.cpu().numpy())
-        self._trained = replace(self._trained, means_KD=torch.empty(0))
+    @cached_property
+    def _pieces(self) -> list[range]:
+        """The classes whose means, or parameters, are given at once."""
+        num_classes = self._plan.num_classes
+        size = max(1, _PIECE_BYTES // (2 * 4 * (self._plan.num_values + 1)))
+        return [range(first, min(first + size, num_classes)) for first in range(0, num_classes, size)]
 
-    def _take_means_back(self) -> None:
-        if self._means is not None and not self._trained.means_KD.numel():
-            self._trained = replace(self._trained, means_KD=torch.from_numpy(self._means.get(0)).to(self._device))
+    def _make_descent(self) -> Descent:
+        plan = self._plan
+        num_bytes = plan.num_values * image_dtype(plan).itemsize
+        sizes = (plan.num_classes, plan.num_values, plan.batch_size, num_bytes)
+        return Descent(
+            plan.num_classes,
+            plan.num_values,
+            plan.num_lanes,
+            device=self._device,
+            collective=self._collective,
+            threads=self._threads,
+            has_class_blocks=sends_less(*sizes, self._device.type),
+        )
+
+    def _begin_scoring(self) -> None:
+        """Let go of what only training needs, and take the class means back."""
+        if self._trained.means_KD.numel():
+            return
+        self._descent = None
+        means_KD = torch.empty(self._plan.num_classes, self._plan.num_values)
+        for classes in self._pieces:
+            means_KD[classes.start : classes.stop] = torch.from_numpy(self.means_from(classes.start))
+        self._trained = replace(self._trained, means_KD=means_KD.to(self._device))
 
     def _choose_store(self, scratch: str | None) -> tuple[torch.device, str | None]:
         """Keep images on the GPU where its share of these is free; else in memory, or on disk."""
@@ -326,15 +381,14 @@ class LaneActor:
         return torch.device("cpu"), scratch
 
     def _validate(self) -> tuple[dict[int, float], npt.NDArray[np.int64]]:
-        num_classes, model = self._plan.num_classes, self._trained.model
-        assert model is not None
+        num_classes = self._plan.num_classes
         losses = {}
         total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._device)
         for part, stored in sorted(self._parts.items()):
             block_losses = []
             for images_ND, labels_N, _ in stored.blocks(self._device):
                 log_probabilities_NK = sgd_linear.log_probabilities(
-                    model, images_ND, self._trained.centre_D, self._threads
+                    self.model, images_ND, self._trained.centre_D, self._threads
                 )
                 block_losses.append(-float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum()))
                 total_KK += confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)

@@ -13,7 +13,6 @@ Axes: as in `tiles`; A actors, T tiles (of `look_along`, lengths); n values of s
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -21,11 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.compute.class_blocks import ROWS, ClassBlocks
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective, Pieces
+from pipeline.compute.lane_sums import LaneSums, Rows
 from pipeline.compute.threads import Threads
-from pipeline.compute.tiles import Params, Tile, add_lanes, add_tree, empty_inputs, fill_inputs, write_logits
+from pipeline.compute.tiles import Params, Tile, add_tree, empty_inputs, fill_inputs, write_logits
 from pipeline.results.figures import LINE
+from pipeline.tree import lane_ranges
 
 # What actors exchange at once: enough to make up for the wait.
 _ROUND_VALUES = 2**20
@@ -34,31 +36,18 @@ _MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What a step's gradient is made of: errors_KB, derivatives of the losses by the logits, and inputs_BC."""
-
-    errors_KB: torch.Tensor
-    inputs_BC: torch.Tensor
-    lane_counts: list[int]
-
-
-@dataclass(frozen=True)
 class _LastStep:
-    """What an epoch's last step was made from: inputs, which stay until the next epoch, and logits before it."""
+    """What an epoch's last step was made from: inputs, which stay until the next epoch, and logits before it.
+
+    Inputs may be those of all actors, in groups of `counts`; labels and logits are of this actor's own rows of them.
+    """
 
     inputs_BC: torch.Tensor
     labels_B: torch.Tensor
+    counts: list[int]
+    own: slice
     lane_counts: list[int]
     logits_BK: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """One thread's memory as a tile of one shape needs it: all of it [k, c], two of them also [U, M]."""
-
-    first_UM: torch.Tensor
-    second_UM: torch.Tensor
-    matrices: list[torch.Tensor]
 
 
 class Descent:
@@ -67,10 +56,11 @@ class Descent:
     Args:
         num_classes: K.
         num_values: D.
-        num_lanes: Lanes of this actor.
+        num_lanes: Lanes of all actors.
         device: Where it computes.
         collective: What connects it with the others.
         threads: They share its work, on a CPU.
+        has_class_blocks: Whether actors share classes, as `class_blocks.sends_less` says; else sums of lanes.
     """
 
     def __init__(
@@ -82,14 +72,16 @@ class Descent:
         device: torch.device,
         collective: Collective,
         threads: Threads,
+        has_class_blocks: bool = False,
     ) -> None:
         self.params = Params(num_classes, num_values, device)
         self.mean = Params(num_classes, num_values, device)
         self._collective = collective
         self._threads = threads if device.type == "cpu" else Threads()
-        # As many as a tree of the lanes needs, and at least two.
-        self._num_buffers = max(1, (num_lanes - 1).bit_length()) + 1
-        self._of_thread = threading.local()
+        self._lanes = lane_ranges(num_lanes, collective.num_actors)
+        self._own_lanes = self._lanes[collective.rank]
+        self._blocks = ClassBlocks(self.params, collective) if has_class_blocks else None
+        self._sums = LaneSums(self.params, len(self._own_lanes) if self._blocks is None else 1)
         self._inputs_BC = empty_inputs(0, num_values, device)
         self._last: _LastStep | None = None
         self._received: dict[int, torch.Tensor] = {}
@@ -99,20 +91,21 @@ class Descent:
         spans = [self._span(number, collective.rank) for number in range(len(tiles))]
         units = zip(spans, self.params.units, self.mean.units, strict=True)
         self._own_units = [(span, params_UM[span], mean_UM[span]) for span, params_UM, mean_UM in units]
+        self._own_tiles = range(len(tiles)) if self._blocks is None else self._blocks.tiles[collective.rank]
         self._rounds = [range(len(tiles))[first : first + size] for first in range(0, len(tiles), size)]
 
-    def load(self, last_P: torch.Tensor, mean_P: torch.Tensor) -> None:
-        """Take the parameters after the last step, and their mean over all steps, float32 [P] each."""
-        self.params.load(last_P)
-        self.mean.load(mean_P)
+    def load(self, last_p: torch.Tensor, mean_p: torch.Tensor, first: int = 0) -> None:
+        """Take the parameters after the last step, and their mean over all steps, float32 [p], of classes from one."""
+        self.params.load(last_p, first)
+        self.mean.load(mean_p, first)
 
-    def save(self) -> npt.NDArray[np.float32]:
-        """Return what `load` took, as it is now, one behind the other, float32 [2P]."""
-        num_params = self.params.num_classes * (self.params.num_values + 1)
-        saved_2P = torch.empty(2, num_params, device=self.params.device)
-        self.params.save(saved_2P[0])
-        self.mean.save(saved_2P[1])
-        return saved_2P.flatten().cpu().numpy()
+    def save(self, classes: range | None = None) -> npt.NDArray[np.float32]:
+        """Return what `load` took, as it is now, of some classes: one behind the other, float32 [2p]."""
+        classes = range(self.params.num_classes) if classes is None else classes
+        saved_2p = torch.empty(2, len(classes) * (self.params.num_values + 1), device=self.params.device)
+        for params, saved_p in zip((self.params, self.mean), saved_2p, strict=True):
+            params.save(saved_p, classes.start)
+        return saved_2p.flatten().cpu().numpy()
 
     def begin_epoch(self, num_steps: int, num_steps_before: int, learning_rate: float) -> None:
         """Prepare for so many steps, after so many of former epochs, of one length in units of the mean gradient."""
@@ -123,42 +116,45 @@ class Descent:
 
     def step(
         self,
-        images_BD: torch.Tensor,
-        labels_B: torch.Tensor,
+        images_bD: torch.Tensor,
+        labels_b: torch.Tensor,
         lane_counts: list[int],
         centre_D: torch.Tensor | float,
-        num_images: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict a step's rows and move the parameters, and the mean, of all actors.
+        """Predict this actor's rows of a step, and move the parameters, and the mean, of all actors.
 
         For softmax cross-entropy the gradient by the logits is the probabilities minus the one-hot label (Bishop,
         "Pattern Recognition and Machine Learning", 2006, eq. 4.109), so no graph is recorded.
 
         Args:
-            images_BD: uint8, lane after lane.
-            labels_B: int64.
-            lane_counts: Rows of each lane, adding up to B.
+            images_bD: uint8, lane after lane.
+            labels_b: int64.
+            lane_counts: Rows of each lane of all actors; those of this actor's add up to b.
             centre_D: Taken off the pixels, both 0 to 1.
-            num_images: Rows of all actors in this step.
 
         Returns:
-            The losses [B], float32 in nats, and whether each row was predicted right [B], bool.
+            The losses [b], float32 in nats, and whether each row was predicted right [b], bool.
 
         Raises:
             ActorLostError: If another actor is gone.
         """
-        self._num_images.append(num_images)
+        self._num_images.append(sum(lane_counts))
+        images_BD, labels_B, own, counts = images_bD, labels_b, slice(None), self._own(lane_counts)
+        if self._blocks is not None:
+            of_actors = [sum(lane_counts[lanes.start : lanes.stop]) for lanes in self._lanes]
+            images_BD, labels_B, own = self._blocks.gather_rows(images_bD, labels_b, of_actors)
+            counts = [len(rows) for rows in labels_B.split(ROWS)]
         inputs_BC = self._take_inputs(images_BD, centre_D)
-        logits_BK = self._logits(inputs_BC, lane_counts)
+        logits_BK = self._logits(inputs_BC, counts)
         if len(self._num_images) == len(self._squares_STU):
-            self._last = _LastStep(inputs_BC, labels_B, lane_counts, logits_BK.clone())
+            self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
         errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
-        rows = _Rows(errors_BK.T, inputs_BC, lane_counts)
-        if self._collective.num_actors == 1:
-            self._threads.run(lambda number: self._step_tile(number, rows), range(len(self.params.tiles)))
+        rows = Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
+        if self._collective.num_actors == 1 or self._blocks is not None:
+            self._threads.run(lambda number: self._step_tile(number, rows), self._own_tiles)
         else:
             self._step_together(rows)
-        return losses_B, is_correct_B
+        return losses_B[own], is_correct_B[own]
 
     def look_along(self) -> list[list[float]]:
         """Measure the loss of the epoch's last step along its gradient, on the images that the gradient is of.
@@ -171,7 +167,7 @@ class Descent:
         """
         last = self._last
         assert last is not None
-        moves_BK = self._logits(last.inputs_BC, last.lane_counts).sub_(last.logits_BK)
+        moves_BK = self._logits(last.inputs_BC, last.counts)[last.own].sub_(last.logits_BK)
         columns = [
             -torch.add(last.logits_BK, moves_BK, alpha=length).log_softmax(1).gather(1, last.labels_B[:, None])
             for length in LINE
@@ -187,7 +183,8 @@ class Descent:
         if self._collective.num_actors > 1:
             # Each unit's are one actor's, and zero at all others.
             squares_STU = self._collective.gather(squares_STU).sum(0)
-            self._collective.swap(*self._own_pieces(self.mean, range(len(self.mean.tiles))))
+            for params in (self.mean,) if self._blocks is None else (self.mean, self.params):
+                self._collective.swap(*self._own_pieces(params, range(len(params.tiles))))
         norms_S = np.sqrt(squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64))
         return float((norms_S / self._num_images).mean())
 
@@ -203,12 +200,18 @@ class Descent:
             self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
         return inputs_BC
 
-    def _logits(self, inputs_BC: torch.Tensor, lane_counts: list[int]) -> torch.Tensor:
+    def _own(self, lane_counts: list[int]) -> list[int]:
+        return lane_counts[self._own_lanes.start : self._own_lanes.stop]
+
+    def _logits(self, inputs_BC: torch.Tensor, counts: list[int]) -> torch.Tensor:
         num_rows, num_classes = len(inputs_BC), self.params.num_classes
         # Rows begin where memory is aligned, as products need it.
         strides = (-(-num_classes // 16) * 16, 1)
         logits_BK = torch.empty_strided((num_rows, num_classes), strides, device=inputs_BC.device)
-        write_logits(self.params, inputs_BC, lane_counts, logits_BK, self._threads)
+        blocks = slice(None) if self._blocks is None else self._blocks.own
+        write_logits(self.params, inputs_BC, counts, logits_BK, self._threads, blocks)
+        if self._blocks is not None:
+            self._blocks.gather_logits(logits_BK)
         return logits_BK
 
     def _predict(
@@ -230,20 +233,19 @@ class Descent:
         size = -(-num_rows // self._threads.number)
         return [slice(first, first + size) for first in range(0, num_rows, size)]
 
-    def _step_tile(self, number: int, rows: _Rows) -> None:
-        tile = self.params.tiles[number]
-        sum_UM = self._buffers(tile).first_UM
-        self._sum_lanes(number, sum_UM, rows)
+    def _step_tile(self, number: int, rows: Rows) -> None:
+        sum_UM = self._sums.buffer(number)
+        self._sums.write(number, sum_UM, rows)
         self._step_units(number, sum_UM)
 
-    def _step_together(self, rows: _Rows) -> None:
+    def _step_together(self, rows: Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""
         collective = self._collective
         before = range(0)
         for numbers in [*self._rounds, range(0)]:
             sums = self._empty_sums(numbers)
             tasks = list(zip(numbers, sums, strict=True))
-            self._threads.run(lambda task: self._sum_lanes(*task, rows), tasks)
+            self._threads.run(lambda task: self._sums.write(*task, rows), tasks)
             sent, received = self._own_pieces(self.params, before)
             parts: list[list[torch.Tensor]] = [[] for _ in numbers]
             for rank in range(collective.num_actors):
@@ -264,57 +266,29 @@ class Descent:
         """Step this actor's units of a tile, given the sums of all actors' lanes, by rank."""
         self._step_units(number, add_tree(parts))
 
-    def _sum_lanes(self, number: int, sum_UM: torch.Tensor, rows: _Rows) -> None:
-        """Write the sum of this actor's lanes' gradients of a tile."""
-        tile = self.params.tiles[number]
-        buffers = self._buffers(tile)
-        matrices = buffers.matrices
-        if sum_UM is not buffers.first_UM:
-            matrices = [tile.matrix(sum_UM), *matrices[1:]]
-        num_values = matrices[0].numel()
-        if num_values < tile.size:
-            sum_UM.view(-1)[num_values:] = 0
-        errors, inputs = rows.errors_KB, rows.inputs_BC
-        if len(self.params.tiles) > 1:
-            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
-        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
-
     def _step_units(self, number: int, sum_UM: torch.Tensor) -> None:
         """Move this actor's units of a tile against the sum of all lanes' gradients, and take them into the mean."""
         if not sum_UM.numel():
             return
         step, num_images = len(self._num_images) - 1, self._num_images[-1]
         units, params_UM, mean_UM = self._own_units[number]
-        squares_UM, sums_U = (
-            self._buffers(self.params.tiles[number]).second_UM[units],
-            self._squares_STU[step, number, units],
-        )
-        torch.mul(sum_UM, sum_UM, out=squares_UM)
-        if sum_UM.device.type == "cpu":
-            torch.sum(squares_UM, 1, out=sums_U)
-        else:  # a GPU may make sums of several rows otherwise than those of one, which another actor may have
-            for square_1M, sum_1 in zip(squares_UM.split(1), sums_U.split(1), strict=True):
-                torch.sum(square_1M, 1, out=sum_1)
+        tile, sums_U = self.params.tiles[number], self._squares_STU[step, number, units]
+        if tile.num_units == 1:
+            torch.dot(sum_UM[0], sum_UM[0], out=sums_U[0])
+        else:
+            squares_UM = torch.mul(sum_UM, sum_UM, out=self._sums.spare(number)[units])
+            # A GPU may make sums of several rows otherwise than those of one, which another actor may have.
+            size = len(sums_U) if sum_UM.device.type == "cpu" else 1
+            for some_UM, some_U in zip(squares_UM.split(size), sums_U.split(size), strict=True):
+                torch.sum(some_UM, 1, out=some_U)
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
         sgd_linear.average(mean_UM, params_UM, self._num_steps_before + step + 1)
-
-    def _buffers(self, tile: Tile) -> _Buffers:
-        """Return the buffers of the thread that asks, cut for a tile."""
-        if not hasattr(self._of_thread, "cut"):
-            size = max(tile.size for tile in self.params.tiles)
-            self._of_thread.memory = torch.empty(self._num_buffers, size, device=self.params.device)
-            self._of_thread.cut = {}
-        cut: dict[tuple[int, ...], _Buffers] = self._of_thread.cut
-        key = (*tile.shape, tile.num_units)
-        if key not in cut:
-            first_UM, second_UM, *_ = self._of_thread.memory[:, : tile.size].unflatten(1, (tile.num_units, -1))
-            matrices = [tile.matrix(buffer_N[: tile.size]) for buffer_N in self._of_thread.memory]
-            cut[key] = _Buffers(first_UM, second_UM, matrices)
-        return cut[key]
 
     def _span(self, number: int, rank: int) -> slice:
         """Return the units of a tile that an actor steps; in another tile they are others', so that all do alike."""
         num_units, num_actors = self.params.tiles[number].num_units, self._collective.num_actors
+        if self._blocks is not None:
+            return slice(0, num_units if number in self._blocks.tiles[rank] else 0)
         first = (rank - number * num_units) % num_actors
         return slice(-(-first * num_units // num_actors), -(-(first + 1) * num_units // num_actors))
 

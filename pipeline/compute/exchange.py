@@ -123,16 +123,16 @@ class Exchange:
             ready = _wait(unsent, missing)
 
     def add_up(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Add up all actors' whole numbers, of any one shape.
+        """Add up all actors' whole numbers, of any one shape, in place; return them.
 
         Raises:
             OSError: As `gather`.
         """
-        flat, total = mine.reshape(-1), np.empty(mine.size, np.int64)
+        flat = mine.reshape(-1)
         most = max(1, _PIECE_BYTES // (flat.itemsize * (len(self._peers) + 1)))
         for start in range(0, len(flat), most):
-            total[start : start + most] = self.gather(flat[start : start + most]).sum(0)
-        return total.reshape(mine.shape)
+            flat[start : start + most] = self.gather(flat[start : start + most]).sum(0)
+        return mine
 
     def close(self) -> None:
         """Close all connections."""

@@ -32,7 +32,7 @@ class ScoredPart:
         labels: int64 [N].
         predictions: By classifier, int64 [N]; -1 for a class that the dataset lacks.
         scores: By classifier that has them, float32 [N, K]: distances, or probabilities.
-        confusions: By classifier, int64 [K, P]: behind the K classes may follow those that the user's own model knows
+        confusions: By classifier, int32 [K, P]: behind the K classes may follow those that the user's own model knows
             besides, and at last, of `scores`, all others.
         num_in_top: By classifier that has scores, where there are many classes, how many images have theirs among those
             of the `TOP` best scores.
@@ -45,7 +45,7 @@ class ScoredPart:
     labels: npt.NDArray[np.int64]
     predictions: dict[str, npt.NDArray[np.int64]]
     scores: dict[str, npt.NDArray[np.float32]]
-    confusions: dict[str, npt.NDArray[np.int64]]
+    confusions: dict[str, npt.NDArray[np.int32]]
     num_in_top: dict[str, int]
     num_twins_correct: dict[str, int]
     num_twins: int
@@ -110,7 +110,7 @@ def score_part(
         predictions={name: predictions_N.numpy() for name, predictions_N in all_predictions.items()},
         scores={name: torch.cat(blocks).cpu().numpy() for name, blocks in scores.items()},
         confusions={
-            name: confusion(labels_N, predictions_N, num_classes, num_predicted[name]).numpy()
+            name: confusion(labels_N, predictions_N, num_classes, num_predicted[name]).int().numpy()
             for name, predictions_N in all_predictions.items()
         },
         num_in_top=num_in_top,

@@ -14,7 +14,7 @@ biases), S stored values, U units of a tile, M values of a unit; k classes and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -32,11 +32,17 @@ _MAX_TILE_CLASSES = 512
 _WHOLE_VALUES = {"cpu": 2**15, "cuda": 2**24}
 # Columns begin where memory is aligned to 64 bytes; the last bits of products depend on it on some processors.
 _ALIGNED = 16
+# Many classes are cut into so many blocks, of which actors have some each. A block's tiles, its part of a step's logits
+# and rows of inputs stay in a core's cache.
+_MIN_SHARED_CLASSES = 64
+_MAX_CLASS_BLOCKS = 8
 # A tile is stepped unit by unit, each by one actor. Operations go through whole vectors of it, whoever does them.
 _UNIT_VALUES = 64
 _MAX_UNITS = 8
 # With so many tiles actors have whole ones.
 _MANY_TILES = 32
+# Of what threads share.
+_TASKS_PER_THREAD = 4
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ def count_columns(num_values: int) -> int:
     return -(-(num_values + 1) // _ALIGNED) * _ALIGNED
 
 
+def has_class_blocks(num_classes: int, num_values: int, device_type: str) -> bool:
+    """Say whether a model is cut into enough blocks of classes for actors to share them."""
+    num_weights = num_classes * count_columns(num_values)
+    return device_type == "cpu" and num_classes > _MIN_SHARED_CLASSES and num_weights > _WHOLE_VALUES["cpu"]
+
+
 def cut_tiles(num_classes: int, num_values: int, device_type: str) -> tuple[Tile, ...]:
     """Cut the parameters into tiles, class block by class block.
 
@@ -88,7 +100,11 @@ def cut_tiles(num_classes: int, num_values: int, device_type: str) -> tuple[Tile
     """
     num_columns = count_columns(num_values)
     tile_classes, tile_columns = num_classes, num_columns
-    if num_classes * num_columns > _WHOLE_VALUES[device_type]:
+    if has_class_blocks(num_classes, num_values, device_type):
+        tile_classes = _aligned_share(num_classes, _MAX_CLASS_BLOCKS)
+        most = max(_ALIGNED, _TILE_VALUES[device_type] // tile_classes)
+        tile_columns = _aligned_share(num_columns, -(-num_columns // most))
+    elif num_classes * num_columns > _WHOLE_VALUES[device_type]:
         tile_classes = _aligned_share(num_classes, -(-num_classes // _MAX_TILE_CLASSES))
         most = max(_ALIGNED, _TILE_VALUES[device_type] // tile_classes)
         # In a multiple of four, so that threads have about as much to do.
@@ -141,23 +157,30 @@ class Params:
         """Where they are."""
         return self.stored_S.device
 
-    def load(self, params_P: torch.Tensor) -> None:
-        """Take parameters from float32 [P]."""
-        weights_KD, bias_K = split_params(params_P, self.num_classes)
-        for tile, matrix_kc in zip(self.tiles, self.matrices, strict=True):
-            pixels_kd = weights_KD[tile.classes, tile.columns]
-            matrix_kc[:, : pixels_kd.shape[1]] = pixels_kd
-            if tile.columns.start <= self.num_values < tile.columns.stop:
-                matrix_kc[:, self.num_values - tile.columns.start] = bias_K[tile.classes]
+    def load(self, params_p: torch.Tensor, first: int = 0) -> None:
+        """Take the parameters of some classes, the first of them given, from float32 [p], in the order of P."""
+        for own, given in self._pairs(params_p, first):
+            own.copy_(given)
 
-    def save(self, params_P: torch.Tensor) -> None:
-        """Write all parameters to float32 [P]."""
-        weights_KD, bias_K = split_params(params_P, self.num_classes)
+    def save(self, params_p: torch.Tensor, first: int = 0) -> None:
+        """Write the parameters of some classes, the first of them given, to float32 [p], in the order of P."""
+        for own, given in self._pairs(params_p, first):
+            given.copy_(own)
+
+    def _pairs(self, params_p: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give what is stored of some classes, piece by piece, and where it is in [p]."""
+        num_classes = len(params_p) // (self.num_values + 1)
+        weights_kD, bias_k = split_params(params_p, num_classes)
         for tile, matrix_kc in zip(self.tiles, self.matrices, strict=True):
-            pixels_kd = weights_KD[tile.classes, tile.columns]
-            pixels_kd.copy_(matrix_kc[:, : pixels_kd.shape[1]])
+            start, stop = max(tile.classes.start, first), min(tile.classes.stop, first + num_classes)
+            if start >= stop:
+                continue
+            chosen = slice(start - first, stop - first)
+            own_kc = matrix_kc[start - tile.classes.start : stop - tile.classes.start]
+            pixels_kd = weights_kD[chosen, tile.columns]
+            yield own_kc[:, : pixels_kd.shape[1]], pixels_kd
             if tile.columns.start <= self.num_values < tile.columns.stop:
-                bias_K[tile.classes] = matrix_kc[:, self.num_values - tile.columns.start]
+                yield own_kc[:, self.num_values - tile.columns.start], bias_k[chosen]
 
 
 def split_params(params_P: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +204,12 @@ def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torc
 
 
 def write_logits(
-    params: Params, inputs_BC: torch.Tensor, counts: list[int], logits_BK: torch.Tensor, threads: Threads
+    params: Params,
+    inputs_BC: torch.Tensor,
+    counts: list[int],
+    logits_BK: torch.Tensor,
+    threads: Threads,
+    blocks: slice = slice(None),
 ) -> None:
     """Compute the logits of groups of rows, each group by products of its own.
 
@@ -191,6 +219,7 @@ def write_logits(
         counts: Rows of each group, adding up to B.
         logits_BK: Overwritten.
         threads: They share class blocks and groups.
+        blocks: The class blocks whose logits are computed.
     """
     if len(params.tiles) == 1:
         _write_whole_logits(params.matrices[0], inputs_BC, counts, logits_BK)
@@ -210,10 +239,12 @@ def write_logits(
                 else:
                     torch.addmm(logits_Rk, inputs_RC[:, columns], weights_ck, out=logits_Rk)
 
-    num_shares = -(-threads.number // len(params.class_blocks))
+    chosen = params.class_blocks[blocks]
+    # Several for each thread, so that all have about as much to do.
+    num_shares = -(-_TASKS_PER_THREAD * threads.number // max(1, len(chosen))) if threads.number > 1 else 1
     size = -(-len(inputs) // num_shares)
     shares = [slice(first, first + size) for first in range(0, len(inputs), size)]
-    tasks = [(numbers, groups) for numbers in params.class_blocks for groups in shares]
+    tasks = [(numbers, groups) for numbers in chosen for groups in shares]
     threads.run(fill, tasks)
 
 

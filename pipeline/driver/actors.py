@@ -49,7 +49,7 @@ class PartRecord:
     """
 
     digest: str
-    confusions: dict[str, npt.NDArray[np.int64]]
+    confusions: dict[str, npt.NDArray[np.int32]]
     num_twins_correct: dict[str, int] = field(default_factory=dict)
     num_in_top: dict[str, int] = field(default_factory=dict)
 

@@ -227,8 +227,9 @@ class _Feeding:
         if shard.split == "train":
             self._num_train_left -= 1
             if self._num_train_left == 0:
-                for actor in self.actors:
-                    self.waiting[actor.call.remote("finish_means")] = ("the class means", self._take_means)
+                for rank, actor in enumerate(self.actors):
+                    take = _ignore if rank > 0 else self._take_means
+                    self.waiting[actor.call.remote("finish_means")] = ("the class means", take)
         else:
             self._num_part_left[shard.part] -= 1
         # An actor does its calls in order, so the means are there when a part is scored.
@@ -239,7 +240,16 @@ class _Feeding:
                 self.waiting[ref] = (f"prediction file {part}", partial(self.counts.take_part, part))
 
     def _take_means(self, answer: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> None:
-        self.counts.train_counts_K, self.counts.means_KD = answer
+        self.counts.train_counts_K, means_kD = answer
+        self.counts.means_KD = np.empty((len(self.counts.train_counts_K), means_kD.shape[1]), np.float32)
+        self._take_some_means(0, means_kD)
+
+    def _take_some_means(self, first: int, means_kD: npt.NDArray[np.float32]) -> None:
+        means_KD, end = self.counts.means_KD, first + len(means_kD)
+        means_KD[first:end] = means_kD
+        if end < len(means_KD):
+            ref = self.actors[0].call.remote("means_from", end)
+            self.waiting[ref] = ("the class means", partial(self._take_some_means, end))
 
 
 def _ignore(_: object) -> None:

@@ -173,7 +173,7 @@ class ImageCounts:
         """Note a written prediction file; counts are added up, so that many classes and files take no memory here."""
         self.digests[part] = record.digest
         for name, confusion_KK in record.confusions.items():
-            self.confusions[name] = self.confusions.get(name, 0) + confusion_KK
+            self.confusions[name] = self.confusions.get(name, np.int64(0)) + confusion_KK
         self.num_twins_correct.update(record.num_twins_correct)
         self.num_in_top.update(record.num_in_top)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import ray
 
 from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job
@@ -28,8 +29,9 @@ from pipeline.results.figures import EpochMetric
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
+_PIECE_BYTES = 2**22
 # What training computes, to the last bit: another version's cannot go on here.
-_MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree"
+_MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes cut"
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Training:
 
     Attributes:
         history: A row a finished epoch.
-        params: As `LaneActor.train_epoch` returns them, float32 [2P]; None before the first epoch.
+        params: Those after the last step, and behind them their mean over all steps, float32 [2P]; None before the
+            first epoch.
         learning_rate: None before training has begun.
         centre_D: The mean image, float64, 0 to 1; None before training has begun.
     """
@@ -69,11 +72,13 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     """
     job.clock.enter("train")
     last_saved = time.monotonic()
-    begun = [actor.call.remote("begin_training", training.params) for actor in actors]
+    begun = [actor.call.remote("begin_training") for actor in actors]
     num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
     answers = wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
     training.learning_rate, training.centre_D = answers[0]
+    if training.params is not None:
+        _give_params(job, actors, training.params)
     while figures.stop_reason(job.config, training.history) is None:
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
@@ -87,12 +92,42 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
                 f"{training.learning_rate:g}"
             )
         # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
-        training.params = get_result(refs[0][1])
+        training.params = _take_params(job, actors[0], get_result(refs[0][1]))
         training.history.append(row)
         if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
             save(job, training, fingerprint)
             last_saved = time.monotonic()
     _say_if_it_only_guesses(job, training)
+
+
+def _give_params(job: Job, actors: list[Actor], params_2P: npt.NDArray[np.float32]) -> None:
+    """Give actors the parameters, some classes after the other: then none has a copy of all of them."""
+    num_classes = job.plan.num_classes
+    size = max(1, _PIECE_BYTES * num_classes // params_2P.nbytes)
+    for first in range(0, num_classes, size):
+        some = [view[first : first + size].ravel() for view in _by_class(params_2P, num_classes)]
+        piece = ray.put(np.concatenate(some))
+        given = [actor.call.remote("load_params", first, piece) for actor in actors]
+        wait_all(given, "giving actors the parameters", lambda: False)
+
+
+def _take_params(job: Job, actor: Actor, piece_2p: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Take the parameters from an actor in the same way, float32 [2P], of which the first piece is here."""
+    num_classes, class_params = job.plan.num_classes, job.plan.num_values + 1
+    params_2P, first = np.empty(2 * num_classes * class_params, np.float32), 0
+    while True:
+        end = first + len(piece_2p) // (2 * class_params)
+        for own, given in zip(_by_class(params_2P, num_classes), _by_class(piece_2p, end - first), strict=True):
+            own[first:end] = given
+        if end == num_classes:
+            return params_2P
+        first, piece_2p = end, get_result(actor.call.remote("params_from", end), "the parameters")
+
+
+def _by_class(params_2p: npt.NDArray[np.float32], num_classes: int) -> list[npt.NDArray[np.float32]]:
+    """View parameters of so many classes as weights [k, D] and biases [k], those of the last step and their mean."""
+    halves = np.split(params_2p, 2)
+    return [view for half in halves for view in (half[:-num_classes].reshape(num_classes, -1), half[-num_classes:])]
 
 
 def save(job: Job, training: Training, fingerprint: dict[str, Any]) -> None:

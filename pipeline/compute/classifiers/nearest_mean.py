@@ -25,10 +25,12 @@ _SUM_ROWS, _SUM_COLUMNS = 1024, 1024
 # The differences of a block should nearly stay in a core's cache; smaller ones cost more in calls than they save.
 # A GPU wants enough work for all its processors.
 _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+# Of one sum in float32: more would cost it digits.
+_MAX_COLUMNS = 8192
 # Images that a thread takes at once.
 _MAX_TASK_IMAGES, _TASK_BYTES = 256, 2**23
 # Of a product in float64: 255 · 2^31 · 512 is below 2^53.
-_PRODUCT_COLUMNS, _PRODUCT_CLASSES = 512, 256
+_PRODUCT_COLUMNS, _PRODUCT_CLASSES, _PRODUCT_IMAGES = 512, 256, 1024
 _MIN_SQUARE = 2.0**-48
 
 
@@ -68,8 +70,8 @@ def sum_squares(images_ND: torch.Tensor) -> int:
     """Add up the squares of all pixels, 0 to 255 each, exactly: whole numbers in float64, far below 2^53."""
     if images_ND.is_floating_point():
         return features.sum_squares(images_ND)
-    blocks = images_ND.split(_SUM_ROWS)
-    return sum(int(block_ND.float().square_().sum(dtype=torch.float64)) for block_ND in blocks)
+    blocks = [each for block_ND in images_ND.split(_SUM_ROWS) for each in block_ND.split(_SUM_COLUMNS, 1)]
+    return sum(int(block_Nd.float().square_().sum(dtype=torch.float64)) for block_Nd in blocks)
 
 
 def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor, unit: int = 255) -> torch.Tensor:
@@ -92,7 +94,7 @@ def class_means(sums_KD: torch.Tensor, counts_K: torch.Tensor, unit: int = 255) 
 def distances(
     images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the distances of every image to every class mean: `l1` by broadcasting, `rms` by products.
+    """Compute the distances of every image to every class mean, equal to those by broadcasting up to rounding.
 
     With two classes, comparing these is the pixel-similarity baseline of "Deep Learning for Coders with fastai and
     PyTorch", chapter 4.
@@ -108,36 +110,51 @@ def distances(
     """
     if images_ND.is_floating_point():
         return features.distances(images_ND, means_KD)
+    on_cpu = images_ND.device.type == "cpu"
+    shared = threads if threads is not None and on_cpu else Threads()
+    return _l1(images_ND, means_KD, shared), _rms(images_ND, means_KD, shared)
+
+
+def _l1(images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads) -> torch.Tensor:
+    """Compute the mean absolute difference, float32 [N, K], as Σx + Σm - 2 Σ min(x, m).
+
+    One operation less a pair of values than |x - m| takes. Sums of equal values are equal, so that an image that equals
+    a mean has distance 0.
+    """
     num_images, num_values = images_ND.shape
     num_classes = len(means_KD)
     l1_NK = torch.empty(num_images, num_classes, device=images_ND.device)
-    rms_NK = torch.empty_like(l1_NK)
     block_values = _BLOCK_BYTES[images_ND.device.type] // 4
-    class_block = max(1, min(num_classes, block_values // num_values))
-    image_block = max(1, min(num_images, block_values // (class_block * num_values)))
+    num_columns = -(-num_values // -(-num_values // _MAX_COLUMNS))
+    class_block = max(1, min(num_classes, block_values // num_columns))
+    image_block = max(1, min(num_images, block_values // (class_block * num_columns)))
     task_images = max(image_block, min(_MAX_TASK_IMAGES, _TASK_BYTES // (4 * num_values)))
 
     def fill(start: int) -> None:
         pixels_ND = images_ND[start : start + task_images].float().div_(255)
-        buffer_NKD = torch.empty(image_block, class_block, num_values, device=images_ND.device)
-        # Some means stay in the cache while all images of the task pass.
-        for first in range(0, num_classes, class_block):
-            means_kD = means_KD[first : first + class_block]
-            for row in range(0, len(pixels_ND), image_block):
-                some_nD = pixels_ND[row : row + image_block]
-                # [n, 1, D] - [1, k, D] -> [n, k, D]
-                differences_nkD = buffer_NKD[: len(some_nD), : len(means_kD)]
-                torch.sub(some_nD[:, None, :], means_kD[None, :, :], out=differences_nkD)
-                own_nk = l1_NK[start + row : start + row + len(some_nD), first : first + class_block]
-                torch.mean(differences_nkD.abs_(), 2, out=own_nk)
-        rms_NK[start : start + task_images] = _rms(images_ND[start : start + task_images], means_KD)
+        sums_NK = torch.zeros(len(pixels_ND), num_classes, dtype=torch.float64, device=images_ND.device)
+        buffer = torch.empty(image_block * class_block * num_columns, device=images_ND.device)
+        for column in range(0, num_values, num_columns):
+            some_Nc = pixels_ND[:, column : column + num_columns]
+            sums_NK += some_Nc.sum(1)[:, None]
+            # Some means stay in the cache while all images of the task pass.
+            for first in range(0, num_classes, class_block):
+                means_kc = means_KD[first : first + class_block, column : column + num_columns]
+                own_Nk = sums_NK[:, first : first + class_block].add_(means_kc.sum(1))
+                for row in range(0, len(pixels_ND), image_block):
+                    images_nc = some_Nc[row : row + image_block]
+                    shape = (len(images_nc), *means_kc.shape)
+                    least_nkc = buffer[: math.prod(shape)].view(shape)
+                    # [n, 1, c], [1, k, c] -> [n, k, c]
+                    torch.minimum(images_nc[:, None, :], means_kc[None, :, :], out=least_nkc)
+                    own_Nk[row : row + image_block].sub_(least_nkc.sum(2), alpha=2)
+        l1_NK[start : start + task_images] = sums_NK.div_(num_values).clamp_(min=0)
 
-    shared = threads if threads is not None and images_ND.device.type == "cpu" else Threads()
-    shared.run(fill, range(0, num_images, task_images))
-    return l1_NK, rms_NK
+    threads.run(fill, range(0, num_images, task_images))
+    return l1_NK
 
 
-def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor) -> torch.Tensor:
+def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads) -> torch.Tensor:
     """Compute the root of the mean squared difference, float32 [N, K], as Σx² - 2 Σxm + Σm² by products.
 
     With means as whole multiples of 2^-31, products of some columns are whole numbers below 2^53, which float64 adds
@@ -145,22 +162,29 @@ def _rms(images_ND: torch.Tensor, means_KD: torch.Tensor) -> torch.Tensor:
     then added block after block.
     """
     num_values = images_ND.shape[1]
-    products_NK = torch.zeros(len(images_ND), len(means_KD), dtype=torch.float64, device=images_ND.device)
-    squares_N, squares_K = products_NK.new_zeros(len(images_ND)), products_NK.new_zeros(len(means_KD))
-    for start in range(0, num_values, _PRODUCT_COLUMNS):
-        columns = slice(start, start + _PRODUCT_COLUMNS)
-        pixels_Nd = images_ND[:, columns].double()
-        squares_N += pixels_Nd.square().sum(1)
-        for first in range(0, len(means_KD), _PRODUCT_CLASSES):
-            classes = slice(first, first + _PRODUCT_CLASSES)
-            means_kd = means_KD[classes, columns].double().mul_(2**31).round_()
-            products_NK[:, classes] += pixels_Nd @ means_kd.T
-            squares_K[classes] += means_kd.mul_(2.0**-31).square_().sum(1)
-    squared_NK = products_NK.mul_(-2 / (255 * 2.0**31)).add_((squares_N / 255**2)[:, None]).add_(squares_K)
-    squared_NK /= num_values
-    # What is left of equal images: means are rounded to float32, and so is not seen.
-    squared_NK[squared_NK < _MIN_SQUARE] = 0
-    return squared_NK.sqrt_().float()
+    rms_NK = torch.empty(len(images_ND), len(means_KD), device=images_ND.device)
+
+    def fill(task: tuple[slice, slice]) -> None:
+        rows, classes = task
+        pixels_nD, means_kD = images_ND[rows], means_KD[classes]
+        squared_nk = torch.zeros(len(pixels_nD), len(means_kD), dtype=torch.float64, device=images_ND.device)
+        squares_n, squares_k = squared_nk.new_zeros(len(pixels_nD)), squared_nk.new_zeros(len(means_kD))
+        for start in range(0, num_values, _PRODUCT_COLUMNS):
+            columns = slice(start, start + _PRODUCT_COLUMNS)
+            pixels_nc = pixels_nD[:, columns].double()
+            means_kc = means_kD[:, columns].double().mul_(2**31).round_()
+            squared_nk += pixels_nc @ means_kc.T
+            squares_n += pixels_nc.square_().sum(1)
+            squares_k += means_kc.mul_(2.0**-31).square_().sum(1)
+        squared_nk.mul_(-2 / (255 * 2.0**31)).add_((squares_n / 255**2)[:, None]).add_(squares_k).div_(num_values)
+        # What is left of equal images: means are rounded to float32, and so is not seen.
+        squared_nk[squared_nk < _MIN_SQUARE] = 0
+        rms_NK[rows, classes] = squared_nk.sqrt_().float()
+
+    cuts = ((len(images_ND), _PRODUCT_IMAGES), (len(means_KD), _PRODUCT_CLASSES))
+    rows, classes = ([slice(first, first + size) for first in range(0, number, size)] for number, size in cuts)
+    threads.run(fill, [(some, own) for some in rows for own in classes])
+    return rms_NK
 
 
 def score_first(block: Block) -> tuple[torch.Tensor, torch.Tensor]:

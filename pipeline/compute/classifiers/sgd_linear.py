@@ -10,6 +10,7 @@ class by class, then K biases), float32.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,9 @@ class Centre:
     safe_rate: float
 
 
-def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int, square_unit: int = 255**2) -> Centre:
+def find_centre(
+    counts_K: torch.Tensor, means: Iterable[torch.Tensor], num_squares: int, square_unit: int = 255**2
+) -> Centre:
     """Find the mean image, and the step that is safe for images around it.
 
     Descent is stable while the step is below 2 / L, where L, the largest curvature of softmax cross-entropy, is at most
@@ -52,16 +55,16 @@ def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int
 
     Args:
         counts_K: int64, the images of each class.
-        means_KD: float32, 0 to 1, as `nearest_mean.class_means` returns them.
+        means: Of the classes, one after the other, float32 [D], 0 to 1, as `nearest_mean.class_means` returns them.
         num_squares: The sum of all squared pixels.
         square_unit: The value of a square that stands for 1.
     """
     # On the CPU, in float64 and in the classes' order, so that every actor and every device finds the same.
     shares_K = counts_K.cpu().double() / int(counts_K.sum())
-    centre_D = torch.zeros(means_KD.shape[1], dtype=torch.float64)
-    for share, mean_D in zip(shares_K, means_KD.cpu(), strict=True):
+    centre_D = torch.zeros((), dtype=torch.float64)
+    for share, mean_D in zip(shares_K, means, strict=True):
         if share:
-            centre_D += share * mean_D.double()
+            centre_D = centre_D + share * mean_D.cpu().double()
     variance = num_squares / (square_unit * int(counts_K.sum())) - float(centre_D.square().sum())
     return Centre(centre_D, 4 / (variance + 1))
 

@@ -1,0 +1,87 @@
+"""The gradients of some lanes, added tile by tile.
+
+Input: what a step's gradient is made of. Output: the sum of all lanes' gradients of a tile. Invariant: each lane is
+multiplied by itself, and lanes are added as the tree of `pipeline.tree`; nothing as large as a lane's whole gradient is
+ever held.
+
+Axes: as in `tiles`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.compute.tiles import Params, Tile, add_lanes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step's gradient is made of: errors_KB, derivatives of the losses by the logits, and inputs_BC."""
+
+    errors_KB: torch.Tensor
+    inputs_BC: torch.Tensor
+    lane_counts: list[int]
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """One thread's memory as a tile of one shape needs it: all of it [k, c], two of them also [U, M]."""
+
+    first_UM: torch.Tensor
+    second_UM: torch.Tensor
+    matrices: list[torch.Tensor]
+
+
+class LaneSums:
+    """Sums of tiles, in buffers of the thread that asks.
+
+    Args:
+        params: The model.
+        num_lanes: Lanes that are added.
+    """
+
+    def __init__(self, params: Params, num_lanes: int) -> None:
+        self._params = params
+        # As many as a tree of the lanes needs, and at least two.
+        self._num_buffers = max(1, (num_lanes - 1).bit_length()) + 1
+        self._of_thread = threading.local()
+
+    def buffer(self, number: int) -> torch.Tensor:
+        """Return room for the sum of a tile, [U, M]."""
+        return self._buffers(self._params.tiles[number]).first_UM
+
+    def spare(self, number: int) -> torch.Tensor:
+        """Return room that is free once the sum of a tile is written, [U, M]."""
+        return self._buffers(self._params.tiles[number]).second_UM
+
+    def write(self, number: int, sum_UM: torch.Tensor, rows: Rows) -> None:
+        """Write the sum of the lanes' gradients of a tile, by its number, to [U, M]."""
+        tile = self._params.tiles[number]
+        buffers = self._buffers(tile)
+        matrices = buffers.matrices
+        if sum_UM is not buffers.first_UM:
+            matrices = [tile.matrix(sum_UM), *matrices[1:]]
+        num_values = matrices[0].numel()
+        if num_values < tile.size:
+            sum_UM.view(-1)[num_values:] = 0
+        errors, inputs = rows.errors_KB, rows.inputs_BC
+        if len(self._params.tiles) > 1:
+            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
+        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
+
+    def _buffers(self, tile: Tile) -> _Buffers:
+        """Return the buffers of the thread that asks, cut for a tile."""
+        if not hasattr(self._of_thread, "cut"):
+            size = max(tile.size for tile in self._params.tiles)
+            self._of_thread.memory = torch.empty(self._num_buffers, size, device=self._params.device)
+            self._of_thread.cut = {}
+        cut: dict[tuple[int, ...], _Buffers] = self._of_thread.cut
+        key = (*tile.shape, tile.num_units)
+        if key not in cut:
+            first_UM, second_UM, *_ = self._of_thread.memory[:, : tile.size].unflatten(1, (tile.num_units, -1))
+            matrices = [tile.matrix(buffer_N[: tile.size]) for buffer_N in self._of_thread.memory]
+            cut[key] = _Buffers(first_UM, second_UM, matrices)
+        return cut[key]
