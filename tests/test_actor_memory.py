@@ -11,7 +11,8 @@ import pytest
 from builders import ROOT
 
 from pipeline.compute.actor import LaneActor
-from pipeline.plan import LaneAssignment, Plan, Target
+from pipeline.plan import LaneAssignment, Plan
+from pipeline.target import Target
 
 _NUM_TRAIN, _NUM_VALID, _SHARD_IMAGES = 1000, 64, 500
 _MOST = 3  # times the parameters

@@ -66,6 +66,17 @@ def test_no_more_bytes_are_on_their_way_than_there_is_room_for():
     assert 300 < reads.most_bytes <= 400 + 2000
 
 
+def test_reads_go_on_while_the_consumer_is_busy():
+    reads = Reads([1] * 60)
+    answers = read_ahead(reads.read, reads.rows(), 4)
+    for turn in range(50):
+        next(answers)
+        deadline = time.monotonic() + 30
+        while reads.num_begun < turn + 8 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert reads.num_begun == turn + 8
+
+
 def test_a_consumer_that_stops_leaves_no_thread_behind():
     before = set(threading.enumerate())
     reads = Reads([300] * 1000)
@@ -77,6 +88,16 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
         time.sleep(0.01)
     assert set(threading.enumerate()) <= before
     assert reads.num_begun <= 16
+
+
+def test_threads_are_used_again_and_never_by_two_at_a_time():
+    def names(number):
+        return read_ahead(lambda item, admit: (admit(1), threading.current_thread().name)[1], range(number), 3)
+
+    earlier = set(names(50))
+    one, other = (set(column) for column in zip(*zip(names(50), names(50), strict=True), strict=True))
+    assert earlier & one
+    assert not one & other
 
 
 def test_what_is_no_os_error_ends_the_reads():

@@ -21,8 +21,9 @@ from pipeline import Config
 from pipeline.compute.actor import LaneActor
 from pipeline.compute.exchange import TOKEN_BYTES
 from pipeline.driver import cluster, job
-from pipeline.plan import LaneAssignment, Plan, Target
+from pipeline.plan import LaneAssignment, Plan
 from pipeline.results.figures import epoch_metric
+from pipeline.target import Target
 
 HOST, TOKEN = "127.0.0.1", bytes(TOKEN_BYTES)
 NUM_PARTS = 2

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zlib
 from dataclasses import replace
 
@@ -747,6 +748,27 @@ def test_a_mutant_is_an_image_or_a_fault_and_the_same_each_time(name, monkeypatc
 
 # A cache trusts this number: where this digest changes and Pillow has not, the number has to change as well.
 DIGEST_OF_VERSION = {2: "1962c6db0b515854"}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_plain_png_is_decoded_as_pillow_reads_it_whole_and_damaged(mode):
+    pixels = np.random.default_rng(2).integers(0, 256, (5, 7, len(mode)), np.uint8)
+    good = encode(Image.fromarray(pixels.squeeze()), "PNG")
+    target, stream = Target(5, 7, mode), random.Random(0)
+    assert decode_image(good, target) == (pixels.tobytes(), False)
+    for _ in range(300):
+        data = bytearray(good)
+        data[stream.randrange(len(data))] = stream.randrange(256)
+        decoded = decode_image(bytes(data), target)
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                image = Image.open(io.BytesIO(data))
+                image.load()
+            except Exception:  # noqa: BLE001 - decoders raise what they like
+                assert isinstance(decoded, Fault)
+            else:
+                if image.mode == mode and image.size == (7, 5) and not image.info:
+                    assert decoded == (image.tobytes(), False)
 
 
 def test_pixels_that_change_need_another_version_of_decoding():
