@@ -72,6 +72,23 @@ def walk(descent, params_P, lanes, steps, rate=0.5):
         return descent.save(), *zip(*answers, strict=True), norm
 
 
+@pytest.mark.parametrize("shape", STEPS[-3:])
+def test_scaled_steps_are_those_of_scaled_values(shape):
+    """A gradient times squares is a step on values times their roots, with weights divided by them."""
+    params_P, images_BD, labels_B, counts = draw_step(*shape)
+    num_values, num_classes, _ = shape
+    roots_D = torch.rand(num_values) + 0.5
+    descent = make_descent(num_values, num_classes, len(counts))
+    descent.scale(roots_D.double().square())
+    images_BD = images_BD.float() / 255
+    got_2P, *_ = walk(descent, params_P, range(len(counts)), [(images_BD, labels_B, counts)])
+    weights_KD, bias_K = split_params(params_P.clone().requires_grad_(), num_classes)
+    loss = cross_entropy(linear(images_BD - 0.25, weights_KD, bias_K), labels_B)
+    gradient_KD, gradient_K = torch.autograd.grad(loss, (weights_KD, bias_K))
+    expected_P = params_P - 0.5 * torch.cat(((gradient_KD * roots_D.square()).flatten(), gradient_K))
+    torch.testing.assert_close(torch.from_numpy(got_2P[: len(params_P)]), expected_P, rtol=1e-4, atol=1e-6)
+
+
 def walk_alone(params_P, steps, num_threads=1):
     num_values, num_lanes = steps[0][0].shape[1], len(steps[0][2])
     num_classes = len(params_P) // (num_values + 1)

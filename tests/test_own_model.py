@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import command, pack_tar, write_images
 from models import DIGITS, digits, save, to_inputs, train_digits
+from sklearn.linear_model import LogisticRegression
 from test_job import accuracy, actor_pids, evaluate
 from torch import nn
 
@@ -167,7 +168,7 @@ class _Slow(nn.Module):
 def embedded(exported, tmp_path_factory):
     """A run of the digits on the features of the body, and its folder."""
     out = tmp_path_factory.mktemp("embedded") / "out"
-    options = {"model": exported[0], "model_output": "embedding", "epochs": 2, "report": True}
+    options = {"model": exported[0], "model_output": "embedding", "report": True}
     return evaluate("digits", out, **options), out, options
 
 
@@ -186,6 +187,15 @@ def test_features_take_the_place_of_pixels(embedded):
     page = (out / "report.html").read_text()
     assert "compare features of the model" in page
     assert "by the features of the model are more like" in page
+
+
+def test_the_linear_probe_counts_as_scikit_learn(embedded, trained):
+    (train_ND, train_N), (valid_ND, valid_N) = (
+        (trained[0](to_inputs(digits(split)[0])).detach().numpy(), digits(split)[1].numpy())
+        for split in ("train", "valid")
+    )
+    right_N = LogisticRegression(C=np.inf, max_iter=1000).fit(train_ND, train_N).predict(valid_ND) == valid_N
+    assert abs(accuracy(embedded[0], "sgd_linear")["num_correct"] - int(right_N.sum())) <= 2
 
 
 def evaluate_features(out, options, num_actors, dtype):

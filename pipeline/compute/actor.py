@@ -40,6 +40,8 @@ from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
 from pipeline.tree import lane_ranges
 
+# Images whose features say how long steps are.
+_SCALE_IMAGES = 4096
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
 
@@ -220,7 +222,8 @@ class LaneActor:
         square_unit = SQUARE_UNIT if plan.has_features else 255**2
         centre = sgd_linear.find_centre(trained.counts_K, trained.means_KD, int(self._num_squares), square_unit)
         self._put_means_away()
-        self._learning_rate = plan.learning_rate or centre.safe_rate
+        scale = self._find_scale(centre) if plan.has_features else None
+        self._learning_rate = plan.learning_rate or (scale or centre).safe_rate
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.num_values)
         # Copies: what Ray gives is read-only, and not aligned as torch's own.
         last_P, mean_P = (initial_P, initial_P) if params_2P is None else map(torch.tensor, np.split(params_2P, 2))
@@ -233,10 +236,24 @@ class LaneActor:
                 collective=self._collective,
                 threads=self._threads,
             )
+        if scale is not None:
+            self._descent.scale(scale.squares_D)
         self._descent.load(last_P.to(self._device), mean_P.to(self._device))
         centre_D = centre.centre_D.float().to(self._device)
         self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D)
         return self._learning_rate, centre.centre_D.numpy()
+
+    def _find_scale(self, centre: sgd_linear.Centre) -> sgd_linear.Scale:
+        """Find the features' scale by some images of the first lane, which one actor has: then all have the same."""
+        found = np.append(np.ones(len(centre.centre_D)), centre.safe_rate)
+        if self._rank == 0:
+            step = -(-self._plan.lane_positions // _SCALE_IMAGES)
+            features_ND, _, _ = self._train.between(0, self._plan.lane_positions, step)
+            if len(features_ND):  # else all of them were skipped
+                scale = sgd_linear.find_scale(features_ND, centre.centre_D, self._plan.batch_size)
+                found = np.append(scale.squares_D.numpy(), scale.safe_rate)
+        first = self._collective.gather(found)[0]
+        return sgd_linear.Scale(torch.from_numpy(first[:-1].copy()), float(first[-1]))
 
     @torch.inference_mode()
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:

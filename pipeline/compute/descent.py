@@ -85,6 +85,7 @@ class Descent:
     ) -> None:
         self.params = Params(num_classes, num_values, device)
         self.mean = Params(num_classes, num_values, device)
+        self._scale: Params | None = None
         self._collective = collective
         self._threads = threads if device.type == "cpu" else Threads()
         # As many as a tree of the lanes needs, and at least two.
@@ -105,6 +106,12 @@ class Descent:
         """Take the parameters after the last step, and their mean over all steps, float32 [P] each."""
         self.params.load(last_P)
         self.mean.load(mean_P)
+
+    def scale(self, squares_D: torch.Tensor) -> None:
+        """Multiply the gradients of the weights of each value by a factor from now on; those of biases stay."""
+        self._scale = Params(self.params.num_classes, self.params.num_values, self.params.device)
+        squares_KD = squares_D.float().to(self.params.device).expand(self.params.num_classes, -1)
+        self._scale.load(torch.cat((squares_KD.flatten(), squares_KD.new_ones(len(squares_KD)))))
 
     def save(self) -> npt.NDArray[np.float32]:
         """Return what `load` took, as it is now, one behind the other, float32 [2P]."""
@@ -295,6 +302,8 @@ class Descent:
         else:  # a GPU may make sums of several rows otherwise than those of one, which another actor may have
             for square_1M, sum_1 in zip(squares_UM.split(1), sums_U.split(1), strict=True):
                 torch.sum(square_1M, 1, out=sum_1)
+        if self._scale is not None:
+            sum_UM = torch.mul(sum_UM, self._scale.units[number][units], out=squares_UM)
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
         sgd_linear.average(mean_UM, params_UM, self._num_steps_before + step + 1)
 

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_SECONDS = 5.0
 # What training computes, to the last bit: another version's cannot go on here.
 _MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree"
+_MODEL_OF_FEATURES = "mean of all steps, scaled by the features' variances, lanes added as a tree"
 
 
 @dataclass
@@ -114,7 +115,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--lanes": config.lanes,
-        "model": _MODEL,
+        "model": _MODEL_OF_FEATURES if job.plan.has_features else _MODEL,
         "--scores": job.given.about["sha256"] if job.given else None,
     }
 

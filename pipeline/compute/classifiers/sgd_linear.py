@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
 _SCORE_BYTES = 4 * 2**20
+# Of a feature's variance, so much of the mean of all is added: what hardly varies is not made large.
+_SCALE_FLOOR = 0.1
+_POWER_STEPS = 30
 # Of the weights of steps in the mean of all: the mean is that of about the last third of them.
 _DECAY = 2
 
@@ -64,6 +67,47 @@ def find_centre(counts_K: torch.Tensor, means_KD: torch.Tensor, num_squares: int
             centre_D += share * mean_D.double()
     variance = num_squares / (square_unit * int(counts_K.sum())) - float(centre_D.square().sum())
     return Centre(centre_D, 4 / (variance + 1))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long the steps of each feature's weights are.
+
+    Attributes:
+        squares_D: By what the gradient of a feature's weights is multiplied, float64, on the CPU.
+        safe_rate: The length of a step so scaled.
+    """
+
+    squares_D: torch.Tensor
+    safe_rate: float
+
+
+def find_scale(features_ND: torch.Tensor, centre_D: torch.Tensor, batch_size: int) -> Scale:
+    """Find the scale of each feature, and the step that is safe for batches of so many images.
+
+    A model's features are of any scale, and a step that is safe for the largest of them moves the weights of the others
+    too slowly to be done in some ten epochs. To multiply a gradient by the inverse variance is to descend on features
+    of variance 1. Of a batch of b images the largest curvature is known better than of one: with λ for the largest
+    eigenvalue of the features' second moments and T for their trace, the step is safe below 4b / ((b - 1) λ + T)
+    (S. Ma, R. Bassily, M. Belkin, "The power of interpolation", ICML 2018, with Böhning's bound, see `find_centre`).
+
+    Args:
+        features_ND: Some training images, at least one, of all classes.
+        centre_D: float64, what training takes off them.
+        batch_size: b.
+    """
+    centred_ND = features_ND.cpu().double() - centre_D
+    variance_D = centred_ND.square().mean(0)
+    squares_D = 1 / (variance_D + _SCALE_FLOOR * (float(variance_D.mean()) or 1.0))
+    scaled_ND = centred_ND * squares_D.sqrt()
+    # By the power method: from all directions at once, so that the largest one is among them.
+    largest, direction_D = 0.0, torch.ones_like(centre_D)
+    for _ in range(_POWER_STEPS):
+        direction_D = scaled_ND.T @ (scaled_ND @ direction_D) / len(scaled_ND)
+        largest = float(direction_D.norm())
+        direction_D /= max(largest, torch.finfo(torch.float64).tiny)
+    trace = float(scaled_ND.square().sum()) / len(scaled_ND) + 1
+    return Scale(squares_D, 4 * batch_size / ((batch_size - 1) * max(1.0, largest) + trace))
 
 
 def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
