@@ -41,11 +41,11 @@ def convolve(net, layers, images):
 
 def attend(net, layers, images):
     """What a vision transformer does: patches, a token before them, attention, and the token's own output."""
-    patches = functional.unfold(images, 4, stride=4).transpose(1, 2)
-    rows = torch.cat([net.token.expand(len(images), -1, -1), patches], 1)
+    patches = layers["patch"](images).flatten(2).transpose(1, 2)
+    rows = torch.cat([net.token.expand(images.shape[0], -1, -1), patches], 1)
     query, key, value = layers["mix"](layers["norm"](rows)).chunk(3, 2)
-    heads = [each.reshape(len(images), -1, 4, 12).transpose(1, 2) for each in (query, key, value)]
-    mixed = functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(len(images), -1, 48)
+    heads = [each.reshape(images.shape[0], -1, 4, 12).transpose(1, 2) for each in (query, key, value)]
+    mixed = functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(images.shape[0], -1, 48)
     return layers["last"](functional.gelu(rows + mixed)[:, 0])
 
 
@@ -60,8 +60,8 @@ def resize(net, layers, images):
 def make(name):
     torch.manual_seed(0)
     if name == "attention":
-        layers = {"mix": nn.Linear(48, 144), "norm": nn.LayerNorm(48), "last": nn.Linear(48, 10)}
-        return Net(attend, **layers)
+        layers = {"patch": nn.Conv2d(3, 48, 4, 4), "mix": nn.Linear(48, 144), "norm": nn.LayerNorm(48)}
+        return Net(attend, **layers, last=nn.Linear(48, 10))
     if name == "operations":
         return Net(resize)
     body = nn.Sequential(
@@ -72,6 +72,7 @@ def make(name):
     return net.to(memory_format=torch.channels_last) if name == "channels last" else net
 
 
+@pytest.mark.filterwarnings("ignore:No complete tensor found in the group")  # torch, of strides when it saves
 @pytest.mark.parametrize("batch", [None, 4])
 @pytest.mark.parametrize("name", ["convolutions", "channels last", "attention", "operations"])
 def test_what_is_read_computes_the_same_bits_as_what_torch_loads(name, batch):
@@ -148,6 +149,7 @@ def test_what_is_not_known_is_left_to_torch(kind, exported):
     assert read_archive(UNKNOWN[kind](exported), CPU) is None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch, when it exports a branch
 @pytest.mark.parametrize(
     "function",
     [
@@ -157,9 +159,8 @@ def test_what_is_not_known_is_left_to_torch(kind, exported):
         lambda net, layers, images: torch.cond(
             images.sum() > 0, lambda one: one + 1, lambda one: one - 1, (layers["last"](images.flatten(1)),)
         ),
-        lambda net, layers, images: net.shift.add_(1).sum() + layers["last"](images.flatten(1)),
     ],
-    ids=["two outputs", "one axis", "a dict", "a branch", "a buffer that changes"],
+    ids=["two outputs", "one axis", "a dict", "a branch"],
 )
 def test_programs_of_another_kind_are_left_to_torch(function):
     content = save_bytes(Net(function, last=nn.Linear(768, 10)), shape=(3, 16, 16))
