@@ -126,7 +126,7 @@ def _read(files: _Files, device: torch.device) -> Archived:
     _expect(json.loads(call["in_spec"]) == _IN_SPEC and json.loads(call["out_spec"]) == _OUT_SPEC)
     _expect(len({each["device"]["type"] for each in graph["tensor_values"].values()}) == 1)
     [output] = [_single(each, "user_output")["arg"]["as_tensor"]["name"] for each in signature["output_specs"]]
-    _expect(len(graph["tensor_values"][output]["sizes"]) == 2)  # noqa: PLR2004
+    _expect(len(graph["tensor_values"][output]["sizes"]) == 2)
     _expect(_DTYPES[graph["tensor_values"][output]["dtype"]].is_floating_point)
     values = files.read_tensors("data/weights", "model_weights_config.json")
     values |= files.read_tensors("data/constants", "model_constants_config.json")
@@ -162,7 +162,7 @@ def _read(files: _Files, device: torch.device) -> Archived:
 
 def _input_shape(meta: Any, constraints: Any) -> tuple[list[int | str], list[tuple[float, float]]]:
     """Return the shape of the one input, and the least and largest size of each axis."""
-    _expect(meta["dtype"] == _FLOAT32 and len(meta["sizes"]) == 4)  # noqa: PLR2004
+    _expect(meta["dtype"] == _FLOAT32 and len(meta["sizes"]) == 4)
     shape: list[int | str] = []
     ranges: list[tuple[float, float]] = []
     for size in meta["sizes"]:
@@ -272,6 +272,6 @@ def _size(value: Any) -> int:
     return size
 
 
-def _expect(is_known: bool) -> None:  # noqa: FBT001
+def _expect(is_known: bool) -> None:
     if not is_known:
         raise _UnknownError

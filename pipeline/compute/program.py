@@ -61,8 +61,8 @@ def load_program(content: bytes, device: torch.device) -> Program:
     batch, channels, height, width = (size if isinstance(size, int) else None for size in archived.shape)
     if channels not in (1, 3):
         raise ModelError(
-            f"--model: expected an input of 1 or 3 channels, got [{', '.join(map(str, archived.shape))}]; {_EXPORT}, for "
-            "float32 [N, 1 or 3, H, W]"
+            f"--model: expected an input of 1 or 3 channels, got [{', '.join(map(str, archived.shape))}]; {_EXPORT}, "
+            "for float32 [N, 1 or 3, H, W]"
         )
     return Program(archived.call, batch, channels, height, width)
 
