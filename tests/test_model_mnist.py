@@ -88,6 +88,6 @@ def test_classifiers_of_features_count_as_scikit_learn(mnist_png, images, traine
     }
     for name, predicted_N in predicted.items():
         assert abs(accuracy(run, name)["num_correct"] - int((predicted_N == valid_N).sum())) <= 2, name
-    # Another optimum: scikit-learn's has a penalty, and SGD stops after 40 epochs.
-    linear = LogisticRegression(max_iter=1000).fit(train_ND, train_N).predict(valid_ND)
-    assert abs(accuracy(run, "sgd_linear")["num_correct"] - int((linear == valid_N).sum())) <= 20
+    # Without a penalty, as SGD.
+    linear = LogisticRegression(C=np.inf, max_iter=1000).fit(train_ND, train_N).predict(valid_ND)
+    assert abs(accuracy(run, "sgd_linear")["num_correct"] - int((linear == valid_N).sum())) <= 2

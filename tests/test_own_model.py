@@ -12,12 +12,14 @@ import pytest
 import torch
 from builders import command, pack_tar, write_images
 from models import DIGITS, digits, save, to_inputs, train_digits
+from sklearn.linear_model import LogisticRegression
 from test_job import accuracy, actor_pids, evaluate
 from torch import nn
 
 from pipeline.config import Config
 from pipeline.driver.own_model import read_model
 from pipeline.errors import ModelError, OptionError, OutputError
+from pipeline.results.comparison_text import comparison_text
 from pipeline.results.finished import open_run
 from pipeline.results.two_runs import compare_runs
 
@@ -167,7 +169,7 @@ class _Slow(nn.Module):
 def embedded(exported, tmp_path_factory):
     """A run of the digits on the features of the body, and its folder."""
     out = tmp_path_factory.mktemp("embedded") / "out"
-    options = {"model": exported[0], "model_output": "embedding", "epochs": 2, "report": True}
+    options = {"model": exported[0], "model_output": "embedding", "report": True}
     return evaluate("digits", out, **options), out, options
 
 
@@ -186,6 +188,20 @@ def test_features_take_the_place_of_pixels(embedded):
     page = (out / "report.html").read_text()
     assert "compare features of the model" in page
     assert "by the features of the model are more like" in page
+
+
+def test_a_comparison_of_pixels_with_features_says_so(embedded, run_of_digits):
+    text = comparison_text(compare_runs(open_run(str(run_of_digits[1])), open_run(str(embedded[1]))))
+    assert "knn_1, knn_5, sgd_linear compare pixels in A and features of a model in B: two classifiers of one" in text
+
+
+def test_the_linear_probe_counts_as_scikit_learn(embedded, trained):
+    (train_ND, train_N), (valid_ND, valid_N) = (
+        (trained[0](to_inputs(digits(split)[0])).detach().numpy(), digits(split)[1].numpy())
+        for split in ("train", "valid")
+    )
+    right_N = LogisticRegression(C=np.inf, max_iter=1000).fit(train_ND, train_N).predict(valid_ND) == valid_N
+    assert abs(accuracy(embedded[0], "sgd_linear")["num_correct"] - int(right_N.sum())) <= 2
 
 
 def evaluate_features(out, options, num_actors, dtype):
@@ -223,16 +239,17 @@ def test_pixels_as_features_count_as_pixels(tmp_path):
         assert accuracy(by_pixels, name)["num_correct"] == accuracy(by_features, other)["num_correct"]
 
 
-def test_a_model_has_its_own_size_and_changes_nothing_for_the_baselines(trained, tmp_path, run_of_digits):
+def test_a_model_has_its_own_size_and_changes_nothing_for_the_baselines(tmp_path, run_of_digits, caplog):
     class Pooled(nn.Module):
         def forward(self, images_N3HW):
             return images_N3HW.mean((2, 3)).repeat(1, 4)[:, :10]
 
-    model = save(Pooled(), tmp_path / "large.pt2", (3, 12, 20))
+    model = save(Pooled(), tmp_path / "large.pt2", (3, 12, 20), batch=2)
     options = {"model_mean": "imagenet", "model_std": "imagenet", "model_resize": "crop", "model_crop_pct": 0.5}
     run = evaluate("digits", tmp_path / "out", model=model, epochs=1, **options)
     for name in ("nearest_mean_l1", "knn_5", "sgd_linear"):
         assert accuracy(run, name) == accuracy(run_of_digits[0], name)
+    assert "--model: expected a batch of any size, got a program for 2 images at a time, which is slow" in caplog.text
     wanted = run["model"]["input"]
     assert (wanted["height"], wanted["width"], wanted["mode"], wanted["crop_pct"]) == (12, 20, "RGB", 0.5)
 
@@ -241,13 +258,20 @@ def test_further_classes_are_counted_and_missing_ones_are_named(trained, exporte
     names = [str(label) for label in range(10)]
     names[3], names[7] = "three", "sept"
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
-    run = evaluate(
-        "digits", tmp_path / "out", model=exported[1], model_classes=str(tmp_path / "names.txt"), report=True, **QUICK
-    )
+    images_NHW, labels_N, keys = digits("valid")
+    given = dict(zip(keys, ["three", "tench", *map(str, labels_N.tolist()[2:])], strict=True))
+    rows = "".join(f"{key},{name}\n" for key, name in given.items())
+    (tmp_path / "scores.csv").write_text(f"key,prediction\n{rows}")
+    options = {"model_classes": str(tmp_path / "names.txt"), "scores_file": str(tmp_path / "scores.csv")}
+    run = evaluate("digits", tmp_path / "out", model=exported[1], report=True, **options, **QUICK)
+    assert "got others in 2 of 899 rows, which count as wrong: tench, three" in caplog.text
+    # What the model knows besides has a name wherever it is predicted.
+    answers = dict.fromkeys(keys) | {key: name for key, name in given.items() if name != "tench"}
+    got = predictions(tmp_path / "out", "scores_prediction").to_pylist()
+    assert {row["key"]: row["scores_prediction"] for row in got} == answers
     assert "none of 2 of them, whose images are never right: 3, 7" in caplog.text
     assert run["model"]["missing_classes"] == ["3", "7"]
     assert run["model"]["extra_classes"] == ["three", "sept"]
-    images_NHW, labels_N, _ = digits("valid")
     with torch.inference_mode():
         predicted_N = trained[1](to_inputs(images_NHW)).argmax(1)
     is_known_N = (labels_N != 3) & (labels_N != 7)

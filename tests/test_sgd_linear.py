@@ -80,3 +80,20 @@ def test_the_centre_is_the_mean_image_and_the_rate_fits_the_images():
     torch.testing.assert_close(centre.centre_D, pixels_ND.mean(0), rtol=1e-6, atol=0)
     expected = 4 / (float((pixels_ND - pixels_ND.mean(0)).square().sum(1).mean()) + 1)
     assert centre.safe_rate == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_scale_of_features_is_that_of_their_variances_and_the_rate_that_of_their_largest_eigenvalue():
+    random = np.random.default_rng(0)
+    features_ND = random.normal(size=(300, 40)) @ random.normal(size=(40, 40)) * np.geomspace(1e-3, 1e3, 40)
+    features_ND[:, 7] = 5
+    centre_D = features_ND.mean(0)
+    scale = sgd_linear.find_scale(torch.from_numpy(features_ND), torch.from_numpy(centre_D), 16)
+    variance_D = features_ND.var(0)
+    squares_D = 1 / (variance_D + 0.1 * variance_D.mean())
+    np.testing.assert_allclose(scale.scale_D.square().numpy(), squares_D, rtol=1e-9)
+    scaled_ND = (features_ND - centre_D) * np.sqrt(squares_D)
+    largest = np.linalg.eigvalsh(scaled_ND.T @ scaled_ND / 300)[-1]
+    expected = 4 * 16 / (15 * max(1, largest) + scaled_ND.var(0).sum() + 1)
+    assert scale.safe_rate == pytest.approx(expected, rel=0.02)
+    same = sgd_linear.find_scale(torch.ones(3, 40), torch.ones(40, dtype=torch.float64), 16)
+    assert np.isfinite([*same.scale_D, same.safe_rate]).all()

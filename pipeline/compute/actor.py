@@ -42,6 +42,8 @@ from pipeline.plan import Plan
 from pipeline.results.figures import EpochRecord
 from pipeline.tree import lane_ranges
 
+# Images whose features say how long steps are.
+_SCALE_IMAGES = 4096
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
 # Means and parameters are given and taken in pieces, so that no copy of all of them is ever made.
@@ -229,25 +231,28 @@ class LaneActor:
         means_kD: npt.NDArray[np.float32] = self._means.get(first // self._pieces[0].stop)
         return means_kD
 
-    def begin_training(self) -> tuple[float, npt.NDArray[np.float64]]:
+    def begin_training(self) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
         """Begin anew; `load_params` may follow.
 
         Returns:
-            The learning rate; and the mean image by which `weights.parquet` is written, float64 [D], 0 to 1.
+            The learning rate; the mean image, float64 [D], 0 to 1, and of features their scale, float64 [D], by which
+            `weights.parquet` is written.
         """
         self.flush()
         plan, counts_K = self._plan, self._trained.counts_K
         square_unit = SQUARE_UNIT if plan.has_features else 255**2
         means = (mean_D for classes in self._pieces for mean_D in torch.from_numpy(self.means_from(classes.start)))
         centre = sgd_linear.find_centre(counts_K, means, int(self._num_squares), square_unit)
-        self._learning_rate = plan.learning_rate or centre.safe_rate
+        scale = self._find_scale(centre) if plan.has_features else None
+        self._learning_rate = plan.learning_rate or (scale or centre).safe_rate
         if self._descent is None:
             self._descent = self._make_descent()
         initial_P = sgd_linear.initial_params(plan.num_classes, plan.num_values)
         self._descent.load(initial_P, initial_P)
         centre_D = centre.centre_D.float().to(self._device)
-        self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D)
-        return self._learning_rate, centre.centre_D.numpy()
+        scale_D = None if scale is None else scale.scale_D.float().to(self._device)
+        self._trained = replace(self._trained, model=self._descent.mean, centre_D=centre_D, scale_D=scale_D)
+        return self._learning_rate, centre.centre_D.numpy(), None if scale is None else scale.scale_D.numpy()
 
     @property
     def model(self) -> Params:
@@ -274,6 +279,18 @@ class LaneActor:
         assert self._descent is not None
         return self._descent.save(self._pieces[first // self._pieces[0].stop])
 
+    def _find_scale(self, centre: sgd_linear.Centre) -> sgd_linear.Scale:
+        """Find the features' scale by some images of the first lane, which one actor has: then all have the same."""
+        found = np.append(np.ones(len(centre.centre_D)), centre.safe_rate)
+        if self._rank == 0:
+            step = -(-self._plan.lane_positions // _SCALE_IMAGES)
+            features_ND, _, _ = self._train.between(0, self._plan.lane_positions, step)
+            if len(features_ND):  # else all of them were skipped
+                scale = sgd_linear.find_scale(features_ND, centre.centre_D, self._plan.batch_size)
+                found = np.append(scale.scale_D.numpy(), scale.safe_rate)
+        first = self._collective.gather(found)[0]
+        return sgd_linear.Scale(torch.from_numpy(first[:-1].copy()), float(first[-1]))
+
     @torch.inference_mode()
     def train_epoch(self, epoch: int) -> tuple[EpochRecord, npt.NDArray[np.float32] | None]:
         """Train for one epoch together with all actors, and measure on the validation images.
@@ -297,7 +314,7 @@ class LaneActor:
         descent.begin_epoch(num_steps, (epoch - 1) * num_steps, self._learning_rate)
         for index, (images_BD, labels_B, counts) in enumerate(batches):
             step_counts = [min(max(count - index * lane_rows, 0), lane_rows) for count in lane_counts]
-            losses_B, is_correct_B = descent.step(images_BD, labels_B, step_counts, trained.centre_D)
+            losses_B, is_correct_B = descent.step(images_BD, labels_B, step_counts, trained.centre_D, trained.scale_D)
             sums.add_step(losses_B, is_correct_B, counts)
         num_train = sum(lane_counts[lane] for lane in self._lanes)
         line = dict(zip(self._lanes, descent.look_along(), strict=True))
@@ -388,7 +405,7 @@ class LaneActor:
             block_losses = []
             for images_ND, labels_N, _ in stored.blocks(self._device):
                 log_probabilities_NK = sgd_linear.log_probabilities(
-                    self.model, images_ND, self._trained.centre_D, self._threads
+                    self.model, images_ND, self._trained.centre_D, self._threads, self._trained.scale_D
                 )
                 block_losses.append(-float(log_probabilities_NK.gather(1, labels_N[:, None]).double().sum()))
                 total_KK += confusion(labels_N, log_probabilities_NK.argmax(1), num_classes)

@@ -29,6 +29,7 @@ class Trained:
         model: The linear model, the mean over the steps of SGD; None without SGD.
         centre_D: The mean image, which is taken off the linear model's inputs, float32; empty without SGD.
         own_model: What is known of the user's own model; None without one.
+        scale_D: Of features, by what those inputs are multiplied, float32; None of pixels.
     """
 
     counts_K: torch.Tensor
@@ -36,6 +37,7 @@ class Trained:
     model: Params | None
     centre_D: torch.Tensor
     own_model: Model | None = None
+    scale_D: torch.Tensor | None = None
 
 
 @dataclass

@@ -120,6 +120,7 @@ class Descent:
         labels_b: torch.Tensor,
         lane_counts: list[int],
         centre_D: torch.Tensor | float,
+        scale_D: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict this actor's rows of a step, and move the parameters, and the mean, of all actors.
 
@@ -131,6 +132,7 @@ class Descent:
             labels_b: int64.
             lane_counts: Rows of each lane of all actors; those of this actor's add up to b.
             centre_D: Taken off the pixels, both 0 to 1.
+            scale_D: By what the rest is multiplied; None for 1.
 
         Returns:
             The losses [b], float32 in nats, and whether each row was predicted right [b], bool.
@@ -144,7 +146,7 @@ class Descent:
             of_actors = [sum(lane_counts[lanes.start : lanes.stop]) for lanes in self._lanes]
             images_BD, labels_B, own = self._blocks.gather_rows(images_bD, labels_b, of_actors)
             counts = [len(rows) for rows in labels_B.split(ROWS)]
-        inputs_BC = self._take_inputs(images_BD, centre_D)
+        inputs_BC = self._take_inputs(images_BD, centre_D, scale_D)
         logits_BK = self._logits(inputs_BC, counts)
         if len(self._num_images) == len(self._squares_STU):
             self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
@@ -188,16 +190,18 @@ class Descent:
         norms_S = np.sqrt(squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64))
         return float((norms_S / self._num_images).mean())
 
-    def _take_inputs(self, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> torch.Tensor:
+    def _take_inputs(
+        self, images_BD: torch.Tensor, centre_D: torch.Tensor | float, scale_D: torch.Tensor | None
+    ) -> torch.Tensor:
         num_rows, num_values = images_BD.shape
         if len(self._inputs_BC) < num_rows:
             self._inputs_BC = empty_inputs(num_rows, num_values, images_BD.device)
         inputs_BC = self._inputs_BC if len(self._inputs_BC) == num_rows else self._inputs_BC[:num_rows]
         if num_rows * num_values < _MIN_SHARED_INPUTS:
-            fill_inputs(inputs_BC, images_BD, centre_D)
+            fill_inputs(inputs_BC, images_BD, centre_D, scale_D)
         else:
             shares = self._shares(num_rows)
-            self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D), shares)
+            self._threads.run(lambda share: fill_inputs(inputs_BC[share], images_BD[share], centre_D, scale_D), shares)
         return inputs_BC
 
     def _own(self, lane_counts: list[int]) -> list[int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from pipeline.compute.archive import Archived, read_archive
 from pipeline.compute.threads import Threads
 from pipeline.errors import ModelError, counted
 from pipeline.model import Model, Probed, Wanted
@@ -56,6 +57,17 @@ def load_program(content: bytes, device: torch.device) -> Program:
     Raises:
         ModelError: If it is none, or takes and gives something else than a batch of images and a row for each.
     """
+    archived = read_archive(content, device) or _load_by_torch(content, device)
+    batch, channels, height, width = (size if isinstance(size, int) else None for size in archived.shape)
+    if channels not in (1, 3):
+        raise ModelError(
+            f"--model: expected an input of 1 or 3 channels, got [{', '.join(map(str, archived.shape))}]; {_EXPORT}, "
+            "for float32 [N, 1 or 3, H, W]"
+        )
+    return Program(archived.call, batch, channels, height, width)
+
+
+def _load_by_torch(content: bytes, device: torch.device) -> Archived:
     logging.getLogger("torch").setLevel(logging.ERROR)  # which would write a traceback, and then raise
     from torch.export.passes import move_to_device_pass
 
@@ -65,7 +77,8 @@ def load_program(content: bytes, device: torch.device) -> Program:
             exported = torch.export.load(io.BytesIO(content))
             _check_signature(exported)
             moved = move_to_device_pass(exported, device)
-            call: Call = moved.module()
+            [shape] = _input_shapes(exported)
+            return Archived(moved.module(), shape)
     except ModelError:
         raise
     except Exception as exc:
@@ -73,14 +86,6 @@ def load_program(content: bytes, device: torch.device) -> Program:
             f"--model: expected a program that torch {torch.__version__} exported, got "
             f"{_OTHER_FILE if _SEE_ABOVE in str(exc) else _first_line(exc)}; {_EXPORT}, with this version"
         ) from exc
-    [shape] = _input_shapes(exported)
-    batch, channels, height, width = (size if isinstance(size, int) else None for size in shape)
-    if channels not in (1, 3):
-        raise ModelError(
-            f"--model: expected an input of 1 or 3 channels, got [{', '.join(map(str, shape))}]; {_EXPORT}, for "
-            "float32 [N, 1 or 3, H, W]"
-        )
-    return Program(call, batch, channels, height, width)
 
 
 def _check_signature(exported: Any) -> None:

@@ -196,11 +196,18 @@ def empty_inputs(num_rows: int, num_values: int, device: torch.device) -> torch.
     return inputs_BC
 
 
-def fill_inputs(inputs_BC: torch.Tensor, images_BD: torch.Tensor, centre_D: torch.Tensor | float) -> None:
-    """Write images less the mean one where `empty_inputs` made room; pixels, uint8 [B, D], become 0 to 1."""
+def fill_inputs(
+    inputs_BC: torch.Tensor,
+    images_BD: torch.Tensor,
+    centre_D: torch.Tensor | float,
+    scale_D: torch.Tensor | None = None,
+) -> None:
+    """Write images less the mean one, times a scale, to where `empty_inputs` made room; pixels become 0 to 1."""
     values_BD = inputs_BC[:, : images_BD.shape[1]].copy_(images_BD)
     unit = 1.0 if images_BD.is_floating_point() else 1 / 255
     torch.add(-torch.as_tensor(centre_D), values_BD, alpha=unit, out=values_BD)
+    if scale_D is not None:
+        values_BD.mul_(scale_D)
 
 
 def write_logits(

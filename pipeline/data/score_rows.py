@@ -3,7 +3,7 @@
 Input: a `ScoreFile` and one of its pieces. Output: keys with predictions and, where there are any, scores. Invariant:
 a piece is read by itself, in a memory that the size of the file does not change.
 
-Axes: N rows, K classes of the dataset. Scores are float32; the highest is the best, of equal ones the first class's.
+Axes: N rows, K classes. Scores are float32; the highest is the best, of equal ones the first class's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ScoredRows:
 
     Attributes:
         keys: Of N images, string.
-        codes_N: The predicted classes, int32; -1 for one that the dataset lacks.
+        codes_N: The predicted classes, int32; -1 for one that nobody knows.
         scores_NK: float32, -infinity for a class without a column; [N, 0] of a file of predictions.
-        others: Some of the classes that are predicted and that the dataset lacks.
+        others: Some of the classes that are predicted and that nobody knows.
     """
 
     keys: pa.StringArray
@@ -42,17 +42,21 @@ class ScoredRows:
     others: tuple[str, ...]
 
 
-def read_piece(file: ScoreFile, piece: tuple[int, int], classes: Sequence[str]) -> ScoredRows:
+def read_piece(
+    file: ScoreFile, piece: tuple[int, int], classes: Sequence[str], extra: Sequence[str] = ()
+) -> ScoredRows:
     """Read one piece of a file.
 
     Args:
         file: The file.
         piece: One of `cut`.
-        classes: Names of the K classes.
+        classes: Names of the dataset's classes.
+        extra: Those that the user's own model knows besides; K classes in all.
 
     Raises:
         DataError: If it cannot be read, or a row has no key, no class, or a score that is no finite number.
     """
+    classes = (*classes, *extra)
     with reading(file.given):
         table = _read_csv(file, *piece) if file.is_csv else _read_parquet(file, *piece)
         keys = pa.concat_arrays([pa.array([], pa.string()), *table[KEY].cast(pa.string()).chunks])

@@ -29,6 +29,8 @@ from pipeline.target import Target
 
 logger = logging.getLogger(__name__)
 
+# A batch that a model was exported for and nobody asked for; smaller ones cost more calls than they save.
+_SMALL_BATCH = 8
 # Of the time, spent in the model, from which on it is what the job waits for.
 _LIMIT_SHARE = 0.8
 
@@ -123,6 +125,12 @@ def probe_model(
             "--model: expected the same bits of an image's output in any place of a batch, got others in the last "
             "digits; they are those of this run, and another number of actors may change them"
         )
+    if probed.batch_size < _SMALL_BATCH and config.model_batch_size is None:
+        logger.warning(
+            "--model: expected a batch of any size, got a program for %d images at a time, which is slow; export it "
+            "with a dynamic batch, as the README shows, or give --model-batch-size %d to be told no more",
+            probed.batch_size, probed.batch_size,
+        )  # fmt: skip
     if model.missing_classes:
         logger.warning(
             "--model-classes: expected all classes of the dataset, got none of %d of them, whose images are never "

@@ -89,7 +89,8 @@ def join_scores(
 
     digest = _hash_file.remote(file)
     returns = {"num_returns": num_buckets + 1}
-    placed = ray.put((file, listing.classes))
+    extra = plan.model.extra_classes if plan.model else ()
+    placed = ray.put((file, listing.classes, extra))
     read: Any = [_read_piece.options(**returns).remote(placed, piece, num_buckets) for piece in pieces]
     listed: Any = [
         _list_keys.options(num_returns=num_buckets).remote(block, num_buckets) for block in _blocks(listing, shards)
@@ -191,12 +192,16 @@ class _Note(NamedTuple):
 
 
 @ray.remote
-def _read_piece(placed: tuple[ScoreFile, tuple[str, ...]], piece: tuple[int, int], num_buckets: int) -> Any:
+def _read_piece(
+    placed: tuple[ScoreFile, tuple[str, ...], tuple[str, ...]], piece: tuple[int, int], num_buckets: int
+) -> Any:
     leave_pandas_out()
-    file, classes = placed
-    rows = read_piece(file, piece, classes)
-    num_other = int((rows.codes_N == -1).sum())
-    return _Note(len(rows.keys), num_other, tuple(sorted(rows.others)[:_MAX_OTHERS])), *split_scored(rows, num_buckets)
+    file, classes, extra = placed
+    rows = read_piece(file, piece, classes, extra)
+    is_extra_N = rows.codes_N >= len(classes)
+    others = {*rows.others, *(extra[code - len(classes)] for code in np.unique(rows.codes_N[is_extra_N]).tolist())}
+    num_other = int((is_extra_N | (rows.codes_N == -1)).sum())
+    return _Note(len(rows.keys), num_other, tuple(sorted(others)[:_MAX_OTHERS])), *split_scored(rows, num_buckets)
 
 
 @ray.remote

@@ -32,6 +32,7 @@ _CHECKPOINT_SECONDS = 5.0
 _PIECE_BYTES = 2**22
 # What training computes, to the last bit: another version's cannot go on here.
 _MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes cut"
+_MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes cut"
 
 
 @dataclass
@@ -44,12 +45,14 @@ class Training:
             first epoch.
         learning_rate: None before training has begun.
         centre_D: The mean image, float64, 0 to 1; None before training has begun.
+        scale_D: Of features, by what they are multiplied less their mean, float64; None of pixels.
     """
 
     history: list[EpochMetric]
     params: npt.NDArray[np.float32] | None
     learning_rate: float | None = None
     centre_D: npt.NDArray[np.float64] | None = None
+    scale_D: npt.NDArray[np.float64] | None = None
 
     @property
     def model(self) -> npt.NDArray[np.float32] | None:
@@ -76,7 +79,7 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
     answers = wait_all(begun, "beginning to train", lambda: job.show("train", 0, num_steps, epoch=epoch))
-    training.learning_rate, training.centre_D = answers[0]
+    training.learning_rate, training.centre_D, training.scale_D = answers[0]
     if training.params is not None:
         _give_params(job, actors, training.params)
     while figures.stop_reason(job.config, training.history) is None:
@@ -149,7 +152,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--lanes": config.lanes,
-        "model": _MODEL,
+        "model": _MODEL_OF_FEATURES if job.plan.has_features else _MODEL,
         "--scores": job.given.about["sha256"] if job.given else None,
     }
 

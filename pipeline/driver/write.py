@@ -55,8 +55,9 @@ def write_results(job: Job, counts: ImageCounts, training: Training, duplicates:
         "means": tables.means_table(listing.classes, job.plan.shape, counts.train_counts_K, counts.means_KD),
     }
     if training.model is not None and training.centre_D is not None:
-        weights = tables.weights_table(listing.classes, job.plan.shape, training.model, training.centre_D)
-        contents["weights"] = weights
+        contents["weights"] = tables.weights_table(
+            listing.classes, job.plan.shape, training.model, training.centre_D, training.scale_D
+        )
         contents["history"] = tables.history_table(training.history)
     for name, table in contents.items():
         digests[name] = writing.write_table(output, name, table)

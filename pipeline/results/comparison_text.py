@@ -11,11 +11,14 @@ from typing import Any
 
 from pipeline.errors import counted, printable, without_secrets
 from pipeline.results.comparison import Paired
+from pipeline.results.finished import FinishedRun
 from pipeline.results.texts import chance, figure, plain_table, short, signed
 from pipeline.results.two_runs import Comparison, Pair
 
 # The classes with the smallest p-values, and of each kind of change the most certain images.
 _MAX_CLASSES, _MAX_CHANGES, _MAX_JSON_CHANGES = 10, 5, 100
+# How the names of classifiers begin that see an image as pixels, or as a model's features.
+_ON_IMAGES = ("knn_", "nearest_mean_", "sgd_linear")
 CHANGES = {"right_to_wrong": "right in A and wrong in B", "wrong_to_right": "wrong in A and right in B"}
 
 
@@ -92,10 +95,21 @@ def about_lines(comparison: Comparison) -> list[str]:
     ]
     if "dataset.root" in (name for name, _, _ in comparison.differences):
         lines.append("the runs read different datasets, or one at two places: images are matched by their keys alone")
+    # Of the same name, but not of the same kind.
+    if unlike := [name for name in a.classifiers if name in b.classifiers and name.startswith(_ON_IMAGES)]:
+        words = f"compare {_kind(a)} in A and {_kind(b)} in B"
+        if a.features and b.features:
+            words = "compare features of two models"
+        if a.features != b.features:
+            lines.append(f"{', '.join(unlike)} {words}: two classifiers of one name")
     for name, own, others in (("A", a.classifiers, b.classifiers), ("B", b.classifiers, a.classifiers)):
         if alone := [classifier for classifier in own if classifier not in others]:
             lines.append(f"only {name} has {', '.join(alone)}")
     return lines
+
+
+def _kind(run: FinishedRun) -> str:
+    return "features of a model" if run.features else "pixels"
 
 
 def _heading(comparison: Comparison) -> list[str]:

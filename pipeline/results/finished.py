@@ -61,6 +61,12 @@ class FinishedRun:
         """Its classifiers, in the order in which they are shown."""
         return classifier_names(self.run["metrics"])
 
+    @property
+    def features(self) -> str | None:
+        """The SHA-256 of the model whose features its classifiers compare; None where they compare pixels."""
+        model = self.run.get("model")
+        return model["sha256"] if model is not None and model["output"] == "embedding" else None
+
     @cached_property
     def parts(self) -> list[str]:
         """Its prediction files, as `read_batches` takes them, in the order of the listing."""

@@ -131,13 +131,17 @@ def weights_table(
     shape: tuple[int, int, int],
     params_P: npt.NDArray[np.float32],
     centre_D: npt.NDArray[np.float64],
+    scale_D: npt.NDArray[np.float64] | None = None,
 ) -> pa.Table:
     """Lay out `weights.parquet` from the parameters, K·D weights and K biases, for a shape of H, W, C; D is row-major.
 
-    The model was trained on pixels less `centre_D`; the bias that is written is that for pixels as they are, 0 to 1.
+    The model was trained on pixels less `centre_D`, or on features that were then multiplied by `scale_D`; what is
+    written is for pixels as they are, 0 to 1, or for features as they are.
     """
     columns = {"class": list(classes), **_shape_columns(len(classes), shape)}
     weights_KD, bias_K = params_P[: -len(classes)].reshape(len(classes), -1), params_P[-len(classes) :]
+    if scale_D is not None:
+        weights_KD = (weights_KD * scale_D).astype(np.float32)
     plain_bias_K = (bias_K - weights_KD.astype(np.float64) @ centre_D).astype(np.float32)
     return pa.table({**columns, "weights": _to_lists(weights_KD), "bias": plain_bias_K})
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
 _SCORE_BYTES = 4 * 2**20
+# Of a feature's variance, so much of the mean of all is added: what hardly varies is not made large.
+_SCALE_FLOOR = 0.1
+_POWER_STEPS = 30
 # Of the weights of steps in the mean of all: the mean is that of about the last third of them.
 _DECAY = 2
 
@@ -69,6 +72,47 @@ def find_centre(
     return Centre(centre_D, 4 / (variance + 1))
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What makes features alike in size, and the step that is safe for them.
+
+    Attributes:
+        scale_D: By what features less their mean are multiplied, float64, on the CPU.
+        safe_rate: The length of a step.
+    """
+
+    scale_D: torch.Tensor
+    safe_rate: float
+
+
+def find_scale(features_ND: torch.Tensor, centre_D: torch.Tensor, batch_size: int) -> Scale:
+    """Find the scale of each feature, and the step that is safe for batches of so many images.
+
+    A model's features are of any scale, and a step that is safe for the largest of them moves the weights of the others
+    too slowly to be done in some ten epochs; so they are brought to variances of about 1. Of a batch of b images the
+    largest curvature is known better than of one: with λ for the largest eigenvalue of the features' second moments and
+    T for their trace, the step is safe below 4b / ((b - 1) λ + T) (S. Ma, R. Bassily, M. Belkin, "The power of
+    interpolation", ICML 2018, with Böhning's bound, see `find_centre`).
+
+    Args:
+        features_ND: Some training images, at least one, of all classes.
+        centre_D: float64, what training takes off them.
+        batch_size: b.
+    """
+    centred_ND = features_ND.cpu().double() - centre_D
+    variance_D = centred_ND.square().mean(0)
+    scale_D = (variance_D + _SCALE_FLOOR * (float(variance_D.mean()) or 1.0)).rsqrt()
+    scaled_ND = centred_ND * scale_D
+    # By the power method: from all directions at once, so that the largest one is among them.
+    largest, direction_D = 0.0, torch.ones_like(centre_D)
+    for _ in range(_POWER_STEPS):
+        direction_D = scaled_ND.T @ (scaled_ND @ direction_D) / len(scaled_ND)
+        largest = float(direction_D.norm())
+        direction_D /= max(largest, torch.finfo(torch.float64).tiny)
+    trace = float(scaled_ND.square().sum()) / len(scaled_ND) + 1
+    return Scale(scale_D, 4 * batch_size / ((batch_size - 1) * max(1.0, largest) + trace))
+
+
 def initial_params(num_classes: int, num_values: int) -> torch.Tensor:
     """Return the parameters before the first step, float32 [P], zero: one value in memory, only to be read.
 
@@ -98,7 +142,9 @@ def score(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Score a block by the probability of each class; see `classifiers.Scorer`."""
     trained = block.trained
     assert trained.model is not None
-    log_probabilities_NK = log_probabilities(trained.model, block.images_ND, trained.centre_D, block.threads)
+    log_probabilities_NK = log_probabilities(
+        trained.model, block.images_ND, trained.centre_D, block.threads, trained.scale_D
+    )
     return log_probabilities_NK.exp(), log_probabilities_NK.argmax(1)
 
 
@@ -108,9 +154,13 @@ def score_rows(num_values: int) -> int:
 
 
 def log_probabilities(
-    model: Params, images_ND: torch.Tensor, centre_D: torch.Tensor | float = 0.0, threads: Threads | None = None
+    model: Params,
+    images_ND: torch.Tensor,
+    centre_D: torch.Tensor | float = 0.0,
+    threads: Threads | None = None,
+    scale_D: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score images, uint8: the logarithm of the probability of every class, float32 [N, K]; `centre_D` as in training.
+    """Score images: the logarithm of the probability of every class, float32 [N, K]; centre and scale as in training.
 
     `threads` share the products, on a CPU.
     """
@@ -121,7 +171,7 @@ def log_probabilities(
     def fill(start: int) -> None:
         rows = slice(start, start + num_rows)
         inputs_RC = empty_inputs(len(images_ND[rows]), num_values, images_ND.device)
-        fill_inputs(inputs_RC, images_ND[rows], centre_D)
+        fill_inputs(inputs_RC, images_ND[rows], centre_D, scale_D)
         logits_RK = torch.empty(len(inputs_RC), model.num_classes, device=images_ND.device)
         write_logits(model, inputs_RC, [len(inputs_RC)], logits_RK, Threads())
         result_NK[rows] = log_softmax(logits_RK, 1)
