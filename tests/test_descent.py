@@ -78,6 +78,25 @@ def walk(descent, params_P, lanes, steps, rate=0.5):
         return descent.save(), *zip(*answers, strict=True), norm
 
 
+def test_a_step_on_scaled_values_is_that_on_values_which_were_scaled_before():
+    numbers = torch.Generator().manual_seed(0)
+    features_BD, labels_B = torch.randn(24, 19, generator=numbers), torch.arange(24) % 3
+    scale_D = torch.rand(19, generator=numbers) * 4 + 0.1
+    params_P = torch.randn(60, generator=numbers)
+    saved = []
+    for images_BD, centre, scale in (
+        (features_BD, torch.full((19,), 0.25), scale_D),
+        ((features_BD - 0.25) * scale_D, 0.0, None),
+    ):
+        descent = make_descent(19, 3, 2)
+        descent.load(params_P, params_P)
+        descent.begin_epoch(1, 0, 0.5)
+        losses_B, _ = descent.step(images_BD, labels_B, [12, 12], centre, scale)
+        given = sgd_linear.log_probabilities(descent.mean, images_BD, centre, None, scale)
+        saved.append((torch.from_numpy(descent.save()), losses_B, given))
+    torch.testing.assert_close(saved[0], saved[1], rtol=1e-5, atol=1e-6)
+
+
 def walk_alone(params_P, steps, num_threads=1, has_class_blocks=None):
     num_values, num_lanes = steps[0][0].shape[1], len(steps[0][2])
     num_classes = len(params_P) // (num_values + 1)

@@ -15,6 +15,7 @@ from pipeline.results.tables import (
     means_table,
     predictions_table,
     skipped_table,
+    weights_table,
 )
 from pipeline.results.writing import Output, write_table
 
@@ -185,3 +186,13 @@ def test_predictions_of_many_classes_take_few_bytes(tmp_path):
     table = predictions_table(classes, pa.array(keys), labels_N, predictions, scores, neighbors)
     write_table(Output.at(str(tmp_path)), "part-00000", table)
     assert (tmp_path / "part-00000.parquet").stat().st_size <= 600 * 4000
+
+
+def test_written_weights_are_for_features_as_they_are():
+    random = np.random.default_rng(0)
+    centre_D, scale_D, features_ND = random.normal(size=18), random.uniform(0.1, 10, 18), random.normal(size=(5, 18))
+    params_P = random.normal(size=57).astype(np.float32)
+    table = weights_table(("a", "b", "c"), (1, 18, 1), params_P, centre_D, scale_D)
+    weights_KD, bias_K = np.array(table["weights"].to_pylist()), table["bias"].to_numpy()
+    expected_NK = (features_ND - centre_D) * scale_D @ params_P[:-3].reshape(3, 18).T.astype(np.float64) + params_P[-3:]
+    np.testing.assert_allclose(features_ND @ weights_KD.T + bias_K, expected_NK, rtol=1e-4, atol=1e-5)
