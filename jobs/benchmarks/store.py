@@ -18,14 +18,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from typing import BinaryIO
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 from xml.sax.saxutils import escape
 
 _MAX_KEYS = 1000
+# From which size on the system sends a file by itself, which costs less than to read it and more than one write.
+_SENT_BYTES = 2**16
+_LAST_MODIFIED = f"Last-Modified: {formatdate(0, usegmt=True)}"
 _RANGE = re.compile(rb"^range: *bytes=(\d*)-(\d*)\r?$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -55,9 +59,29 @@ class Bucket:
                         self.sizes[above + entry.name] = entry.stat().st_size
         self.keys = sorted(self.sizes)
 
-    def read(self, key: bytes) -> bytes:
-        """Read an object."""
-        return Path(os.fsdecode(self.folder + b"/" + key)).read_bytes()
+
+@dataclass(frozen=True)
+class Part:
+    """The bytes of a file from `start` up to `stop`."""
+
+    path: bytes
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def open(self) -> BinaryIO:
+        """Open the file."""
+        return open(self.path, "rb", buffering=0)  # noqa: PTH123 - its name is bytes
+
+    def read(self) -> bytes:
+        """Read these bytes."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, len(self), self.start)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass
@@ -81,6 +105,7 @@ class Connection(asyncio.Protocol):
         self._buckets, self._latency_s, self._faults, self._counts = buckets, latency_s, faults, counts
         self._received = b""
         self._transport: asyncio.Transport | None = None
+        self._sending: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep where answers go."""
@@ -101,40 +126,50 @@ class Connection(asyncio.Protocol):
         method, target, *_ = head.split(b" ", 2)
         self._counts[method.decode()] = self._counts.get(method.decode(), 0) + 1
         faults = self._faults
-        if faults.refused and faults.stream.random() < faults.refused:
-            status, headers, body = _fault(503, "SlowDown")
-        else:
-            status, headers, body = self._find(target.decode(), head)
-        lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
-        is_cut = faults.cut and len(body) > 1 and faults.stream.random() < faults.cut
-        body = b"" if method == b"HEAD" else body[: len(body) // 2] if is_cut else body
-        self._transport.writelines(["\r\n".join(lines).encode(), body])
+        is_refused = faults.refused and faults.stream.random() < faults.refused
+        status, headers, body = _fault(503, "SlowDown") if is_refused else self._find(target.decode(), head)
+        size = len(body)
+        is_cut = faults.cut and size > 1 and faults.stream.random() < faults.cut
+        sent = 0 if method == b"HEAD" else size // 2 if is_cut else size
+        first = "\r\n".join([f"HTTP/1.1 {status}", *headers, f"Content-Length: {size}", "", ""]).encode()
+        if isinstance(body, Part) and sent >= _SENT_BYTES:
+            self._transport.write(first)
+            self._sending = asyncio.create_task(self._send(body, sent, is_cut=bool(is_cut)))
+            return
+        self._transport.write(first + (body.read() if isinstance(body, Part) else body)[:sent])
         if is_cut:
             self._transport.close()
 
-    def _find(self, target: str, head: bytes) -> tuple[str, list[str], bytes]:
-        parts = urlsplit(target)
-        name, _, key = unquote_to_bytes(parts.path.lstrip("/")).partition(b"/")
+    async def _send(self, part: Part, num_bytes: int, *, is_cut: bool) -> None:
+        """Have the system send a part of a file, which nothing here reads."""
+        assert self._transport is not None
+        with part.open() as file, suppress(ConnectionError, RuntimeError):  # the client may be gone
+            await asyncio.get_running_loop().sendfile(self._transport, file, part.start, num_bytes)
+        if is_cut:
+            self._transport.close()
+
+    def _find(self, target: str, head: bytes) -> tuple[str, list[str], bytes | Part]:
+        place, _, query = target.partition("?")
+        name, _, key = unquote_to_bytes(place.lstrip("/")).partition(b"/")
         bucket = self._buckets.get(name)
         if bucket is None:
             return _fault(404, "NoSuchBucket")
         if not key:
-            return "200 OK", ["Content-Type: application/xml"], _list(bucket, dict(parse_qsl(parts.query)))
+            return "200 OK", ["Content-Type: application/xml"], _list(bucket, dict(parse_qsl(query)))
         if key not in bucket.sizes:
             return _fault(404, "NoSuchKey")
         size = bucket.sizes[key]
-        about = [f'ETag: "{size:x}"', f"Last-Modified: {formatdate(0, usegmt=True)}", "Accept-Ranges: bytes"]
-        if head.startswith(b"HEAD"):
-            return "200 OK", about, bytes(size)
-        body = bucket.read(key)
+        about = [f'ETag: "{size:x}"', _LAST_MODIFIED, "Accept-Ranges: bytes"]
+        path = bucket.folder + b"/" + key
         if (found := _RANGE.search(head)) is None:
-            return "200 OK", about, body
+            return "200 OK", about, Part(path, 0, size)
         first, last = found.groups()
         start = int(first) if first else size - int(last)
         stop = min(size, int(last) + 1) if first and last else size
         if start >= size:
             return _fault(416, "InvalidRange")
-        return "206 Partial Content", [*about, f"Content-Range: bytes {start}-{stop - 1}/{size}"], body[start:stop]
+        about.append(f"Content-Range: bytes {start}-{stop - 1}/{size}")
+        return "206 Partial Content", about, Part(path, start, stop)
 
 
 def _list(bucket: Bucket, query: dict[str, str]) -> bytes:
@@ -180,7 +215,7 @@ def _below(bucket: Bucket, prefix: bytes, delimiter: bytes, after: bytes) -> Ite
             at = bisect.bisect_left(bucket.keys, key[: end + 1] + b"\xff", at)
 
 
-def _fault(status: int, code: str) -> tuple[str, list[str], bytes]:
+def _fault(status: int, code: str) -> tuple[str, list[str], bytes | Part]:
     body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{code}</Message></Error>'
     return f"{status} {code}", ["Content-Type: application/xml"], body.encode()
 

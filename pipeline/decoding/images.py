@@ -189,14 +189,11 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         image = load_image(stream, target)
         if target.model_input is not None and target.model_input.is_made:
             return _decode_twice(image, target, target.model_input)
-        is_resized = image.size != (target.width, target.height)
-        if is_resized or image.mode != target.mode or not _EXTRAS.isdisjoint(image.info):
-            plain = to_mode(upright(image), target.mode)
-            is_resized = plain.size != (target.width, target.height)
-            if is_resized:
-                plain = plain.resize((target.width, target.height), Image.Resampling.BILINEAR)
-            return plain.tobytes(), is_resized
-        return image.tobytes(), False
+        is_plain = image.size == (target.width, target.height) and image.mode == target.mode
+        if not is_plain or not _EXTRAS.isdisjoint(image.info):
+            image = to_mode(upright(image), target.mode)
+        plain, is_resized = _resize(image, target)
+        return plain.tobytes(), is_resized
     except UnidentifiedImageError:
         # Pillow's own words name the stream's address, which differs from run to run.
         return Fault("unidentified", "cannot identify image file")
@@ -236,14 +233,17 @@ def _plain_png_head(height: int, width: int, mode: str) -> bytes:
     return b"\x89PNG\r\n\x1a\n\0\0\0\r" + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
+def _resize(image: Image.Image, target: Target) -> tuple[Image.Image, bool]:
+    """Bring an image to the target's size, and say whether it had another."""
+    size = (target.width, target.height)
+    return (image, False) if image.size == size else (image.resize(size, Image.Resampling.BILINEAR), True)
+
+
 def _decode_twice(image: Image.Image, target: Target, wanted: ModelInput) -> tuple[bytes, bytes, bool]:
     """Make the pixels of a decoded image for the classifiers and for the model."""
     turned = upright(image)
     by_mode = {mode: to_mode(turned, mode) for mode in {target.mode, wanted.mode}}
-    plain = by_mode[target.mode]
-    is_resized = plain.size != (target.width, target.height)
-    if is_resized:
-        plain = plain.resize((target.width, target.height), Image.Resampling.BILINEAR)
+    plain, is_resized = _resize(by_mode[target.mode], target)
     return plain.tobytes(), to_model_input(by_mode[wanted.mode], wanted).tobytes(), is_resized
 
 
