@@ -79,6 +79,16 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
     assert reads.num_begun <= 16
 
 
+def test_threads_are_used_again_and_never_by_two_at_a_time():
+    def names(number):
+        return read_ahead(lambda item, admit: (admit(1), threading.current_thread().name)[1], range(number), 3)
+
+    earlier = set(names(50))
+    one, other = (set(column) for column in zip(*zip(names(50), names(50), strict=True), strict=True))
+    assert earlier & one
+    assert not one & other
+
+
 def test_what_is_no_os_error_ends_the_reads():
     def fail(item, admit):
         raise ZeroDivisionError

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -31,6 +31,9 @@ MAX_BYTES_AHEAD = 32 * 2**20
 # block of reads the first ones tell.
 _SLOW_READ_SECONDS = 0.0005
 _BLOCK_READS, _TIMED_READS = 256, 16
+# Threads that have nothing to read, by their number: a shard of photographs takes as long to start its own as to read
+# twenty of them.
+_IDLE_POOLS: defaultdict[int, list[ThreadPoolExecutor]] = defaultdict(list)
 
 
 def read_many(
@@ -90,7 +93,8 @@ def read_ahead(
     room = _Room(max_bytes)
     upcoming = enumerate(items)
     begun: deque[Future[Answer | OSError]] = deque()
-    pool = ThreadPoolExecutor(concurrency)
+    idle_pools = _IDLE_POOLS[concurrency]
+    pool = idle_pools.pop() if idle_pools else ThreadPoolExecutor(concurrency)
     try:
         for turn in itertools.count():
             while len(begun) < 2 * concurrency and (found := next(upcoming, None)) is not None:
@@ -103,7 +107,10 @@ def read_ahead(
             room.free(turn)
     finally:
         room.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        if begun:  # the consumer has stopped, and what is on its way keeps these threads
+            pool.shutdown(wait=False, cancel_futures=True)
+        else:
+            idle_pools.append(pool)
 
 
 def _try(read: Callable[[Item, Admit], Answer], item: Item, admit: Admit) -> Answer | OSError:
