@@ -280,11 +280,11 @@ def feed_shards(task: Task) -> Answer:
     from pipeline.plan import Shard
 
     def decode_nothing(
-        loader: object, shard: list[Any], *_: object
+        loader: object, shards: list[list[Any]], *_: object
     ) -> tuple[None, None, Digests, tuple[int, dict[str, int], int, bool]]:
         none = np.zeros(0, np.int64)
         no_images = Digests(none, none, none.astype(np.uint64).reshape(0, 2), none.astype(np.uint32))
-        return None, None, no_images, (Shard(*shard).num_images, {}, 0, False)
+        return None, None, no_images, (Shard(*shards[0]).num_images, {}, 0, False)
 
     class IdleActor:
         def call(self, method: str, *_: object) -> object:
@@ -296,7 +296,7 @@ def feed_shards(task: Task) -> Answer:
 
     # Replaces the real function in this process alone, and is sent to the workers in the same way.
     stand_in: Any = decode_nothing
-    tasks._decode_shard = stand_in
+    tasks._decode_shards = stand_in
     sizes: list[int] = []
 
     def measure_memory(done: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -68,8 +69,29 @@ def shard_owners(assignment: LaneAssignment, num_actors: int, shard: Shard) -> l
     return sorted({int(owners_L[run % assignment.num_lanes]) for run in range(first_run, last_run + 1)})
 
 
+def load_shards(
+    loader: Loader, shards: Sequence[Shard], rows: pa.Table, file: ShardFile | None
+) -> Iterator[tuple[Shard, tuple[list[pa.Table], list[tuple[bytes, int, Fault]], Decoded]]]:
+    """Load shards as `load_shard` does, one after another; several of class folders are read as one, without a cache.
+
+    The next one's first images are on their way then while the last ones of this one are decoded.
+    """
+    images = None
+    if len(shards) > 1:
+        assert loader.cache is None
+        assert file is None
+        images = _read(loader.location, rows, one_chunk(rows["key"]), None)
+    for shard in shards:
+        own = rows.slice(shard.start - shards[0].start, shard.num_images) if images else rows
+        yield shard, load_shard(loader, shard, own, file, images)
+
+
 def load_shard(
-    loader: Loader, shard: Shard, rows: pa.Table, file: ShardFile | None
+    loader: Loader,
+    shard: Shard,
+    rows: pa.Table,
+    file: ShardFile | None,
+    images: Iterator[bytes | ReadFault] | None = None,
 ) -> tuple[list[pa.Table], list[tuple[bytes, int, Fault]], Decoded]:
     """Read and decode a shard, or take it from the cache.
 
@@ -78,6 +100,7 @@ def load_shard(
         shard: The shard.
         rows: Its rows of the listing, `key` and `label`; of an archive, the index of all its rows of this split.
         file: The archive; None for class folders.
+        images: What was read of its images, followed by others; None to read them here.
 
     Returns:
         Tables of `row` int32, counted from the shard's first, `class` int32, `image`, and, for validation or where they
@@ -93,7 +116,10 @@ def load_shard(
     else:
         labels = one_chunk(rows["label"])
     keys = one_chunk(rows["key"])
-    decoded = _load(loader, shard, rows, keys, labels, file.archive if file else None)
+    if images is None:
+        decoded = _load(loader, shard, rows, keys, labels, file.archive if file else None)
+    else:
+        decoded = decode_images(keys, labels, islice(images, shard.num_images), _target_of(loader, shard))
     skipped = [(keys[row].as_py(), labels[row].as_py(), fault) for row, fault in decoded.faults]
     kept_N = np.delete(np.arange(shard.num_images, dtype=np.int32), [row for row, _ in decoded.faults])
     table = decoded.table.append_column("row", pa.array(kept_N))
@@ -148,7 +174,7 @@ def _load(
     loader: Loader, shard: Shard, rows: pa.Table, keys: pa.BinaryArray, labels: pa.Int32Array, archive: Archive | None
 ) -> Decoded:
     images = _read(loader.location, rows, keys, archive)
-    target = loader.train_target or loader.target if shard.split == "train" else loader.target
+    target = _target_of(loader, shard)
     if loader.cache is None:
         return decode_images(keys, labels, images, target)
     if archive is None:
@@ -166,6 +192,10 @@ def _load(
         if not is_local or cache_key.name_entry(loader.location, target, rows) == name:
             cache.store(loader.cache, name, decoded)
     return decoded
+
+
+def _target_of(loader: Loader, shard: Shard) -> Target:
+    return loader.train_target or loader.target if shard.split == "train" else loader.target
 
 
 def _read(

@@ -27,10 +27,12 @@ from pipeline.driver.duplicates import Grouping
 from pipeline.driver.state import ImageCounts, Job
 from pipeline.driver.waiting import Ref, get_result, wait_some
 from pipeline.errors import ActorLostError, DataError
-from pipeline.plan import MAX_PART_BYTES, Shard
+from pipeline.plan import MAX_PART_BYTES, MAX_SHARD_BYTES, Shard
 
 # A cluster that grows, or loses nodes, is given more or less to do after this time.
 _LOOK_SECONDS = 5.0
+# Shards that one task decodes, at most.
+_MAX_TOGETHER = 4
 
 
 def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
@@ -56,7 +58,7 @@ def feed(job: Job, actors: list[Actor], begun: list[Ref]) -> ImageCounts:
     shards = deque(job.shards)
     while True:
         while shards and feeding.num_in_flight < feeding.max_in_flight and feeding.has_room_for(shards[0]):
-            feeding.decode(shards.popleft())
+            feeding.decode(feeding.take_together(shards))
         if not feeding.waiting:
             break
         refs = list(feeding.waiting)
@@ -112,6 +114,7 @@ class _Feeding:
         self.max_in_flight = max_shards_in_flight(job.plan, job.shards, cluster.cluster_resources())
         in_archives = isinstance(job.listing.train, ArchiveListing)
         self._num_cpus = tasks.cpus_of(job.listing.location, in_archives=in_archives)
+        self._num_cpus_in_all = max(1, int(cluster.cluster_resources().get("CPU", 1)))
         self._placed: tuple[object, Ref] | None = None
         self._loader = ray.put(
             Loader(
@@ -142,8 +145,27 @@ class _Feeding:
         num_begun = shard.part - len(self.counts.digests)
         return self._num_train_left == 0 and num_begun <= len(self.actors)
 
-    def decode(self, shard: Shard) -> None:
-        """Start decoding a shard."""
+    def take_together(self, shards: deque[Shard]) -> list[Shard]:
+        """Take the next shards for one task, which waits only once until its first image is there.
+
+        They are neighbours of a far folder, together not larger than one may be, and fewer the fewer are left, so that
+        all CPUs are done at much the same time.
+        """
+        taken = [shards.popleft()]
+        plan, is_far = self.job.plan, self.job.listing.location.kind == "uri" and self.job.cache is None
+        if not is_far or isinstance(self.job.listing.train, ArchiveListing):
+            return taken
+        most = min(_MAX_TOGETHER, len(shards) // (2 * self._num_cpus_in_all))
+        while len(taken) < most and self.has_room_for(shards[0]):
+            is_next = (shards[0].split, shards[0].start) == (taken[-1].split, taken[-1].stop)
+            if not is_next or (shards[0].stop - taken[0].start) * plan.target.decoded_bytes > MAX_SHARD_BYTES:
+                break
+            taken.append(shards.popleft())
+        return taken
+
+    def decode(self, shards: list[Shard]) -> None:
+        """Start decoding shards, neighbours in the listing, by one task."""
+        shard, last = shards[0], shards[-1]
         listed = self.job.listing.split(shard.split)
         rows, file = None, None
         if isinstance(listed, ArchiveListing):
@@ -152,18 +174,21 @@ class _Feeding:
             what = f"decoding images {shard.first} to {shard.first + shard.num_images - 1} of {found.archive.path}"
         else:
             columns = [name for name in ("key", "label", "size") if name in listed.column_names]
-            rows = listed.slice(shard.start, shard.num_images).select(columns)
-            first, last = rows["key"][0].as_py(), rows["key"][-1].as_py()
-            what = f"decoding {display(first)} to {display(last)}"
-        owners = [shard.part % len(self.actors)]
+            rows = listed.slice(shard.start, last.stop - shard.start).select(columns)
+            what = f"decoding {display(rows['key'][0].as_py())} to {display(rows['key'][-1].as_py())}"
+        owners = {each: self._owners(each) for each in shards}
+        counts = {each: len(ranks) for each, ranks in owners.items()}
+        started = tasks.submit_decoding(self._loader, self._num_cpus, counts, rows, file)
+        for each, (tables, skipped, digests, outcome) in started.items():
+            self.num_in_flight += 1
+            tables_of = dict(zip(owners[each], tables, strict=True))
+            self.waiting[outcome] = (what, partial(self._hand_over, each, tables_of, skipped, digests))
+
+    def _owners(self, shard: Shard) -> list[int]:
+        """Name the actors, by rank, that are to have some of a shard's images."""
         if shard.split == "train":
-            owners = shard_owners(self.job.plan.assignment, len(self.actors), shard)
-        tables, skipped, digests, outcome = tasks.submit_decoding(
-            self._loader, self._num_cpus, len(owners), shard, rows, file
-        )
-        self.num_in_flight += 1
-        tables_of = dict(zip(owners, tables, strict=True))
-        self.waiting[outcome] = (what, partial(self._hand_over, shard, tables_of, skipped, digests))
+            return shard_owners(self.job.plan.assignment, len(self.actors), shard)
+        return [shard.part % len(self.actors)]
 
     def _file(self, shard: Shard, found: ArchiveImages) -> Ref:
         """Place what tasks are to know of an archive in the object store; one archive's shards follow each other."""

@@ -7,8 +7,9 @@ torch, and what it sends is no more than its answer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.data.splits import Split
 from pipeline.decoding import cache_key
 from pipeline.decoding.digests import Digests, digest_shard, group_digests, split_digests
 from pipeline.decoding.images import Header
-from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers
+from pipeline.decoding.shards import Loader, ShardFile, load_shards, sample_headers
 from pipeline.driver.imports import leave_pandas_out
 from pipeline.driver.waiting import Ref, get_result
 from pipeline.plan import Shard, Target
@@ -50,46 +51,52 @@ def cpus_of(location: Location, *, in_archives: bool) -> float:
 
 
 def submit_decoding(
-    loader: Ref, num_cpus: float, num_tables: int, shard: Shard, rows: Ref | pa.Table, file: Ref | None
-) -> tuple[list[Ref], Ref, Ref, Ref]:
-    """Start decoding a shard.
+    loader: Ref, num_cpus: float, shards: dict[Shard, int], rows: Ref | pa.Table, file: Ref | None
+) -> dict[Shard, tuple[list[Ref], Ref, Ref, Ref]]:
+    """Start decoding some shards, one after another.
 
     Args:
         loader: A reference to a `Loader`.
         num_cpus: Of how many CPUs it takes the time.
-        num_tables: How many tables come out: one for each owner of training images, one of validation images.
-        shard: The shard.
-        rows: As `load_shard` takes them; of an archive, a reference to them.
+        shards: The shards, of class folders neighbours; and how many tables come out of each: one for each owner of
+            training images, one of validation images.
+        rows: As `load_shard` takes them, of all these shards; of an archive, a reference to them.
         file: Of an archive, a reference to its `ShardFile`.
 
     Returns:
-        References to the tables of images, to the table of skipped ones or None, to the digests, and to the counts of
-        images decoded, skipped (by reason) and resized, with whether all of it came from the cache.
+        For each, references to the tables of images, to the table of skipped ones or None, to the digests, and to the
+        counts of images decoded, skipped (by reason) and resized, with whether all of it came from the cache.
     """
-    # A list and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
+    # Lists and bytes, because Ray would pickle anything else, which takes longer than all else that it does.
     sent = to_bytes(rows) if isinstance(rows, pa.Table) else rows
-    refs: Any = _decode_task(num_cpus, num_tables + 3).remote(loader, list(vars(shard).values()), sent, file)
-    *tables, skipped, digests, counts = refs
-    return tables, skipped, digests, counts
+    fields = [list(vars(shard).values()) for shard in shards]
+    task = _decode_task(num_cpus, sum(shards.values()) + 3 * len(shards))
+    refs: Iterator[Any] = iter(task.remote(loader, fields, sent, file))
+    return {
+        shard: (list(islice(refs, num_tables)), next(refs), next(refs), next(refs))
+        for shard, num_tables in shards.items()
+    }
 
 
 @cache
 def _decode_task(num_cpus: float, num_returns: int) -> Any:
-    return ray.remote(num_cpus=num_cpus, num_returns=num_returns)(_decode_shard)
+    return ray.remote(num_cpus=num_cpus, num_returns=num_returns)(_decode_shards)
 
 
-def _decode_shard(
-    loader: Loader, shard_fields: list[Any], sent: pa.Table | bytes, file: ShardFile | None
+def _decode_shards(
+    loader: Loader, fields: list[list[Any]], sent: pa.Table | bytes, file: ShardFile | None
 ) -> tuple[Any, ...]:
     leave_pandas_out()
-    shard = Shard(*shard_fields)
     rows = pa.ipc.open_stream(sent).read_all() if isinstance(sent, bytes) else sent
-    tables, skipped, decoded = load_shard(loader, shard, rows, file)
-    num_skipped = dict(Counter(fault.reason for _, fault in decoded.faults))
-    counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
-    split_name = loader.split_names[shard.split == "valid"]
-    table = skipped_table(skipped, split_name, loader.classes) if skipped else None
-    return (*tables, table, digest_shard(shard, decoded, loader.assignment.num_images), counts)
+    answers: list[Any] = []
+    for shard, outcome in load_shards(loader, [Shard(*each) for each in fields], rows, file):
+        tables, skipped, decoded = outcome
+        num_skipped = dict(Counter(fault.reason for _, _, fault in skipped))
+        counts = (len(decoded.table), num_skipped, decoded.num_resized, decoded.is_from_cache)
+        split_name = loader.split_names[shard.split == "valid"]
+        table = skipped_table(skipped, split_name, loader.classes) if skipped else None
+        answers += [*tables, table, digest_shard(shard, decoded, loader.assignment.num_images), counts]
+    return tuple(answers)
 
 
 def to_bytes(rows: pa.Table) -> bytes:
