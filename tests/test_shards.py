@@ -24,7 +24,7 @@ from pipeline.data.listing import ArchiveListing, list_archives, list_dataset
 from pipeline.decoding import cache, cache_key
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.images import decode_images, sample_rows
-from pipeline.decoding.shards import Loader, ShardFile, load_shard, sample_headers, shard_owners
+from pipeline.decoding.shards import Loader, ShardFile, load_shard, load_shards, sample_headers, shard_owners
 from pipeline.errors import DataError
 from pipeline.plan import LaneAssignment, Shard, Target, make_plan
 from pipeline.tree import lane_ranges
@@ -304,6 +304,20 @@ def test_a_file_that_could_not_be_looked_up_is_not_kept(tmp_path, monkeypatch):
     loader = Loader(location, TARGET, CLASSES, LaneAssignment(100, 8), 1, kept)
     load_shard(loader, Shard(0, "train", 0, 100, 0, 0, entry=entry), rows, None)
     assert not list((tmp_path / "cache").glob("*.arrow"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "uri"])
+def test_shards_that_are_read_together_are_what_each_is_by_itself(tmp_path, kind):
+    listing = list_all(write_as(tmp_path / "data", kind))
+    plan, shards = make_plan(Config(shard_images=11), listing, TARGET, 36)
+    loader = Loader(listing.location, TARGET, listing.classes, plan.assignment, 2, None)
+    together = [shard for shard in shards if shard.split == "train"][1:5]
+    rows = listing.train.slice(together[0].start, together[-1].stop - together[0].start)
+    for shard, outcome in load_shards(loader, together, rows, None):
+        own = listing.train.slice(shard.start, shard.num_images)
+        assert outcome == load_shard(loader, shard, own, None)
+    assert shard == together[-1]
+    assert any(outcome[1] for _, outcome in load_shards(loader, together, rows, None))
 
 
 def test_an_archive_that_is_gone_is_one_line(tmp_path):

@@ -368,7 +368,7 @@ def test_a_server_that_refuses_and_cuts_off_changes_nothing_and_an_image_is_a_re
     for name, faults in (("good", {}), ("bad", {"refused": 0.05, "cut": 0.05})):
         with stored(buckets, latency_ms=2, **faults) as server:
             uri = f"s3://small?{server.query}&anonymous=true"
-            there = run_json("--data", uri, "--out", tmp_path / name, "--epochs", 0, "--json")
+            there = run_json("--data", uri, "--out", tmp_path / name, "--epochs", 0, "--shard-images", 8, "--json")
         assert there["results_sha256"] == here["results_sha256"]
         # A page of keys for each of six classes, for the root and for each split, and 64 headers.
         asked = server.num_requests["GET"] - here["num_listed"] - 64
