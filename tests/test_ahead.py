@@ -66,6 +66,17 @@ def test_no_more_bytes_are_on_their_way_than_there_is_room_for():
     assert 300 < reads.most_bytes <= 400 + 2000
 
 
+def test_reads_go_on_while_the_consumer_is_busy():
+    reads = Reads([1] * 60)
+    answers = read_ahead(reads.read, reads.rows(), 4)
+    for turn in range(50):
+        next(answers)
+        deadline = time.monotonic() + 30
+        while reads.num_begun < turn + 8 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert reads.num_begun == turn + 8
+
+
 def test_a_consumer_that_stops_leaves_no_thread_behind():
     before = set(threading.enumerate())
     reads = Reads([300] * 1000)
