@@ -8,12 +8,9 @@ Axes: N images, H height, W width, C channels (1 for mode L, 3 for RGB); pixels 
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-import struct
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import Config
 from pipeline.data.files import ReadFault, display
+from pipeline.decoding.plain_png import decode_plain_png
 from pipeline.errors import DataError
 from pipeline.model import ModelInput
 from pipeline.target import Target
@@ -51,7 +49,6 @@ _TURNS_OF_SIDES = frozenset((5, 6, 7, 8))
 DRAFT_FORMATS = frozenset(("JPEG", "MPO"))
 # Of grey PNG files, by Pillow's name for their samples.
 _GREY_BITS = {"1": 1, "L;2": 2, "L;4": 4, "L": 8}
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 # What the pixels depend on beside the file, the target and Pillow: raise it when the same bytes decode to others.
 DECODE_VERSION = 2
@@ -182,10 +179,10 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         return Fault(data.reason, data.error)
     if not data:
         return Fault("empty", "the file has no bytes")
-    if pixels := _decode_plain_png(data, target):
-        return pixels, False
     stream = io.BytesIO(data)
     try:
+        if pixels := decode_plain_png(data, target):
+            return pixels, False
         image = load_image(stream, target)
         if target.model_input is not None and target.model_input.is_made:
             return _decode_twice(image, target, target.model_input)
@@ -206,31 +203,10 @@ def decode_image(data: bytes | ReadFault, target: Target) -> tuple[bytes, bool] 
         return Fault("damaged", f"{type(exc).__name__}: {words}" if words else type(exc).__name__)
 
 
-def _decode_plain_png(data: bytes, target: Target) -> bytes | None:
-    """Decode a PNG that is the target already, and holds one chunk of pixels and nothing else; None for all others.
-
-    Pillow's decoder gives the same pixels in half the time without the look for what else there may be.
-    """
-    head = _plain_png_head(target.height, target.width, target.mode)
-    is_twice = target.model_input is not None and target.model_input.is_made
-    if is_twice or not data.startswith(head) or not data.endswith(_PNG_END):
-        return None
-    begin, end = len(head) + 8, len(data) - len(_PNG_END) - 4
-    if data[len(head) : begin] != struct.pack(">I4s", max(0, end - begin), b"IDAT"):
-        return None
-    try:
-        return Image.frombytes(
-            target.mode, (target.width, target.height), data[begin:end], "zip", target.mode
-        ).tobytes()
-    except ValueError:  # damaged: the usual way says how
-        return None
-
-
-@functools.cache
-def _plain_png_head(height: int, width: int, mode: str) -> bytes:
-    """Write what a PNG of eight bits a sample begins with: its signature, and the chunk of its size and mode."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0 if mode == "L" else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + chunk + struct.pack(">I", zlib.crc32(chunk))
+def _resize(image: Image.Image, target: Target) -> tuple[Image.Image, bool]:
+    """Bring an image to the target's size, and say whether it had another."""
+    size = (target.width, target.height)
+    return (image, False) if image.size == size else (image.resize(size, Image.Resampling.BILINEAR), True)
 
 
 def _resize(image: Image.Image, target: Target) -> tuple[Image.Image, bool]:
