@@ -123,7 +123,7 @@ class Exchange:
             ready = _wait(unsent, missing)
 
     def add_up(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Add up all actors' whole numbers, of any one shape, in place; return them.
+        """Add up all actors' whole numbers, of any one shape, in place where they are an array; return them.
 
         Raises:
             OSError: As `gather`.
@@ -132,7 +132,7 @@ class Exchange:
         most = max(1, _PIECE_BYTES // (flat.itemsize * (len(self._peers) + 1)))
         for start in range(0, len(flat), most):
             flat[start : start + most] = self.gather(flat[start : start + most]).sum(0)
-        return mine
+        return flat.reshape(mine.shape)
 
     def close(self) -> None:
         """Close all connections."""
