@@ -132,7 +132,7 @@ def _read(files: _Files, device: torch.device) -> Archived:
     values |= files.read_tensors("data/constants", "model_constants_config.json")
     built = _Built(fx.Graph(), {}, device)
     image = None
-    tensors = []
+    tensors: list[torch.Tensor] = []
     for given, spec in zip(graph["inputs"], signature["input_specs"], strict=True):
         name = given["as_tensor"]["name"]
         if "user_input" in spec:
