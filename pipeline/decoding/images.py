@@ -209,12 +209,6 @@ def _resize(image: Image.Image, target: Target) -> tuple[Image.Image, bool]:
     return (image, False) if image.size == size else (image.resize(size, Image.Resampling.BILINEAR), True)
 
 
-def _resize(image: Image.Image, target: Target) -> tuple[Image.Image, bool]:
-    """Bring an image to the target's size, and say whether it had another."""
-    size = (target.width, target.height)
-    return (image, False) if image.size == size else (image.resize(size, Image.Resampling.BILINEAR), True)
-
-
 def _decode_twice(image: Image.Image, target: Target, wanted: ModelInput) -> tuple[bytes, bytes, bool]:
     """Make the pixels of a decoded image for the classifiers and for the model."""
     turned = upright(image)
