@@ -63,3 +63,21 @@ def test_a_gpu_gives_the_same_products(num_values):
     both = [products.to_int8(torch.from_numpy(pixels(number, num_values))) for number in (37, 113)]
     found = products.products(*(each.cuda() for each in both))
     assert torch.equal(found.cpu(), products.products(*both))
+
+
+@pytest.mark.parametrize("num_values", [1, 1025])
+def test_products_of_pairs_are_exact_and_unheard(num_values):
+    images, others = pixels(5, num_values), pixels(40, num_values, seed=1)
+    random = np.random.default_rng(2)
+    image_C, column_C = np.sort(random.integers(0, 5, 3000)), random.integers(0, 40, 3000)
+    found_C = products.pair_products(
+        *(products.to_int8(torch.from_numpy(each)) for each in (images, others)),
+        torch.from_numpy(image_C),
+        torch.from_numpy(column_C),
+    )
+    assert found_C.tolist() == (less_128(images)[image_C] * less_128(others)[column_C]).sum(1).tolist()
+
+
+def test_of_no_pairs_there_are_no_products():
+    nothing, images = torch.zeros(0, dtype=torch.int64), products.to_int8(torch.from_numpy(pixels(2, 3)))
+    assert products.pair_products(images, images, nothing, nothing).tolist() == []

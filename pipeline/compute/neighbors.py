@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_whole
-from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, Scan, has_axes
+from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, find_pairs, has_axes, nearest
 from pipeline.compute.pruning import stack as stack_projected
 from pipeline.compute.threads import Threads
 
@@ -31,16 +31,14 @@ _Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 FAR = torch.iinfo(torch.int64).max
 # Images that are searched for at once, and training images beside them: their products, 2^21, stay in the cache. Where
 # most are left out, there are as many beside fewer images, so that the nearest are found sooner.
-_TILE_IMAGES, _PLAIN_COLUMNS, _PRUNED_TILE_IMAGES = 512, 4096, 128
+_TILE_IMAGES, _PLAIN_COLUMNS, _PRUNED_TILE_IMAGES = 512, 4096, 256
 _MAX_GROUP = 64
 # Values that become float32 at once.
 _FLOAT_VALUES = 2**20
 # For fewer images axes are not worth finding.
 _MIN_PRUNED = 512
-# Pairs that are compared at once.
-_PAIRS = 512
-# Besides J, of what seems nearest.
-_MORE_PROBES = 1
+# Training images among which the first J are looked for, by more trials than J.
+_PROBED, _MORE_PROBES = 2048, 7
 
 
 @dataclass(frozen=True)
@@ -152,34 +150,41 @@ def merge(found: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
 class _Others:
     """A block of training images, as `to_whole` gives them, with their squares; projected, to leave most out."""
 
-    block: TrainBlock
     images_TD: torch.Tensor
     squares_T: torch.Tensor
+    rows_T: torch.Tensor
+    labels_T: torch.Tensor
     projected: Projected | None = None
 
     def __getitem__(self, columns: slice) -> _Others:
-        block = TrainBlock(*(values[columns] for values in vars(self.block).values()))
-        return _Others(block, self.images_TD[columns], self.squares_T[columns])
+        return replace(self, **{name: values[columns] for name, values in vars(self).items() if values is not None})
 
 
 def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads) -> _Others:
-    step = max(1, min(_TILE_IMAGES, _FLOAT_VALUES // block.images_TD.shape[1]))
-    starts = range(0, len(block.rows_T), step)
+    num_images, num_values = block.images_TD.shape
+    step = max(1, min(_TILE_IMAGES, _FLOAT_VALUES // num_values))
+    starts = range(0, num_images, step)
     dtype = torch.float64 if block.images_TD.is_floating_point() else torch.int8
     images_TD = torch.empty_like(block.images_TD, dtype=dtype)
-    squares_T = torch.empty(len(images_TD), dtype=torch.int64, device=images_TD.device)
+    squares_T = torch.empty(num_images, dtype=torch.int64, device=images_TD.device)
     projected: dict[int, Projected] = {}
+    order_T = torch.arange(num_images)
+    if projection is not None:
+        # The first ones are of all classes then, however the listing is sorted.
+        spread = -(-num_images // _PROBED)
+        order_T = torch.cat([order_T[first::spread] for first in range(spread)])
 
     def prepare(start: int) -> None:
         rows = slice(start, start + step)
-        images_TD[rows] = to_whole(block.images_TD[rows])
+        given_TD = block.images_TD[rows] if projection is None else block.images_TD[order_T[rows]]
+        images_TD[rows] = to_whole(given_TD)
         squares_T[rows] = squares(images_TD[rows])
         if projection is not None:
-            projected[start] = projection.apply(block.images_TD[rows])
+            projected[start] = projection.apply(given_TD)
 
     threads.run(prepare, starts)
     stacked = stack_projected([projected[start] for start in starts]) if projection else None
-    return _Others(block, images_TD, squares_T, stacked)
+    return _Others(images_TD, squares_T, block.rows_T[order_T], block.labels_T[order_T], stacked)
 
 
 class _Tile:
@@ -217,57 +222,86 @@ class _Tile:
 
     def take(self, others: _Others, number: int) -> None:
         """Meet the images of a block, by its number."""
-        found = self._find_pairs(others) if self.prunes(number) else None
-        if found is None:
+        num_columns = len(others.rows_T)
+        done = self._take_near(others) if self.prunes(number) else 0
+        if done < num_columns:
             # Later ones, when the nearest so far are nearer, may be worth another trial.
             self._next_pruned = max(self._next_pruned, 4 * (number + 1))
-            for start in range(0, len(others.images_TD), _PLAIN_COLUMNS):
-                self._keep(*self._compare_all(others[start : start + _PLAIN_COLUMNS]))
-        else:
+        for start in range(done, num_columns, _PLAIN_COLUMNS):
+            self._keep(*self._compare_all(others[start : start + _PLAIN_COLUMNS]))
+
+    def _take_near(self, others: _Others) -> int:
+        """Meet those that can count by their projections, until comparing all is faster; return how many are done."""
+        num_columns, done = len(others.rows_T), 0
+        is_bound = bool((self._best_NJ[:, -1] != FAR).all())
+        while done < num_columns:
+            # The nearest of the first ones bound as many more, and so on.
+            stop = num_columns if is_bound else min(2 * done or _PROBED, num_columns)
+            found = self._find_pairs(others[done:stop])
+            if found is None:
+                break
             self._keep(*found)
+            done = stop
+        return done
 
     def _compare_all(self, others: _Others) -> _Pairs:
         products_NT = products(self._images_ND, others.images_TD)
         values_NT = torch.sub(others.squares_T.to(products_NT.dtype), products_NT, alpha=2)
         # `pad` takes a float64, which has not every int64.
         far = min(torch.iinfo(values_NT.dtype).max, 2**62)
-        self._leave_out(values_NT, far, others.block)
+        self._leave_out(values_NT, far, others)
         image_C, column_C, value_C = (each_C.cpu() for each_C in self._candidates(values_NT, far))
-        return image_C, value_C, others.block.rows_T[column_C], others.block.labels_T[column_C]
+        return image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
 
     def _find_pairs(self, others: _Others) -> _Pairs | None:
         """Find all pairs that can count by their projections, and compare these; None where they are too many."""
         assert self._pruning is not None
         assert others.projected is not None
         projection, searched = self._pruning
-        scan = Scan(searched, others.projected, partial(self._leave_out, far=math.inf, block=others.block))
         bound_N = self._best_NJ[:, -1]
-        num_neighbors = self._best_NJ.shape[1]
-        if scan.num_probes >= num_neighbors:
-            # Those that seem nearest bound the distance of the J-th.
-            column_NC = scan.nearest(min(num_neighbors + _MORE_PROBES, scan.num_probes))
-            image_C = torch.arange(len(column_NC)).repeat_interleave(column_NC.shape[1])
-            value_C = self._values(others, image_C, column_NC.view(-1).clamp(min=0))
-            value_NC = value_C.view(column_NC.shape).masked_fill_(column_NC < 0, FAR)
-            bound_N = bound_N.minimum(value_NC.kthvalue(num_neighbors, 1).values)
+        if bool((bound_N == FAR).any()):
+            bound_N = bound_N.minimum(self._probe(others[:_PROBED]))
         if bool((bound_N == FAR).any()):
             return None
         longest = float(others.projected.squares_N.max())
-        pairs = scan.pairs(projection.limits(searched, longest, (bound_N + self._squares_N).double()))
+        limit_N = projection.limits(searched, longest, (bound_N + self._squares_N).double())
+        is_any = self._own_rows_N is None and self._only_labels_N is None
+        choose = None if is_any else partial(self._counts, others)
+        pairs = find_pairs(searched, others.projected, limit_N, choose)
         if pairs is None:
             return None
         image_C, column_C = pairs
         value_C = self._values(others, image_C, column_C)
         is_near_C = value_C <= bound_N[image_C]
-        column_C = column_C[is_near_C]
-        return image_C[is_near_C], value_C[is_near_C], others.block.rows_T[column_C], others.block.labels_T[column_C]
+        image_C, column_C, value_C = image_C[is_near_C], column_C[is_near_C], value_C[is_near_C]
+        return image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
+
+    def _probe(self, others: _Others) -> torch.Tensor:
+        """Compare those that seem nearest: the J-th nearest one of all is no farther than theirs, int64 [N]."""
+        assert self._pruning is not None
+        assert others.projected is not None
+        num_images, num_neighbors = self._best_NJ.shape
+        number = min(num_neighbors + _MORE_PROBES, len(others.rows_T))
+        if number < num_neighbors:
+            return torch.full((num_images,), FAR)
+        leave_out = partial(self._leave_out, far=math.inf, others=others)
+        column_NC = nearest(self._pruning[1], others.projected, number, leave_out)
+        image_C = torch.arange(num_images).repeat_interleave(number)
+        value_C = self._values(others, image_C, column_NC.view(-1).clamp(min=0))
+        value_NC = value_C.view(column_NC.shape).masked_fill_(column_NC < 0, FAR)
+        return value_NC.kthvalue(num_neighbors, 1).values
 
     def _values(self, others: _Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
-        products = [
-            pair_products(self._images_ND.index_select(0, images), others.images_TD.index_select(0, columns))
-            for images, columns in zip(image_C.split(_PAIRS), column_C.split(_PAIRS), strict=True)
-        ]
-        return others.squares_T[column_C].sub_(torch.cat(products), alpha=2)
+        products_C = pair_products(self._images_ND, others.images_TD, image_C, column_C)
+        return others.squares_T[column_C].sub_(products_C, alpha=2)
+
+    def _counts(self, others: _Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+        counts_C = torch.ones(len(image_C), dtype=torch.bool)
+        if self._own_rows_N is not None:
+            counts_C &= self._own_rows_N[image_C] != others.rows_T[column_C]
+        if self._only_labels_N is not None:
+            counts_C &= self._only_labels_N[image_C] == others.labels_T[column_C]
+        return counts_C
 
     def neighbors(self) -> Neighbors:
         """Give the nearest of all that were met."""
@@ -276,17 +310,17 @@ class _Tile:
         no_keys_NJ = np.full(distances_NJ.shape, "", object)
         return Neighbors(distances_NJ.cpu().numpy(), self._rows_NJ.numpy(), self._labels_NJ.numpy(), no_keys_NJ)
 
-    def _leave_out(self, values_NT: torch.Tensor, far: float, block: TrainBlock) -> None:
+    def _leave_out(self, values_NT: torch.Tensor, far: float, others: _Others) -> None:
         if self._own_rows_N is not None:
-            order_T = block.rows_T.argsort()
-            sorted_T = block.rows_T[order_T]
+            order_T = others.rows_T.argsort()
+            sorted_T = others.rows_T[order_T]
             place_N = torch.searchsorted(sorted_T, self._own_rows_N).clamp_(max=len(sorted_T) - 1)
             is_here_N = sorted_T[place_N] == self._own_rows_N
             here, there = is_here_N.nonzero()[:, 0], order_T[place_N[is_here_N]]
             values_NT[here.to(values_NT.device), there.to(values_NT.device)] = far
         if self._only_labels_N is not None:
-            is_other_NT = self._only_labels_N[:, None] != block.labels_T[None, :]
-            values_NT[:, : len(block.rows_T)].masked_fill_(is_other_NT.to(values_NT.device), far)
+            is_other_NT = self._only_labels_N[:, None] != others.labels_T[None, :]
+            values_NT[:, : len(others.rows_T)].masked_fill_(is_other_NT.to(values_NT.device), far)
 
     def _candidates(self, values_NT: torch.Tensor, far: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose all values that can be among the J nearest: their images, columns, and values.

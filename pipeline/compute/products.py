@@ -10,6 +10,7 @@ Axes: N and T images, D values of an image.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -21,8 +22,14 @@ from pipeline.compute.features import to_unit_vectors
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with those of the distances that are made of them.
 _INT_VALUES = 2**15
+# Pairs that are compared at once.
+_PAIRS = 1024
 # What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
 _TRIAL = (256, 512, 784)
+# Once in a process torch says that its sparse tensors may change: here, where no other thread is, and unheard.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))
 
 
 def to_whole(images_ND: torch.Tensor) -> torch.Tensor:
@@ -53,13 +60,47 @@ def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
     return sums_NT
 
 
-def pair_products(images_CD: torch.Tensor, others_CD: torch.Tensor) -> torch.Tensor:
-    """Multiply each image with one other, both int8: [C], int64."""
-    sums_C = torch.zeros(len(images_CD), dtype=torch.int64, device=images_CD.device)
-    for start in range(0, images_CD.shape[1], _FLOAT_VALUES):
-        values = slice(start, start + _FLOAT_VALUES)
-        sums_C += images_CD[:, values].float().mul_(others_CD[:, values].float()).sum(1).long()
+def pair_products(
+    images_ND: torch.Tensor, others_TD: torch.Tensor, image_C: torch.Tensor, column_C: torch.Tensor
+) -> torch.Tensor:
+    """Multiply images with some others each, all int8, on a CPU: [C], int64.
+
+    Args:
+        images_ND: Some images.
+        others_TD: Others.
+        image_C: Rows of `images_ND`, which ascend, int64.
+        column_C: Rows of `others_TD`, int64.
+    """
+    sums_C = torch.zeros(len(image_C), dtype=torch.int64)
+    for first in range(0, images_ND.shape[1], _FLOAT_VALUES):
+        values = slice(first, first + _FLOAT_VALUES)
+        floats_ND = images_ND[:, values].float()
+        for start in range(0, len(image_C), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            chosen_CD = others_TD[:, values].index_select(0, column_C[part]).float()
+            zeros_C, place_C = torch.zeros(len(chosen_CD)), torch.arange(len(chosen_CD))
+            sums_C[part] += add_products(zeros_C, image_C[part], place_C, floats_ND, chosen_CD).long()
     return sums_C
+
+
+def add_products(
+    values_C: torch.Tensor, image_C: torch.Tensor, column_C: torch.Tensor, images_NP: torch.Tensor,
+    others_TP: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Add to values the products of rows of two matrices, all float32, on a CPU, without gathering these rows.
+
+    Args:
+        values_C: What is added to.
+        image_C: Rows of `images_NP`, which ascend, int64.
+        column_C: Rows of `others_TP`, int64.
+        images_NP: One matrix.
+        others_TP: The other.
+    """
+    firsts_N = torch.searchsorted(image_C, torch.arange(len(images_NP) + 1))
+    shape = len(images_NP), len(others_TP)
+    pairs = torch.sparse_csr_tensor(firsts_N, column_C, values_C, shape, check_invariants=False)
+    added: torch.Tensor = torch.sparse.sampled_addmm(pairs, images_NP, others_TP.T).values()
+    return added
 
 
 def squares(images_ND: torch.Tensor) -> torch.Tensor:

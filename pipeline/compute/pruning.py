@@ -15,15 +15,16 @@ Axes: N images that are searched for, T training images, D values of an image, P
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pipeline.compute.products import add_products
+
 # Axes of the first level, and of both.
-_FIRST, _ALL = 64, 160
+_FIRST, _ALL = 53, 144
 # Images of fewer values are as fast compared at once.
 MIN_VALUES = 512
 _MIN_SAMPLE = 3 * _ALL
@@ -33,20 +34,11 @@ _MAX_SAMPLE = 1024
 # Values that are summed at once: rounding grows with their number.
 _SUM_VALUES = 128
 _ROUNDING = 2.0**-24
-_MAX_FLOAT = torch.finfo(torch.float32).max
-_GROUP = 16
-_EVEN = 256
-# Pairs of the second level that stay in the cache.
-_PAIRS = 1024
-# A pair by itself costs as much as so many in a product of all.
-_MAX_PASSED = 1 / 16
-
-
-class _Memory(threading.local):
-    values = torch.empty(0)
-
-
-_MEMORY = _Memory()
+# Training images beside which a tile's products stay in the cache.
+_STRIP = 4096
+# Shares of all pairs. One that passes the first level costs as much as about four in a product of all, and one that
+# passes both as much as ten or more.
+_MAX_PASSED, _MAX_LEFT = 1 / 8, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Projected:
     """Images as both levels compare them.
 
     Attributes:
-        first_NP: Half of the square, the length of the rest, and lengths along the first axes, float32.
+        first_NP: Half of the square, one, the length of the rest, and lengths along the first axes, float32.
         more_NP: What the second level adds: the length of its rest, that of the first one's, lengths along its axes.
         squares_N: Of all values less the mean, float64.
     """
@@ -63,10 +55,13 @@ class Projected:
     more_NP: torch.Tensor
     squares_N: torch.Tensor
 
+    def __getitem__(self, rows: slice) -> Projected:
+        return Projected(*(values[rows] for values in vars(self).values()))
+
     def as_searched(self) -> Projected:
         """Turn the signs so that products with others are half of squared distances, less half of the own squares."""
         first_NP, more_NP = self.first_NP.neg(), self.more_NP.neg()
-        first_NP[:, 0] = 1
+        first_NP[:, :2] = torch.tensor([1.0, 0.0])
         more_NP[:, 1].neg_()
         return Projected(first_NP, more_NP, self.squares_N)
 
@@ -108,7 +103,8 @@ class Projection:
             .float()
             for covered_N in (first_N, first_N + more_N)
         )
-        first_NP = torch.column_stack([squares_N.float() / 2, rest_N, along_NP[:, :_FIRST]])
+        ones_N = torch.ones(len(images_ND))
+        first_NP = torch.column_stack([squares_N.float() / 2, ones_N, rest_N, along_NP[:, :_FIRST]])
         return Projected(first_NP, torch.column_stack([last_N, rest_N, along_NP[:, _FIRST:]]), squares_N)
 
     def limits(self, searched: Projected, longest: float, distances_N: torch.Tensor) -> torch.Tensor:
@@ -123,17 +119,12 @@ class Projection:
         rounding = 4 * (_ALL + 8) * _ROUNDING
         margin_N = searched.squares_N.sqrt() * longest * (4 * self._error + rounding) + longest**2 * rounding
         limit_N = (distances_N - searched.squares_N) / 2 + margin_N
-        return (limit_N + limit_N.abs() * 2 * _ROUNDING).clamp_(max=_MAX_FLOAT).float()
+        return (limit_N + limit_N.abs() * 2 * rounding).float()
 
 
 def stack(parts: Sequence[Projected]) -> Projected:
-    """Put training images below others, and below them so many that are infinitely far that groups come out even."""
-    first_TP, more_TP, squares_T = (
-        torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)
-    )
-    first_TP = torch.nn.functional.pad(first_TP, (0, 0, 0, -len(first_TP) % _EVEN))
-    first_TP[len(more_TP) :, 0] = math.inf
-    return Projected(first_TP, more_TP, squares_T)
+    """Put images below others."""
+    return Projected(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def has_axes(sample_TD: torch.Tensor) -> bool:
@@ -142,79 +133,69 @@ def has_axes(sample_TD: torch.Tensor) -> bool:
     return num_values >= MIN_VALUES and min(num_images, _MAX_BYTES // (4 * num_values)) >= _MIN_SAMPLE
 
 
-class Scan:
-    """Some images beside some training images, by the first level; a thread has one at a time.
+def nearest(
+    searched: Projected, others: Projected, number: int, leave_out: Callable[[torch.Tensor], None]
+) -> torch.Tensor:
+    """Return the rows of what seems nearest to each image by the first level, int64 [N, `number`]; -1 for none.
+
+    Args:
+        searched: Of N images.
+        others: Of T, at least `number`.
+        number: How many.
+        leave_out: Sets to infinity, in float32 [N, T], what counts for no pair.
+    """
+    values_NT = searched.first_NP @ others.first_NP.T
+    leave_out(values_NT)
+    found = values_NT.topk(number, 1, largest=False, sorted=False)
+    return found.indices.masked_fill_(found.values.isinf(), -1)
+
+
+def find_pairs(
+    searched: Projected,
+    others: Projected,
+    limit_N: torch.Tensor,
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Find all pairs that can be as near as `Projection.limits` says.
 
     Args:
         searched: Of N images.
         others: Of T.
-        leave_out: Sets to infinity, in float32 [N, T], what counts for no pair.
+        limit_N: float32.
+        choose: Says of pairs, by rows of images and of training images, which count at all, bool [C]; None for all.
+
+    Returns:
+        Rows of the images, which ascend, and of the training images, int64 [C]; None where so many are left that
+        comparing all is faster.
     """
-
-    def __init__(self, searched: Projected, others: Projected, leave_out: Callable[[torch.Tensor], None]) -> None:
-        self._searched = searched
-        self._others = others
-        values_NT = _buffer(len(searched.first_NP), len(others.first_NP))
-        torch.mm(searched.first_NP, others.first_NP.T, out=values_NT)
-        leave_out(values_NT)
-        self._values_NWG = values_NT.view(len(values_NT), _GROUP, -1)
-        self._minima_NG = self._values_NWG.amin(1)
-        self._minima_NVS = self._minima_NG.view(len(values_NT), _EVEN // _GROUP, -1)
-        # By groups of groups, float32 [N, S].
-        self._coarse_NS = self._minima_NVS.amin(1)
-
-    @property
-    def num_probes(self) -> int:
-        """How many `nearest` can give."""
-        return self._coarse_NS.shape[1]
-
-    def nearest(self, number: int) -> torch.Tensor:
-        """Return the rows of what seems nearest to each image, int64 [N, `number`]; -1 where there is none."""
-        place_C = self._coarse_NS.topk(number, 1, largest=False, sorted=False).indices.view(-1)
-        image_C = torch.arange(len(self._coarse_NS)).repeat_interleave(number)
-        value_C, outer_C = self._minima_NVS[image_C, :, place_C].min(1)
-        group_C = outer_C.mul_(self.num_probes).add_(place_C)
-        column_C = self._values_NWG[image_C, :, group_C].argmin(1).mul_(self._minima_NG.shape[1]).add_(group_C)
-        return column_C.masked_fill_(value_C.isinf(), -1).view(-1, number)
-
-    def pairs(self, limit_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Find all pairs that can be as near as `Projection.limits` says.
-
-        Returns:
-            Rows of the images and of the training images, int64 [C]; None where so many are left that comparing all is
-            faster.
-        """
-        num_groups = self._minima_NG.shape[1]
-        passed_P = _nonzero(self._minima_NG <= limit_N[:, None])
-        if len(passed_P) > self._minima_NG.numel() / 2:
+    # So that what is as near as it says is below zero.
+    first_NP = searched.first_NP.clone()
+    first_NP[:, 1] = -limit_N
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    num_compared = num_left = 0
+    for start in range(0, len(others.first_NP), _STRIP):
+        strip = slice(start, start + _STRIP)
+        values_NT = first_NP @ others.first_NP[strip].T
+        num_columns = values_NT.shape[1]
+        # By NumPy, at several times torch's speed.
+        passed_C = torch.from_numpy(np.flatnonzero(values_NT.numpy() <= 0))
+        if len(passed_C) > values_NT.numel() * _MAX_PASSED:
             return None
-        image_P, group_P = passed_P // num_groups, passed_P % num_groups
-        value_PW = self._values_NWG[image_P, :, group_P]
-        passed_C = _nonzero(value_PW <= limit_N[image_P][:, None])
-        if len(passed_C) > self._values_NWG.numel() * _MAX_PASSED:
+        image_C = passed_C // num_columns
+        column_C = passed_C - image_C * num_columns
+        if choose is not None:
+            chosen_C = choose(image_C, column_C + start)
+            passed_C, image_C, column_C = passed_C[chosen_C], image_C[chosen_C], column_C[chosen_C]
+        value_C = values_NT.view(-1)[passed_C]
+        value_C = add_products(value_C, image_C, column_C, searched.more_NP, others.more_NP[strip])
+        near_C = torch.from_numpy(np.flatnonzero(value_C.numpy() <= 0))
+        found.append((image_C[near_C], column_C[near_C].add_(start)))
+        num_compared, num_left = num_compared + values_NT.numel(), num_left + len(near_C)
+        if num_left > num_compared * _MAX_LEFT:
             return None
-        place_C = passed_C // _GROUP
-        image_C, column_C = image_P[place_C], (passed_C % _GROUP).mul_(num_groups).add_(group_P[place_C])
-        value_C = value_PW.view(-1)[passed_C].sub_(limit_N[image_C])
-        for start in range(0, len(image_C), _PAIRS):
-            part = slice(start, start + _PAIRS)
-            more_CP = self._searched.more_NP.index_select(0, image_C[part])
-            value_C[part] += more_CP.mul_(self._others.more_NP.index_select(0, column_C[part])).sum(1)
-        near_C = _nonzero(value_C <= 0)
-        return image_C[near_C], column_C[near_C]
-
-
-def _buffer(*shape: int) -> torch.Tensor:
-    """Give memory of this thread, float32: new pages would cost a third of a product of so few axes."""
-    if _MEMORY.values.numel() < math.prod(shape):
-        with torch.inference_mode(False):  # so that it can be written to in either mode
-            _MEMORY.values = torch.empty(math.prod(shape))
-    return _MEMORY.values[: math.prod(shape)].view(shape)
-
-
-def _nonzero(is_true: torch.Tensor) -> torch.Tensor:
-    # By NumPy, at several times torch's speed.
-    return torch.from_numpy(np.flatnonzero(is_true.numpy()))
+    image_C, column_C = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order_C = image_C.argsort(stable=True)
+    return image_C[order_C], column_C[order_C]
 
 
 def _principal_axes(images_TD: torch.Tensor, num_axes: int) -> torch.Tensor:
