@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -157,7 +157,7 @@ class _Others:
     projected: Projected | None = None
 
     def __getitem__(self, columns: slice) -> _Others:
-        return _Others(*(None if values is None else values[columns] for values in vars(self).values()))
+        return replace(self, **{name: values[columns] for name, values in vars(self).items() if values is not None})
 
 
 def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads) -> _Others:

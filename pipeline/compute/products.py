@@ -99,7 +99,8 @@ def add_products(
     firsts_N = torch.searchsorted(image_C, torch.arange(len(images_NP) + 1))
     shape = len(images_NP), len(others_TP)
     pairs = torch.sparse_csr_tensor(firsts_N, column_C, values_C, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pairs, images_NP, others_TP.T).values()
+    added: torch.Tensor = torch.sparse.sampled_addmm(pairs, images_NP, others_TP.T).values()
+    return added
 
 
 def squares(images_ND: torch.Tensor) -> torch.Tensor:
