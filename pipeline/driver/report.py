@@ -154,10 +154,11 @@ def _check_pictures(
     faults = {key: found for key, found in pictures.items() if isinstance(found, Fault)}
     if data is not None and len(faults) > len(pictures) / 2:  # other datasets may share some names
         key, fault = next(iter(faults.items()))
+        found = len(pictures) - len(faults) or "none"
         raise DataError(
-            f"--data {data}: expected the images of {draft.output.root}, got {len(pictures) - len(faults) or 'none'} of "
-            f"{counted(len(pictures), 'image')} that its page shows ({key}: {fault.error}); the page is as it was; say where "
-            "they are"
+            f"--data {data}: expected the images of {draft.output.root}, got {found} of "
+            f"{counted(len(pictures), 'image')} that its page shows ({key}: {fault.error}); the page is as it was; say "
+            "where they are"
         )
     is_known = example in draft.found.by_key or len(faults) == len(pictures)
     if example in faults and not is_known:
