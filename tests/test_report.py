@@ -243,11 +243,12 @@ def test_a_place_without_the_images_leaves_the_page_as_it_was(tmp_path):
     out = make_run(tmp_path, ("3", "7"))
     report.remake(str(out))
     first = page_of(out)
-    (tmp_path / "other" / "train").mkdir(parents=True)
-    with pytest.raises(
-        DataError, match=r"\A--data .*other: expected the images of .*, got none of \d+ images .*; .*\Z"
-    ):
-        report.remake(str(out), data=str(tmp_path / "other"))
+    (tmp_path / "other" / "valid" / "3").mkdir(parents=True)
+    for found in ("none", "1"):
+        expected = rf"\A--data .*other: expected the images of .*, got {found} of \d+ images .*; .*\Z"
+        with pytest.raises(DataError, match=expected):
+            report.remake(str(out), data=str(tmp_path / "other"))
+        shutil.copy(tmp_path / "data" / "valid" / "3" / "0.png", tmp_path / "other" / "valid" / "3")
     with pytest.raises(
         OptionError, match=r"\A--example train/3/9\.png: expected the key of an image, got .*; give one as"
     ):
