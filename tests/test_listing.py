@@ -192,7 +192,7 @@ WRONG = [
     (KEYS, {"valid_fraction": 0.2}, r"--valid-fraction: expected .*, got train/ in "),
     (["train/3/a.txt", "valid/3/a.txt"], {}, r"expected image files in class folders, got none; .*\.avif .*\.webp"),
     (["train/1.png", "valid/1.png"], {}, r"expected image files in class folders, got 2 images beside them;"),
-    (["1.png"], {"valid_fraction": 0.5}, r"expected at least two class folders, got 1 images of one class; give"),
+    (["1.png"], {"valid_fraction": 0.5}, r"expected at least two class folders, got 1 image of one class; give"),
 ]  # fmt: skip
 
 
@@ -213,7 +213,7 @@ LEVELS = [
     ("..", 0.2, "data; give {root}, which has train/ and valid/"),
     ("whole/3", None, "2 images of one class; give the folder of all classes, {root}/whole if it is that, with"),
     ("whole/3", 0.2, "2 images of one class; give the folder of all classes, {root}/whole if it is that, with"),
-    ("single/train/3", None, "1 images of one class; give the folder of all classes, {root}/single/train if"),
+    ("single/train/3", None, "1 image of one class; give the folder of all classes, {root}/single/train if"),
     ("single/train", None, "3; give a folder with train and valid, or one of at least two class folders"),
     ("single", None, "train; name it with --valid-split, or point --data at train/ itself"),
 ]

@@ -178,9 +178,9 @@ def test_a_class_without_a_column_is_named_and_never_right_and_the_page_says_so(
 
 
 WRONG = {
-    "a row too few": (lambda rows: rows[1:], r"each of the 36 validation images in one row, got 1 without a row \(v"),
+    "a row too few": (lambda rows: rows[1:], r"each of 36 validation images, got 1 without a row \(v"),
     "a row twice": (lambda rows: [*rows, rows[3]], r"got 1 with several \(valid/2/"),
-    "another key": (lambda rows: [*rows, ("train/2/1.png", "2")], r"1 rows of other keys \(train/2/1.png\); keys are"),
+    "another key": (lambda rows: [*rows, ("train/2/1.png", "2")], r"1 row of another key \(train/2/1.png\); keys are"),
     "none of the keys": (
         lambda rows: [(f"./{key}", name) for key, name in rows],
         r"got 36 without .*, 36 rows of other",

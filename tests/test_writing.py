@@ -168,9 +168,9 @@ def test_new_and_empty_folders_are_taken(tmp_path, options, is_there):
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        (["notes.txt"], "one with 1 files; choose another$"),
+        (["notes.txt"], "one with 1 file; choose another$"),
         ([".hidden", "run.json"], "one with 2 files; choose another$"),
-        (["sub/deep/file"], "one with 1 files; choose another$"),
+        (["sub/deep/file"], "one with 1 file; choose another$"),
         (["run.json", "metrics.parquet"], "a finished run; choose another, or replace it with --overwrite$"),
         (["checkpoint.parquet"], "an unfinished run; go on with it by --resume, or start over by --overwrite$"),
         (["predictions/part-00000.parquet"], "an unfinished run; go on with it by --resume"),
