@@ -22,7 +22,7 @@ from pipeline.data.listing import Listing
 from pipeline.data.score_files import ScoreFile
 from pipeline.decoding.cache import Cache
 from pipeline.decoding.cache import prepare as prepare_cache
-from pipeline.driver import cluster, connect, neighbors, notices, report, scan, train
+from pipeline.driver import cluster, connect, neighbors, notices, report, scan, tasks, train
 from pipeline.driver.actors import Actor, begin_actors, end_actors, start_actors
 from pipeline.driver.allocation import Allocation, Storage, allocate, choose_storage
 from pipeline.driver.cluster import Node, wait_for_nodes
@@ -137,6 +137,7 @@ def _plan(begun: _Begun, actors: list[Actor], listing: Listing, target: Target) 
     model = None
     if begun.model_file:
         clock.enter("model")
+        tasks.begin_workers(int(cluster.cluster_resources().get("CPU", 1)))
         model = probe_model(config, begun.model_file, actors, listing.classes, target, partial(_tick, show))
         target = replace(target, model_input=second_input(target, model))
     plan, shards = make_plan(config, listing, target, score_bytes(len(listing.classes), model), model)

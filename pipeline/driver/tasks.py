@@ -51,6 +51,17 @@ def cpus_of(location: Location, *, in_archives: bool) -> float:
     return 0.5 if location.kind == "uri" and in_archives else 1.0
 
 
+def begin_workers(num_workers: int) -> None:
+    """Have workers import what they decode with, while the job waits for something else."""
+    begin = ray.remote(num_cpus=1)(_begin_worker)
+    for _ in range(num_workers):
+        begin.remote()
+
+
+def _begin_worker() -> None:  # of this module, with all that it imports
+    leave_pandas_out()
+
+
 def submit_decoding(
     loader: Ref, num_cpus: float, shards: dict[Shard, int], rows: Ref | pa.Table, file: Ref | None
 ) -> dict[Shard, tuple[list[Ref], Ref, Ref, Ref]]:
