@@ -27,18 +27,20 @@ from pipeline.target import Target
 
 HOST, TOKEN = "127.0.0.1", bytes(TOKEN_BYTES)
 NUM_PARTS = 2
+# Of the latter, which are more than actors add gradients of, each actor has some.
+NUM_CLASSES = {"colours": 120, "many_colours": 260}
 ACTORS = [(2, 1), (3, 2), (4, 1), (8, 1)]
 THREADS = [(1, 2), (1, 5), (2, 5)]
 ONE = (1, 1)
 
 
 @cache
-def colours(num_classes=120, side=24, per_class=5):
+def colours(num_classes=120, side=24, num_images=600):
     """Noise around a colour picture of noise for each class: images [N, H, W, 3] and labels of both splits."""
     random = np.random.default_rng(0)
     classes = random.integers(0, 150, (num_classes, side, side, 3))
     splits = []
-    for number in (per_class, 1):
+    for number in (num_images // num_classes, 1):
         labels_N = np.repeat(np.arange(num_classes), number)
         noise = random.integers(0, 106, (len(labels_N), side, side, 3))
         splits.append(((classes[labels_N] + noise).astype(np.uint8), labels_N))
@@ -140,19 +142,19 @@ def expected(kind, root):
 
 
 def splits_of(kind, root):
-    return colours() if kind == "colours" else some_of(root)
+    return some_of(root) if root else colours(NUM_CLASSES[kind])
 
 
 @pytest.fixture(
     params=[
-        "colours",
+        *NUM_CLASSES,
         pytest.param("mnist_sample", marks=pytest.mark.data),
         pytest.param("mnist_png", marks=(pytest.mark.data, pytest.mark.long)),
     ]
 )
 def dataset(request, one_thread):
     """A kind of images, and the folder of those that are files."""
-    return request.param, None if request.param == "colours" else request.getfixturevalue(request.param)
+    return request.param, None if request.param in NUM_CLASSES else request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize(("num_actors", "num_threads"), ACTORS + THREADS)

@@ -34,7 +34,7 @@ _WHOLE_VALUES = {"cpu": 2**15, "cuda": 2**24}
 _ALIGNED = 16
 # Many classes are cut into so many blocks, of which actors have some each. A block's tiles, its part of a step's logits
 # and rows of inputs stay in a core's cache.
-_MIN_SHARED_CLASSES = 64
+_MIN_SHARED_CLASSES = 256
 _MAX_CLASS_BLOCKS = 8
 # A tile is stepped unit by unit, each by one actor. Operations go through whole vectors of it, whoever does them.
 _UNIT_VALUES = 64
