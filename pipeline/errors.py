@@ -54,20 +54,15 @@ def printable(text: str) -> str:
 
 def usage_line(exc: UsageError) -> str:
     """Write a usage error of click as one line; of a name that there is not, the one that is near to it, if any."""
+    from difflib import get_close_matches
+
     typed = str(getattr(exc, "option_name", getattr(exc, "command_name", "")))
-    likest = ""
-    for name in getattr(exc, "possibilities", None) or ():  # click's own: some of them share no more than a letter
-        if _likeness(name, typed) >= max(_MIN_LIKENESS, _likeness(likest, typed)):
-            likest = name
+    # Click's own possibilities share no more than a letter, some of them.
+    names = {name.lstrip("-"): name for name in getattr(exc, "possibilities", None) or ()}
+    near = get_close_matches(typed.lstrip("-"), names, 1, _MIN_LIKENESS)
     message = exc.message if hasattr(exc, "possibilities") else exc.format_message()
-    advice = f"is {likest} meant, or try --help" if likest else "try --help"
+    advice = f"is {names[near[0]]} meant, or try --help" if near else "try --help"
     return f"{' '.join(message.split()).rstrip('.')}; {advice}"
-
-
-def _likeness(name: str, other: str) -> float:
-    from difflib import SequenceMatcher
-
-    return SequenceMatcher(None, name.lstrip("-"), other.lstrip("-")).ratio()
 
 
 def quoted(name: str) -> str:

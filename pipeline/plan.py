@@ -38,6 +38,8 @@ _MIN_SHARDS = 16
 MAX_SHARD_BYTES = 16 * 2**20
 # What is shuffled, and read from disk, at once; two of each lane are in memory where lanes are on disk.
 _CHUNK_BYTES = 8 * 2**20
+# Of parameters and their mean over all steps, float32.
+_PIECE_BYTES = 4 * 2**20
 # More products of pixels than these are not computed unless they are asked for: with 5 neighbors of each validation
 # image, and of each training image.
 _DEFAULT_NEIGHBORS = 5
@@ -194,6 +196,12 @@ class Plan:
     def target_of(self, split: Split) -> Target:
         """What images of a split become: a model that only predicts is not given those to train on."""
         return self.target.without_model if split == "train" and self.num_logits else self.target
+
+    @property
+    def class_pieces(self) -> list[range]:
+        """The classes whose means, or parameters, an actor gives or takes at once: no copy of all of them is made."""
+        size = max(1, _PIECE_BYTES // (2 * 4 * (self.num_values + 1)))
+        return [range(first, min(first + size, self.num_classes)) for first in range(0, self.num_classes, size)]
 
     @property
     def num_lanes(self) -> int:

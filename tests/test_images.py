@@ -30,6 +30,7 @@ from pipeline.decoding.images import (
     read_header,
     sample_rows,
 )
+from pipeline.decoding.plain_png import decode_plain_png
 from pipeline.errors import DataError
 from pipeline.target import Target
 
@@ -756,6 +757,7 @@ def test_a_plain_png_is_decoded_as_pillow_reads_it_whole_and_damaged(mode):
     good = encode(Image.fromarray(pixels.squeeze()), "PNG")
     target, stream = Target(5, 7, mode), random.Random(0)
     assert decode_image(good, target) == (pixels.tobytes(), False)
+    assert decode_plain_png(good, target) == pixels.tobytes()
     for _ in range(300):
         data = bytearray(good)
         data[stream.randrange(len(data))] = stream.randrange(256)

@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 from xml.sax.saxutils import escape
 
@@ -70,10 +69,6 @@ class Part:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-    def open(self) -> BinaryIO:
-        """Open the file."""
-        return open(self.path, "rb", buffering=0)  # noqa: PTH123 - its name is bytes
 
     def read(self) -> bytes:
         """Read these bytes."""
@@ -143,7 +138,10 @@ class Connection(asyncio.Protocol):
     async def _send(self, part: Part, num_bytes: int, *, is_cut: bool) -> None:
         """Have the system send a part of a file, which nothing here reads."""
         assert self._transport is not None
-        with part.open() as file, suppress(ConnectionError, RuntimeError):  # the client may be gone
+        with (
+            Path(os.fsdecode(part.path)).open("rb") as file,
+            suppress(ConnectionError, RuntimeError),
+        ):  # the client may be gone
             await asyncio.get_running_loop().sendfile(self._transport, file, part.start, num_bytes)
         if is_cut:
             self._transport.close()

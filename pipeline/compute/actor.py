@@ -46,8 +46,6 @@ from pipeline.tree import lane_ranges
 _SCALE_IMAGES = 4096
 # What images may take of a GPU's free memory; the rest is for computing with them.
 _GPU_SHARE = 0.8
-# Means and parameters are given and taken in pieces, so that no copy of all of them is ever made.
-_PIECE_BYTES = 2**22
 
 
 class LaneActor:
@@ -211,9 +209,9 @@ class LaneActor:
         self._lane_counts_L, self._num_squares = add_up(self._lane_counts_L), add_up(self._num_squares)
         self._trained = replace(self._trained, counts_K=self._counts_K)
         # Where there are several pieces, in a file without a name: until images are scored nobody needs them.
-        scratch = None if len(self._pieces) == 1 else self._scratch or tempfile.gettempdir()
+        scratch = None if len(plan.class_pieces) == 1 else self._scratch or tempfile.gettempdir()
         self._means = Spool(scratch)
-        for classes in self._pieces:
+        for classes in plan.class_pieces:
             rows = slice(classes.start, classes.stop)
             unit = UNIT if plan.has_features else 255
             means_kD = nearest_mean.class_means(self._sums_KD[rows], self._counts_K[rows], unit)
@@ -228,7 +226,7 @@ class LaneActor:
             first: 0, or the class behind those that were returned before.
         """
         assert self._means is not None
-        means_kD: npt.NDArray[np.float32] = self._means.get(first // self._pieces[0].stop)
+        means_kD: npt.NDArray[np.float32] = self._means.get(first // self._plan.class_pieces[0].stop)
         return means_kD
 
     def begin_training(self) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
@@ -241,7 +239,7 @@ class LaneActor:
         self.flush()
         plan, counts_K = self._plan, self._trained.counts_K
         square_unit = SQUARE_UNIT if plan.has_features else 255**2
-        means = (mean_D for classes in self._pieces for mean_D in torch.from_numpy(self.means_from(classes.start)))
+        means = (mean_D for classes in plan.class_pieces for mean_D in torch.from_numpy(self.means_from(classes.start)))
         centre = sgd_linear.find_centre(counts_K, means, int(self._num_squares), square_unit)
         scale = self._find_scale(centre) if plan.has_features else None
         self._learning_rate = plan.learning_rate or (scale or centre).safe_rate
@@ -277,7 +275,7 @@ class LaneActor:
             Those after the last step, and behind them their mean over all steps, which is the model, float32 [2p].
         """
         assert self._descent is not None
-        return self._descent.save(self._pieces[first // self._pieces[0].stop])
+        return self._descent.save(self._plan.class_pieces[first // self._plan.class_pieces[0].stop])
 
     def _find_scale(self, centre: sgd_linear.Centre) -> sgd_linear.Scale:
         """Find the features' scale by some images of the first lane, which one actor has: then all have the same."""
@@ -357,13 +355,6 @@ class LaneActor:
         # Made with the first image: without training and neighbors it takes no room.
         return Lanes(self._plan, self._lanes, self._device, self._store_device, self._scratch)
 
-    @cached_property
-    def _pieces(self) -> list[range]:
-        """The classes whose means, or parameters, are given at once."""
-        num_classes = self._plan.num_classes
-        size = max(1, _PIECE_BYTES // (2 * 4 * (self._plan.num_values + 1)))
-        return [range(first, min(first + size, num_classes)) for first in range(0, num_classes, size)]
-
     def _make_descent(self) -> Descent:
         plan = self._plan
         num_bytes = plan.num_values * image_dtype(plan).itemsize
@@ -384,7 +375,7 @@ class LaneActor:
             return
         self._descent = None
         means_KD = torch.empty(self._plan.num_classes, self._plan.num_values)
-        for classes in self._pieces:
+        for classes in self._plan.class_pieces:
             means_KD[classes.start : classes.stop] = torch.from_numpy(self.means_from(classes.start))
         self._trained = replace(self._trained, means_KD=means_KD.to(self._device))
 

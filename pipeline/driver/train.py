@@ -29,7 +29,6 @@ from pipeline.results.figures import EpochMetric
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
-_PIECE_BYTES = 2**22
 # What training computes, to the last bit: another version's cannot go on here.
 _MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes cut"
 _MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes cut"
@@ -104,27 +103,25 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
 
 
 def _give_params(job: Job, actors: list[Actor], params_2P: npt.NDArray[np.float32]) -> None:
-    """Give actors the parameters, some classes after the other: then none has a copy of all of them."""
-    num_classes = job.plan.num_classes
-    size = max(1, _PIECE_BYTES * num_classes // params_2P.nbytes)
-    for first in range(0, num_classes, size):
-        some = [view[first : first + size].ravel() for view in _by_class(params_2P, num_classes)]
-        piece = ray.put(np.concatenate(some))
-        given = [actor.call.remote("load_params", first, piece) for actor in actors]
+    """Give actors the parameters, some classes after the other."""
+    views = _by_class(params_2P, job.plan.num_classes)
+    for classes in job.plan.class_pieces:
+        piece = ray.put(np.concatenate([view[classes.start : classes.stop].ravel() for view in views]))
+        given = [actor.call.remote("load_params", classes.start, piece) for actor in actors]
         wait_all(given, "giving actors the parameters", lambda: False)
 
 
 def _take_params(job: Job, actor: Actor, piece_2p: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Take the parameters from an actor in the same way, float32 [2P], of which the first piece is here."""
-    num_classes, class_params = job.plan.num_classes, job.plan.num_values + 1
-    params_2P, first = np.empty(2 * num_classes * class_params, np.float32), 0
-    while True:
-        end = first + len(piece_2p) // (2 * class_params)
-        for own, given in zip(_by_class(params_2P, num_classes), _by_class(piece_2p, end - first), strict=True):
-            own[first:end] = given
-        if end == num_classes:
-            return params_2P
-        first, piece_2p = end, get_result(actor.call.remote("params_from", end), "the parameters")
+    num_classes = job.plan.num_classes
+    params_2P = np.empty(2 * num_classes * (job.plan.num_values + 1), np.float32)
+    views = _by_class(params_2P, num_classes)
+    for classes in job.plan.class_pieces:
+        if classes.start > 0:
+            piece_2p = get_result(actor.call.remote("params_from", classes.start), "the parameters")
+        for own, given in zip(views, _by_class(piece_2p, len(classes)), strict=True):
+            own[classes.start : classes.stop] = given
+    return params_2P
 
 
 def _by_class(params_2p: npt.NDArray[np.float32], num_classes: int) -> list[npt.NDArray[np.float32]]:
