@@ -9,7 +9,7 @@ from pipeline.compute.threads import Threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # images, values of one image, classes; the last is an image large enough for torch to share among threads
-SHAPES = [(1, 1, 1), (1, 784, 2), (7, 3, 1), (40, 64, 10), (33, 75, 37), (5, 784, 300), (3, 40_000, 2)]
+SHAPES = [(1, 1, 1), (1, 784, 2), (7, 3, 1), (40, 64, 10), (33, 75, 37), (70, 130, 64), (5, 784, 300), (3, 40_000, 2)]
 BLOCKS = [4, 2**12, 2**16, 2**30]
 
 
