@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.driver.job import evaluate
     from pipeline.results.notebook import progress
 
-__version__ = "0.4.0"
+__version__ = "0.4.1"
 __all__ = ["Config", "__version__", "evaluate", "progress"]
 _HOMES = {"Config": "config", "evaluate": "driver.job", "progress": "results.notebook"}
 

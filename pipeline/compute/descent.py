@@ -31,6 +31,9 @@ from pipeline.tree import lane_ranges
 
 # What actors exchange at once: enough to make up for the wait.
 _ROUND_VALUES = 2**20
+# The norm of a gradient of B rows comes of B·B products of rows, instead of the gradient, where B·B is at most so many
+# times K: one costs a product of an input's length, the other passes over all parameters.
+_NORM_PRODUCTS = 16
 # Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
 _MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
 
@@ -152,7 +155,9 @@ class Descent:
             self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
         errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
         rows = Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
-        if self._collective.num_actors == 1 or self._blocks is not None:
+        if self._blocks is not None and len(labels_B) ** 2 <= _NORM_PRODUCTS * self.params.num_classes:
+            self._threads.run(lambda number: self._step_in_place(number, rows), [None, *self._own_tiles])
+        elif self._collective.num_actors == 1 or self._blocks is not None:
             self._threads.run(lambda number: self._step_tile(number, rows), self._own_tiles)
         else:
             self._step_together(rows)
@@ -241,6 +246,23 @@ class Descent:
         sum_UM = self._sums.buffer(number)
         self._sums.write(number, sum_UM, rows)
         self._step_units(number, sum_UM)
+
+    def _step_in_place(self, number: int | None, rows: Rows) -> None:
+        """Step a tile of this actor without its gradient; or, without a number, note that of the whole one.
+
+        A gradient is a sum of products of errors and inputs, so its square is one of products of two errors and of the
+        two inputs (I. Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01799, for one row each).
+        """
+        step, num_images = len(self._num_images) - 1, self._num_images[-1]
+        if number is None:
+            if self._collective.rank == 0:  # all actors have the same
+                of_errors_BB, of_inputs_BB = rows.errors_KB.T @ rows.errors_KB, rows.inputs_BC @ rows.inputs_BC.T
+                self._squares_STU[step, 0, 0] = (of_errors_BB.double() * of_inputs_BB).sum().clamp_(min=0)
+            return
+        tile, matrix_kc = self.params.tiles[number], self.params.matrices[number]
+        errors_kB, inputs_Bc = rows.errors_KB[tile.classes], rows.inputs_BC[:, tile.columns]
+        matrix_kc.addmm_(errors_kB, inputs_Bc, alpha=-self._learning_rate / num_images)
+        sgd_linear.average(self.mean.matrices[number], matrix_kc, self._num_steps_before + step + 1)
 
     def _step_together(self, rows: Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""

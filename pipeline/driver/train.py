@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
 # What training computes, to the last bit: another version's cannot go on here.
-_MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes cut"
-_MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes cut"
+_MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes in place"
+_MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes in place"
 
 
 @dataclass
@@ -73,7 +73,7 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
         TrainingError: If the loss is no number any more.
     """
     job.clock.enter("train")
-    last_saved = time.monotonic()
+    last_saved, num_saved = time.monotonic(), len(training.history)
     begun = [actor.call.remote("begin_training") for actor in actors]
     num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
@@ -85,6 +85,10 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
         epoch = len(training.history) + 1
         refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
         loss = training.history[-1].train_loss if training.history else None
+        # While the actors are at the next one.
+        if len(training.history) > num_saved and time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
+            save(job, training, fingerprint)
+            last_saved, num_saved = time.monotonic(), len(training.history)
         show = partial(job.show, "train", total=num_steps, epoch=epoch, loss=loss)
         records = wait_all([record for record, _ in refs], f"epoch {epoch}", follow(actors[0], show))
         row = figures.epoch_metric(records)
@@ -96,9 +100,8 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
         # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
         training.params = _take_params(job, actors[0], get_result(refs[0][1]))
         training.history.append(row)
-        if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
-            save(job, training, fingerprint)
-            last_saved = time.monotonic()
+    if len(training.history) > num_saved and time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
+        save(job, training, fingerprint)
     _say_if_it_only_guesses(job, training)
 
 
@@ -116,11 +119,14 @@ def _take_params(job: Job, actor: Actor, piece_2p: npt.NDArray[np.float32]) -> n
     num_classes = job.plan.num_classes
     params_2P = np.empty(2 * num_classes * (job.plan.num_values + 1), np.float32)
     views = _by_class(params_2P, num_classes)
-    for classes in job.plan.class_pieces:
-        if classes.start > 0:
-            piece_2p = get_result(actor.call.remote("params_from", classes.start), "the parameters")
+    pieces = job.plan.class_pieces
+    for index, classes in enumerate(pieces):
+        # Made while this one is copied.
+        following = [actor.call.remote("params_from", each.start) for each in pieces[index + 1 : index + 2]]
         for own, given in zip(views, _by_class(piece_2p, len(classes)), strict=True):
             own[classes.start : classes.stop] = given
+        if following:
+            piece_2p = get_result(following[0], "the parameters")
     return params_2P
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.data.storage import reason
 from pipeline.errors import OutputError, without_secrets
 from pipeline.results.figures import EpochMetric
-from pipeline.results.writing import CHECKPOINT_FILE, Output, write_table
+from pipeline.results.writing import CHECKPOINT_FILE, Output, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,10 @@ def write_checkpoint(output: Output, checkpoint: Checkpoint) -> None:
         "history": json.dumps([asdict(row) for row in checkpoint.history]),
     }
     schema = pa.schema([("params", pa.float32())], metadata=metadata)
-    write_table(output, CHECKPOINT_FILE.removesuffix(".parquet"), pa.table([checkpoint.params], schema=schema))
+    table = pa.table([checkpoint.params], schema=schema)
+    # As it is: parameters hardly repeat, and actors that train want the CPU.
+    write = partial(pq.write_table, table, compression="none", use_dictionary=False)
+    write_file(output, CHECKPOINT_FILE, write)
 
 
 def read_checkpoint(output: Output, fingerprint: dict[str, Any]) -> Checkpoint | None:
