@@ -70,6 +70,20 @@ def test_lanes_are_added_as_their_products_would_be(counts):
     assert torch.equal(buffers[0], tiles.add_tree([a @ b for a, b in zip(errors, inputs, strict=True)]))
 
 
+@pytest.mark.parametrize("num_lanes", [2, 3, 5, 8])
+@pytest.mark.parametrize("num_rows", [1, 8, 32])
+def test_lanes_of_as_many_rows_are_added_at_once_where_that_changes_no_bit(num_lanes, num_rows):
+    numbers = torch.Generator().manual_seed(1)
+    errors_KB = torch.randn(num_lanes * num_rows, 10, generator=numbers).T
+    inputs_BC = torch.randn(num_lanes * num_rows, 800, generator=numbers)
+    expected, got = torch.full((2, 8, 10, 800), torch.nan)
+    tiles.add_lanes(errors_KB.split(num_rows, 1), inputs_BC.split(num_rows), list(expected))
+    tiles.add_equal_lanes(errors_KB, inputs_BC, got[:num_lanes])
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    if tiles.multiplies_at_once(num_lanes, num_rows, 10, 800, "cpu"):
+        assert torch.equal(got[0], expected[0])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_logits_are_those_of_a_plain_product_whoever_stands_beside(shape, number):

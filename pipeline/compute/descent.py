@@ -303,10 +303,11 @@ class Descent:
             torch.dot(sum_UM[0], sum_UM[0], out=sums_U[0])
         else:
             squares_UM = torch.mul(sum_UM, sum_UM, out=self._sums.spare(number)[units])
-            # A GPU may make sums of several rows otherwise than those of one, which another actor may have.
-            size = len(sums_U) if sum_UM.device.type == "cpu" else 1
-            for some_UM, some_U in zip(squares_UM.split(size), sums_U.split(size), strict=True):
-                torch.sum(some_UM, 1, out=some_U)
+            if sum_UM.device.type == "cpu":
+                torch.sum(squares_UM, 1, out=sums_U)
+            else:  # which may make sums of several rows otherwise than those of one, which another actor may have
+                for squares_M, sum_ in zip(squares_UM, sums_U, strict=True):
+                    torch.sum(squares_M, 0, out=sum_)
         params_UM.sub_(sum_UM, alpha=self._learning_rate / num_images)
         sgd_linear.average(mean_UM, params_UM, self._num_steps_before + step + 1)
 

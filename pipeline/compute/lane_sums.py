@@ -9,12 +9,13 @@ Axes: as in `tiles`.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.compute.tiles import Params, Tile, add_lanes
+from pipeline.compute.tiles import Params, Tile, add_equal_lanes, add_lanes, multiplies_at_once
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """One thread's memory as a tile of one shape needs it: all of it [k, c], two of them also [U, M]."""
+    """One thread's memory as a tile of one shape needs it: all of it [G, k, c], two of them also [U, M]."""
 
+    lanes_Gkc: torch.Tensor
     first_UM: torch.Tensor
     second_UM: torch.Tensor
     matrices: list[torch.Tensor]
@@ -45,8 +47,10 @@ class LaneSums:
 
     def __init__(self, params: Params, num_lanes: int) -> None:
         self._params = params
-        # As many as a tree of the lanes needs, and at least two.
+        # As many as a tree of the lanes needs, and at least two; one for each lane, where these are small.
         self._num_buffers = max(1, (num_lanes - 1).bit_length()) + 1
+        if len(params.tiles) == 1:
+            self._num_buffers = max(self._num_buffers, num_lanes)
         self._of_thread = threading.local()
 
     def buffer(self, number: int) -> torch.Tensor:
@@ -64,13 +68,20 @@ class LaneSums:
         matrices = buffers.matrices
         if sum_UM is not buffers.first_UM:
             matrices = [tile.matrix(sum_UM), *matrices[1:]]
+        errors, inputs, counts = rows.errors_KB, rows.inputs_BC, rows.lane_counts
+        if len(self._params.tiles) > 1:
+            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
+        is_small = len(self._params.tiles) == 1 and min(counts) == max(counts)
+        if is_small and multiplies_at_once(len(counts), counts[0], *tile.shape, inputs.device.type):
+            lanes_Gkc = buffers.lanes_Gkc[: len(counts)]
+            add_equal_lanes(errors, inputs, lanes_Gkc)
+            if sum_UM is not buffers.first_UM:
+                matrices[0].copy_(lanes_Gkc[0])
+        else:
+            add_lanes(errors.split(counts, 1), inputs.split(counts), matrices)
         num_values = matrices[0].numel()
         if num_values < tile.size:
             sum_UM.view(-1)[num_values:] = 0
-        errors, inputs = rows.errors_KB, rows.inputs_BC
-        if len(self._params.tiles) > 1:
-            errors, inputs = errors[tile.classes], inputs[:, tile.columns]
-        add_lanes(errors.split(rows.lane_counts, 1), inputs.split(rows.lane_counts), matrices)
 
     def _buffers(self, tile: Tile) -> _Buffers:
         """Return the buffers of the thread that asks, cut for a tile."""
@@ -83,5 +94,8 @@ class LaneSums:
         if key not in cut:
             first_UM, second_UM, *_ = self._of_thread.memory[:, : tile.size].unflatten(1, (tile.num_units, -1))
             matrices = [tile.matrix(buffer_N[: tile.size]) for buffer_N in self._of_thread.memory]
-            cut[key] = _Buffers(first_UM, second_UM, matrices)
+            # In one piece, as one call of several products asks for it: the first is that of `matrices`.
+            num_values = math.prod(tile.shape)
+            lanes_N = self._of_thread.memory.view(-1)[: self._num_buffers * num_values]
+            cut[key] = _Buffers(lanes_N.view(-1, *tile.shape), first_UM, second_UM, matrices)
         return cut[key]

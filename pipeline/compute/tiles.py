@@ -262,18 +262,73 @@ def _write_whole_logits(
 
     [K, C] by [C, R]: of few classes in half the time that [R, C] by [C, K] takes.
     """
-    num_classes, most, inputs = len(weights_KC), max(counts), inputs_BC.T.split(counts, 1)
-    # Each product begins where memory is aligned.
-    size = -(-num_classes * most // _ALIGNED) * _ALIGNED
+    (num_classes, num_columns), most = weights_KC.shape, max(counts)
     if min(counts) == most:
-        strides = (size, most, 1)
-        products_GKR = weights_KC.new_empty_strided((len(counts), num_classes, most), strides)
-        for products_KR, inputs_CR in zip(products_GKR.unbind(), inputs, strict=True):
-            torch.mm(weights_KC, inputs_CR, out=products_KR)
+        products_GKR = _empty_products(len(counts), num_classes, most, weights_KC)
+        if multiplies_at_once(len(counts), most, num_classes, num_columns, weights_KC.device.type):
+            _multiply_groups(weights_KC, inputs_BC, products_GKR)
+        else:
+            for products_KR, inputs_CR in zip(products_GKR.unbind(), inputs_BC.T.split(counts, 1), strict=True):
+                torch.mm(weights_KC, inputs_CR, out=products_KR)
         logits_BK.unflatten(0, (len(counts), most)).copy_(products_GKR.transpose(1, 2))
         return
-    for inputs_CR, logits_RK in zip(inputs, logits_BK.split(counts), strict=True):
+    for inputs_CR, logits_RK in zip(inputs_BC.T.split(counts, 1), logits_BK.split(counts), strict=True):
         logits_RK.copy_(torch.mm(weights_KC, inputs_CR).T)
+
+
+def _empty_products(num_groups: int, num_classes: int, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Make room for products of groups, [G, K, R], each of which begins where memory is aligned."""
+    size = -(-num_classes * num_rows // _ALIGNED) * _ALIGNED
+    return like.new_empty_strided((num_groups, num_classes, num_rows), (size, num_rows, 1))
+
+
+def _multiply_groups(weights_KC: torch.Tensor, inputs_BC: torch.Tensor, products_GKR: torch.Tensor) -> None:
+    num_groups = len(products_GKR)
+    inputs_GRC = inputs_BC.unflatten(0, (num_groups, -1))
+    torch.bmm(weights_KC.expand(num_groups, -1, -1), inputs_GRC.transpose(1, 2), out=products_GKR)
+
+
+def add_equal_lanes(errors_kB: torch.Tensor, inputs_Bc: torch.Tensor, buffers_Gkc: torch.Tensor) -> None:
+    """Do as `add_lanes` with lanes of as many rows each, by one call for their products; the first buffer is the sum.
+
+    It is for where `multiplies_at_once` says that this makes no difference.
+    """
+    _multiply_lanes(errors_kB, inputs_Bc, buffers_Gkc)
+    num_lanes = len(buffers_Gkc)
+    if num_lanes.bit_count() > 1:
+        add_tree(buffers_Gkc.unbind())
+        return
+    for level in range(num_lanes.bit_length() - 1):  # level by level, the same tree
+        buffers_Gkc[:: 2 << level].add_(buffers_Gkc[1 << level :: 2 << level])
+
+
+def _multiply_lanes(errors_kB: torch.Tensor, inputs_Bc: torch.Tensor, buffers_Gkc: torch.Tensor) -> None:
+    num_lanes = len(buffers_Gkc)
+    errors_kGR = errors_kB.unflatten(1, (num_lanes, -1))
+    torch.bmm(errors_kGR.transpose(0, 1), inputs_Bc.unflatten(0, (num_lanes, -1)), out=buffers_Gkc)
+
+
+@cache
+def multiplies_at_once(num_groups: int, num_rows: int, num_classes: int, num_columns: int, device_type: str) -> bool:
+    """Say whether the products of some groups of rows have the same bits when one call makes them all.
+
+    Another actor, which has other groups, may make each by itself. It is tried for every shape on random numbers.
+    """
+    if device_type != "cpu" or num_rows == 0 or num_groups == 1:
+        return False
+    numbers = torch.Generator().manual_seed(0)
+    weights_KC = torch.randn(num_classes, num_columns, generator=numbers)
+    inputs_BC = torch.randn(num_groups * num_rows, num_columns, generator=numbers)
+    errors_KB = torch.randn(num_groups * num_rows, num_classes, generator=numbers).T
+    products_GKR = _empty_products(num_groups, num_classes, num_rows, weights_KC)
+    _multiply_groups(weights_KC, inputs_BC, products_GKR)
+    sums_GKC = torch.empty(num_groups, num_classes, num_columns)
+    _multiply_lanes(errors_KB, inputs_BC, sums_GKC)
+    groups = zip(inputs_BC.split(num_rows), errors_KB.split(num_rows, 1), products_GKR, sums_GKC, strict=True)
+    return all(
+        torch.equal(weights_KC @ inputs_RC.T, products_KR) and torch.equal(errors_KR @ inputs_RC, sums_KC)
+        for inputs_RC, errors_KR, products_KR, sums_KC in groups
+    )
 
 
 def add_lanes(errors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
