@@ -30,6 +30,7 @@ from jobs.evaluate import main
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.results.progress import Progress
+from pipeline.results.screen import Screen
 from pipeline.results.texts import option_name
 
 MARK = "IMAGE_BASELINE_TEST"
@@ -239,7 +240,7 @@ def test_no_message_stands_behind_another_text(monkeypatch, term):
     with open(terminal, "w") as stream:  # noqa: PTH123 - a descriptor
         monkeypatch.setattr(sys, "stderr", stream)
         signals = SimpleNamespace(received=signal.SIGINT, check=lambda: None)
-        screen = evaluate._Screen(signals)
+        screen = Screen(signals)
         screen.write_to(stream, "half a line of a library")
         screen.write("a message")
         stream.write("^C")  # as the terminal shows it

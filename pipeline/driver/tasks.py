@@ -92,9 +92,12 @@ def submit_decoding(
 
 @cache
 def _decode_task(num_cpus: float, num_returns: int) -> Any:
-    return ray.remote(num_cpus=num_cpus, num_returns=num_returns)(_decode_shards)
+    # Options of one function: Ray takes the tasks of one in their order, and those of several as they come, the largest
+    # at last perhaps.
+    return _decode_shards.options(num_cpus=num_cpus, num_returns=num_returns)
 
 
+@ray.remote
 def _decode_shards(
     loader: Loader, fields: list[list[Any]], sent: pa.Table | bytes, file: ShardFile | None
 ) -> tuple[Any, ...]:
