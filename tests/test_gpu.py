@@ -6,7 +6,7 @@ import torch
 from models import save_bytes
 from torch import nn
 
-from pipeline.compute import features, tiles
+from pipeline.compute import features, lane_products, tiles
 from pipeline.compute.classifiers import nearest_mean, sgd_linear
 from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
@@ -150,21 +150,21 @@ def test_lanes_grouped_otherwise_have_the_same_bits(shape):
     params.stored_S.uniform_(-1, 1, generator=numbers)
     inputs, errors = inputs_BC.split(16), errors_KB.split(16, 1)
     whole = torch.empty(4, num_classes, inputs_BC.shape[1], device=DEVICE)
-    tiles.add_lanes(errors, inputs, list(whole))
+    lane_products.add_lanes(errors, inputs, list(whole))
     logits_BK = torch.empty(8 * 16, num_classes, device=DEVICE)
-    tiles.write_logits(params, inputs_BC, [16] * 8, logits_BK, Threads())
+    lane_products.write_logits(params, inputs_BC, [16] * 8, logits_BK, Threads())
     for num_actors in (2, 4, 8):
         parts = []
         for lanes in lane_ranges(8, num_actors):
             own = slice(lanes.start, lanes.stop)
             buffers = torch.empty_like(whole)
-            tiles.add_lanes(errors[own], inputs[own], list(buffers))
+            lane_products.add_lanes(errors[own], inputs[own], list(buffers))
             parts.append(buffers[0])
             rows = slice(16 * lanes.start, 16 * lanes.stop)
             own_BK = torch.empty(16 * len(lanes), num_classes, device=DEVICE)
-            tiles.write_logits(params, inputs_BC[rows], [16] * len(lanes), own_BK, Threads())
+            lane_products.write_logits(params, inputs_BC[rows], [16] * len(lanes), own_BK, Threads())
             assert torch.equal(own_BK, logits_BK[rows])
-        assert torch.equal(tiles.add_tree(parts), whole[0])
+        assert torch.equal(lane_products.add_tree(parts), whole[0])
 
 
 def test_training_goes_as_on_the_cpu_and_the_same_again():

@@ -23,9 +23,10 @@ import torch
 from pipeline.compute.class_blocks import ROWS, ClassBlocks
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.collective import Collective, Pieces
+from pipeline.compute.lane_products import add_tree, write_logits
 from pipeline.compute.lane_sums import LaneSums, Rows
 from pipeline.compute.threads import Threads
-from pipeline.compute.tiles import Params, Tile, add_tree, empty_inputs, fill_inputs, write_logits
+from pipeline.compute.tiles import Params, Tile, empty_inputs, fill_inputs
 from pipeline.results.figures import LINE
 from pipeline.tree import lane_ranges
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.compute.tiles import Params, Tile, add_equal_lanes, add_lanes, multiplies_at_once
+from pipeline.compute.lane_products import add_equal_lanes, add_lanes, multiplies_at_once
+from pipeline.compute.tiles import Params, Tile
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import log_softmax
 
+from pipeline.compute.lane_products import write_logits
 from pipeline.compute.threads import Threads
-from pipeline.compute.tiles import Params, empty_inputs, fill_inputs, write_logits
+from pipeline.compute.tiles import Params, empty_inputs, fill_inputs
 
 if TYPE_CHECKING:
     from pipeline.compute.block import Block
