@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import ray
 
 from pipeline.driver.actors import Actor, follow
 from pipeline.driver.state import Job
-from pipeline.driver.waiting import get_result, wait_all
+from pipeline.driver.waiting import Ref, get_result, wait_all
 from pipeline.errors import TrainingError
 from pipeline.model import Model
 from pipeline.results import checkpoint, figures
@@ -29,6 +31,8 @@ from pipeline.results.figures import EpochMetric
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
+# Pieces of the parameters that are asked for at once: more would fill the object store for nothing.
+_PIECES_AHEAD = 3
 # What training computes, to the last bit: another version's cannot go on here.
 _MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes in place"
 _MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes in place"
@@ -119,14 +123,18 @@ def _take_params(job: Job, actor: Actor, piece_2p: npt.NDArray[np.float32]) -> n
     num_classes = job.plan.num_classes
     params_2P = np.empty(2 * num_classes * (job.plan.num_values + 1), np.float32)
     views = _by_class(params_2P, num_classes)
-    pieces = job.plan.class_pieces
-    for index, classes in enumerate(pieces):
-        # Made while this one is copied.
-        following = [actor.call.remote("params_from", each.start) for each in pieces[index + 1 : index + 2]]
+    later = iter(job.plan.class_pieces[1:])
+
+    def ask(number: int) -> list[Ref]:
+        return [actor.call.remote("params_from", classes.start) for classes in islice(later, number)]
+
+    coming = deque(ask(_PIECES_AHEAD))  # made while others are copied
+    for classes in job.plan.class_pieces:
         for own, given in zip(views, _by_class(piece_2p, len(classes)), strict=True):
             own[classes.start : classes.stop] = given
-        if following:
-            piece_2p = get_result(following[0], "the parameters")
+        if coming:
+            piece_2p = get_result(coming.popleft(), "the parameters")
+            coming += ask(1)
     return params_2P
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Rows scored at once, by the size of an image alone: products of another shape may differ in the last bit.
 _MAX_SCORE_ROWS = 1024
-_SCORE_BYTES = 4 * 2**20
+_SCORE_BYTES = 12 * 2**20
 # Of a feature's variance, so much of the mean of all is added: what hardly varies is not made large.
 _SCALE_FLOOR = 0.1
 _POWER_STEPS = 30
