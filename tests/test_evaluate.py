@@ -14,7 +14,6 @@ import termios
 import threading
 import uuid
 from dataclasses import fields
-from types import SimpleNamespace
 
 import click.testing
 import numpy as np
@@ -30,7 +29,6 @@ from jobs.evaluate import main
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.results.progress import Progress
-from pipeline.results.screen import Screen
 from pipeline.results.texts import option_name
 
 MARK = "IMAGE_BASELINE_TEST"
@@ -231,24 +229,6 @@ def test_a_terminal_has_one_line_of_progress_and_then_tables(small_dataset, tmp_
     assert columns == 20 or "━━━" in progress
     assert re.search("nearest_m", tables)
     assert re.search("^ä ", tables, re.M)
-
-
-@pytest.mark.parametrize("term", ["xterm", "dumb"])
-def test_no_message_stands_behind_another_text(monkeypatch, term):
-    terminal, finish = terminal_of(80)
-    monkeypatch.setenv("TERM", term)
-    with open(terminal, "w") as stream:  # noqa: PTH123 - a descriptor
-        monkeypatch.setattr(sys, "stderr", stream)
-        signals = SimpleNamespace(received=signal.SIGINT, check=lambda: None)
-        screen = Screen(signals)
-        screen.write_to(stream, "half a line of a library")
-        screen.write("a message")
-        stream.write("^C")  # as the terminal shows it
-        screen.write_interrupted("nothing was evaluated")
-    left = [line.rpartition("\x1b[2K")[2].rstrip("\r") for line in finish().split("\n")]
-    assert [line for line in left if line != "^C"] == [
-        "half a line of a library", "a message", "interrupted: nothing was evaluated", ""
-    ]  # fmt: skip
 
 
 @pytest.mark.ray

@@ -137,6 +137,14 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch, shape, num_thr
     np.testing.assert_array_equal(distances(images_ND, means_KD, num_threads), distances(images_ND, means_KD))
 
 
+@pytest.mark.parametrize("width", [8, 24, 256])
+def test_the_width_of_tables_does_not_change_a_bit(monkeypatch, width):
+    images_ND, _, means_KD = draw(40, 130, 70)
+    before = distances(images_ND, means_KD)
+    monkeypatch.setattr(nearest_mean, "_TABLE_CLASSES", width)
+    np.testing.assert_array_equal(distances(images_ND[5:9], means_KD), np.array(before)[:, 5:9])
+
+
 def test_threads_work_where_nothing_is_to_be_differentiated(monkeypatch):
     images_ND, _, means_KD = draw(40, 64, 10)
     monkeypatch.setattr(nearest_mean, "_BLOCK_BYTES", {"cpu": 4096})

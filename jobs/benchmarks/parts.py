@@ -295,7 +295,7 @@ def feed_shards(task: Task) -> Answer:
             return PartRecord("", {}), None
 
     # Replaces the real function in this process alone, and is sent to the workers in the same way.
-    stand_in: Any = decode_nothing
+    stand_in: Any = ray.remote(decode_nothing)
     tasks._decode_shards = stand_in
     sizes: list[int] = []
 

@@ -326,7 +326,7 @@ def client(images: Images) -> Answer:
 
 
 def client_process(images: Images) -> Answer:
-    """Do so in one process, with as many requests at a time as those of `client` have together."""
+    """Do as `client` in one process, with as many requests at a time as those of `client` have together."""
     num_threads = _CONCURRENCY * (os.cpu_count() or 1)
     return _in_processes(images, lambda paths: _get_objects(images, paths, num_threads), 1)
 
@@ -350,7 +350,7 @@ def _get_objects(images: Images, paths: Sequence[str], num_threads: int) -> None
 def _in_processes(
     images: Images, work: Callable[[Sequence[str]], None], num_processes: int = os.cpu_count() or 1
 ) -> Answer:
-    """Do work on all files, in as many processes as there are cores, or so many."""
+    """Do work on all files in so many processes, by default one for each core."""
     paths = [path for split in ("train", "valid") for path in labelled_paths(images.data, split)[0]]
     started = time.perf_counter()
     pids = []

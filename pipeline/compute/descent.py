@@ -14,6 +14,7 @@ Axes: as in `tiles`; A actors, T tiles (of `look_along`, lengths); n values of s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -32,9 +33,9 @@ from pipeline.tree import lane_ranges
 
 # What actors exchange at once: enough to make up for the wait.
 _ROUND_VALUES = 2**20
-# The norm of a gradient of B rows comes of B·B products of rows, instead of the gradient, where B·B is at most so many
-# times K: one costs a product of an input's length, the other passes over all parameters.
-_NORM_PRODUCTS = 16
+# The norm of a gradient of B rows is computed from B·B products of rows, without the gradient, where B·B is at most so
+# many times K: the one costs products as long as an input, the other passes over all parameters. In so many tasks.
+_MAX_PRODUCTS_PER_CLASS, _NORM_TASKS = 16, 4
 # Rows of fewer inputs, or classes, go through operations together: more calls would cost more than threads could save.
 _MIN_SHARED_INPUTS, _MIN_SHARED_LOGITS = 2**19, 2**14
 
@@ -114,7 +115,8 @@ class Descent:
     def begin_epoch(self, num_steps: int, num_steps_before: int, learning_rate: float) -> None:
         """Prepare for so many steps, after so many of former epochs, of one length in units of the mean gradient."""
         max_units = max(tile.num_units for tile in self.params.tiles)
-        self._squares_STU = torch.zeros(num_steps, len(self.params.tiles), max_units, device=self.params.device)
+        num_places = max(len(self.params.tiles), _NORM_TASKS)
+        self._squares_STU = torch.zeros(num_steps, num_places, max_units, device=self.params.device)
         self._num_images: list[int] = []
         self._num_steps_before, self._learning_rate = num_steps_before, learning_rate
 
@@ -156,8 +158,11 @@ class Descent:
             self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
         errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
         rows = Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
-        if self._blocks is not None and len(labels_B) ** 2 <= _NORM_PRODUCTS * self.params.num_classes:
-            self._threads.run(lambda number: self._step_in_place(number, rows), [None, *self._own_tiles])
+        if self._blocks is not None and len(labels_B) ** 2 <= _MAX_PRODUCTS_PER_CLASS * self.params.num_classes:
+            shares = range(self._collective.rank, _NORM_TASKS, self._collective.num_actors)
+            tasks = [partial(self._note_square, share) for share in shares]
+            tasks += [partial(self._step_in_place, number) for number in self._own_tiles]
+            self._threads.run(lambda task: task(rows), tasks)
         elif self._collective.num_actors == 1 or self._blocks is not None:
             self._threads.run(lambda number: self._step_tile(number, rows), self._own_tiles)
         else:
@@ -193,7 +198,8 @@ class Descent:
             squares_STU = self._collective.gather(squares_STU).sum(0)
             for params in (self.mean,) if self._blocks is None else (self.mean, self.params):
                 self._collective.swap(*self._own_pieces(params, range(len(params.tiles))))
-        norms_S = np.sqrt(squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64))
+        squares_S = squares_STU.reshape(len(squares_STU), -1).sum(1, dtype=np.float64)
+        norms_S = np.sqrt(squares_S.clip(min=0))  # by rounding, shares may add up to less
         return float((norms_S / self._num_images).mean())
 
     def _take_inputs(
@@ -248,22 +254,26 @@ class Descent:
         self._sums.write(number, sum_UM, rows)
         self._step_units(number, sum_UM)
 
-    def _step_in_place(self, number: int | None, rows: Rows) -> None:
-        """Step a tile of this actor without its gradient; or, without a number, note that of the whole one.
+    def _note_square(self, share: int, rows: Rows) -> None:
+        """Note a share of the square of the gradient that `_step_in_place` does without; all actors have all rows.
 
-        A gradient is a sum of products of errors and inputs, so its square is one of products of two errors and of the
-        two inputs (I. Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01799, for one row each).
+        A gradient is a sum of products of errors and inputs, so its square is the sum, over pairs of rows, of products
+        of their errors times products of their inputs (I. Goodfellow, "Efficient per-example gradient computations",
+        arXiv:1510.01799, has those of a row with itself). Where rows cancel, float32 leaves an error of about 1 %.
         """
-        step, num_images = len(self._num_images) - 1, self._num_images[-1]
-        if number is None:
-            if self._collective.rank == 0:  # all actors have the same
-                of_errors_BB, of_inputs_BB = rows.errors_KB.T @ rows.errors_KB, rows.inputs_BC @ rows.inputs_BC.T
-                self._squares_STU[step, 0, 0] = (of_errors_BB.double() * of_inputs_BB).sum().clamp_(min=0)
-            return
+        size = -(-len(rows.inputs_BC) // _NORM_TASKS)
+        some = slice(share * size, (share + 1) * size)
+        of_errors_bB = rows.errors_KB[:, some].T @ rows.errors_KB
+        of_inputs_bB = rows.inputs_BC[some] @ rows.inputs_BC.T
+        self._squares_STU[len(self._num_images) - 1, share, 0] = (of_errors_bB.double() * of_inputs_bB).sum()
+
+    def _step_in_place(self, number: int, rows: Rows) -> None:
+        """Step a tile of this actor, and take it into the mean, without its gradient."""
         tile, matrix_kc = self.params.tiles[number], self.params.matrices[number]
         errors_kB, inputs_Bc = rows.errors_KB[tile.classes], rows.inputs_BC[:, tile.columns]
-        matrix_kc.addmm_(errors_kB, inputs_Bc, alpha=-self._learning_rate / num_images)
-        sgd_linear.average(self.mean.matrices[number], matrix_kc, self._num_steps_before + step + 1)
+        matrix_kc.addmm_(errors_kB, inputs_Bc, alpha=-self._learning_rate / self._num_images[-1])
+        num_steps = self._num_steps_before + len(self._num_images)
+        sgd_linear.average(self.mean.matrices[number], matrix_kc, num_steps)
 
     def _step_together(self, rows: Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""

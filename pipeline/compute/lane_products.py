@@ -1,8 +1,8 @@
 """Products of rows of inputs with the parameters' tiles: logits, and the sums of lanes' gradients.
 
-Input: inputs, and tiles or the derivatives of losses by logits. Output: logits and sums. Invariant: the rows of a lane
-are multiplied by themselves, and lanes are added as the tree of `pipeline.tree`, so that it does not matter who holds
-which lanes.
+Input: inputs, and tiles or the derivatives of losses by logits. Output: logits and sums. Invariant: the products of
+a lane have the bits that they have without other lanes beside it, and lanes are added as the tree of `pipeline.tree`,
+so that it does not matter who holds which lanes.
 
 Axes: as in `tiles`; G groups of R rows.
 """
@@ -30,7 +30,7 @@ def write_logits(
     threads: Threads,
     blocks: slice = slice(None),
 ) -> None:
-    """Compute the logits of groups of rows, each group by products of its own.
+    """Compute the logits of groups of rows, each group with the bits of a product of its own.
 
     Args:
         params: The model.

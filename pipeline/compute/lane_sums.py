@@ -4,7 +4,7 @@ Input: what a step's gradient is made of. Output: the sum of all lanes' gradient
 multiplied by itself, and lanes are added as the tree of `pipeline.tree`; nothing as large as a lane's whole gradient is
 ever held.
 
-Axes: as in `tiles`.
+Axes: as in `lane_products`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """One thread's memory as a tile of one shape needs it: all of it [G, k, c], two of them also [U, M]."""
+    """The memory of one thread, cut for tiles of one shape: [G, k, c] in one piece, and buffers [U, M] and [k, c]."""
 
     lanes_Gkc: torch.Tensor
     first_UM: torch.Tensor
@@ -48,9 +48,10 @@ class LaneSums:
 
     def __init__(self, params: Params, num_lanes: int) -> None:
         self._params = params
-        # As many as a tree of the lanes needs, and at least two; one for each lane, where these are small.
+        # As many as a tree of the lanes needs, and at least two; one for each lane, where one call makes all products.
         self._num_buffers = max(1, (num_lanes - 1).bit_length()) + 1
-        if len(params.tiles) == 1:
+        self._is_small = len(params.tiles) == 1 and params.device.type == "cpu"
+        if self._is_small:
             self._num_buffers = max(self._num_buffers, num_lanes)
         self._of_thread = threading.local()
 
@@ -72,8 +73,8 @@ class LaneSums:
         errors, inputs, counts = rows.errors_KB, rows.inputs_BC, rows.lane_counts
         if len(self._params.tiles) > 1:
             errors, inputs = errors[tile.classes], inputs[:, tile.columns]
-        is_small = len(self._params.tiles) == 1 and min(counts) == max(counts)
-        if is_small and multiplies_at_once(len(counts), counts[0], *tile.shape, inputs.device.type):
+        are_equal = self._is_small and min(counts) == max(counts)
+        if are_equal and multiplies_at_once(len(counts), counts[0], *tile.shape, inputs.device.type):
             lanes_Gkc = buffers.lanes_Gkc[: len(counts)]
             add_equal_lanes(errors, inputs, lanes_Gkc)
             if sum_UM is not buffers.first_UM:

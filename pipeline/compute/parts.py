@@ -19,9 +19,9 @@ from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.lanes import empty_images, put_images
 from pipeline.data.score_join import GivenRows
 
-# Products of `sgd_linear` over which images are brought to the device at once; and of large images so many, as for
-# fewer `nearest_mean` would spend most of its time on tables.
-_BLOCK_PRODUCTS, _MIN_BLOCK_IMAGES = 8, 2048
+# Products of `sgd_linear` over which images are brought to the device at once; and of large images so many, within
+# bounds, as for fewer `nearest_mean` would spend most of its time on tables.
+_BLOCK_PRODUCTS, _BLOCK_IMAGES, _BLOCK_BYTES = 8, 2048, 64 * 2**20
 
 
 class Part:
@@ -138,8 +138,10 @@ class Part:
     def blocks(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Give images, labels and logits in blocks of as many rows; an empty one if there is none."""
         rows_N = torch.from_numpy(np.flatnonzero(self._is_filled_M))
-        products_rows = _BLOCK_PRODUCTS * sgd_linear.score_rows(self._images_MD.shape[1])
-        for block_N in rows_N.split(max(_MIN_BLOCK_IMAGES, products_rows)):
+        num_values = self._images_MD.shape[1]
+        product_rows = sgd_linear.score_rows(num_values)
+        num_products = max(_BLOCK_PRODUCTS, min(_BLOCK_IMAGES, _BLOCK_BYTES // num_values) // product_rows)
+        for block_N in rows_N.split(num_products * product_rows):
             num_rows = len(block_N)
             # Without a gap they are a view, of which nothing is copied.
             is_run = num_rows > 0 and int(block_N[-1] - block_N[0]) == num_rows - 1

@@ -92,8 +92,7 @@ def submit_decoding(
 
 @cache
 def _decode_task(num_cpus: float, num_returns: int) -> Any:
-    # Options of one function: Ray takes the tasks of one in their order, and those of several as they come, the largest
-    # at last perhaps.
+    # Ray starts the tasks of one function in their order; of several, in any order.
     return _decode_shards.options(num_cpus=num_cpus, num_returns=num_returns)
 
 

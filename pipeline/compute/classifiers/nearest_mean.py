@@ -3,8 +3,9 @@
 Input: uint8 images, one row an image, and labels. Output: exact integer sums, float32 means and distances.
 Invariant: distances of an image depend on that image and the means alone.
 
-Axes: N images, K classes, D values of one image (H·W·C). Pixels are 0 to 255, distances on pixels divided by 255.
-Images of a floating type are features, of which `compute.features` says how they are added and compared.
+Axes: N images, K classes, D values of one image (H·W·C), of which n, k and c are some; V values that a pixel can have.
+Pixels are 0 to 255, distances on pixels divided by 255. Images of a floating type are features, of which
+`compute.features` says how they are added and compared.
 """
 
 from __future__ import annotations
@@ -123,8 +124,9 @@ def distances(
 def _l1_by_tables(images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Threads) -> torch.Tensor:
     """Compute the mean absolute difference, float32 [N, K], from tables of what each of 256 values differs by.
 
-    A table costs as much as 256 images, and what is left of an image is to add up rows of it: where there are many
-    images, a third of the time that a minimum for each pair of values takes.
+    A table costs about as much as 256 images, and what is left of an image is to add up rows of it: of 2,000 images and
+    64 classes a third of the time that a minimum for each pair of values takes. For some images it takes longer, but a
+    choice by their number would show in the last bits.
     """
     num_images, num_values = images_ND.shape
     num_classes = len(means_KD)
@@ -145,14 +147,14 @@ def _l1_by_tables(images_ND: torch.Tensor, means_KD: torch.Tensor, threads: Thre
             places_nc = pixels_nD[:, columns] + first_c[: len(means_ck)]
             ends_n = torch.arange(0, places_nc.numel() + 1, len(means_ck), dtype=torch.int32)
             sums_nk += embedding_bag(
-                places_nc.view(-1), table_cVk.flatten(0, 1), ends_n, mode="sum", include_last_offset=True
+                places_nc.flatten(), table_cVk.flatten(0, 1), ends_n, mode="sum", include_last_offset=True
             )
         l1_NK[rows, classes] = sums_nk.div_(num_values).float()
 
-    # As few shares of the images as keep all threads busy: each makes tables of its own. Whole vectors of classes.
-    num_blocks = -(-num_classes // _TABLE_CLASSES)
-    rows = _cut(num_images, -(-threads.number // num_blocks), 1)
+    # Threads share the classes first, in whole vectors: those that share images make tables each.
+    num_blocks = max(-(-num_classes // _TABLE_CLASSES), min(threads.number, num_classes // 16))
     classes = _cut(num_classes, num_blocks, 8)
+    rows = _cut(num_images, -(-threads.number // len(classes)), 1)
     threads.run(fill, [(some, own) for some in rows for own in classes])
     return l1_NK
 
