@@ -19,8 +19,8 @@ from benchmarks.model import LOOPS, export_models
 from benchmarks.peers import PEERS
 from benchmarks.search import SEARCHES
 
-_ON_IMAGES = ("evaluate", *(name for name in PEERS if not name.startswith("client")))
-_ON_STORE = ("evaluate", "evaluate_local", "client", "client_process", "ray_data_read_images", "daft_decode", "limit")
+_ON_IMAGES = ("evaluate", *(name for name in PEERS if name != "client"))
+_ON_STORE = ("evaluate", "evaluate_local", "client", "ray_data_read_images", "daft_decode", "limit")
 # The commands of each workload without --only.
 DEFAULTS = {
     "mnist": _ON_IMAGES,

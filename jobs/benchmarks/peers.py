@@ -322,36 +322,29 @@ def limit(images: Images) -> Answer:
 
 def client(images: Images) -> Answer:
     """Get the objects in plain processes, one per core, with the client and the threads of this job, and do no more."""
-    return _in_processes(images, lambda paths: _get_objects(images, paths, _CONCURRENCY))
+
+    def get(paths: Sequence[str]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import obstore
+        from obstore.store import S3Store
+
+        store = S3Store(
+            images.bucket,
+            config={"endpoint": images.endpoint, "region": "us-east-1", "skip_signature": True},
+            client_options={"allow_http": True},
+        )
+        with ThreadPoolExecutor(_CONCURRENCY) as pool:
+            for _ in pool.map(lambda path: obstore.get(store, path[len(images.data) + 1 :]).bytes(), paths):
+                pass
+
+    return _in_processes(images, get)
 
 
-def client_process(images: Images) -> Answer:
-    """Do as `client` in one process, with as many requests at a time as those of `client` have together."""
-    num_threads = _CONCURRENCY * (os.cpu_count() or 1)
-    return _in_processes(images, lambda paths: _get_objects(images, paths, num_threads), 1)
-
-
-def _get_objects(images: Images, paths: Sequence[str], num_threads: int) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    import obstore
-    from obstore.store import S3Store
-
-    store = S3Store(
-        images.bucket,
-        config={"endpoint": images.endpoint, "region": "us-east-1", "skip_signature": True},
-        client_options={"allow_http": True},
-    )
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in pool.map(lambda path: obstore.get(store, path[len(images.data) + 1 :]).bytes(), paths):
-            pass
-
-
-def _in_processes(
-    images: Images, work: Callable[[Sequence[str]], None], num_processes: int = os.cpu_count() or 1
-) -> Answer:
-    """Do work on all files in so many processes, by default one for each core."""
+def _in_processes(images: Images, work: Callable[[Sequence[str]], None]) -> Answer:
+    """Do work on all files, in as many processes as there are cores."""
     paths = [path for split in ("train", "valid") for path in labelled_paths(images.data, split)[0]]
+    num_processes = os.cpu_count() or 1
     started = time.perf_counter()
     pids = []
     for first in range(num_processes):
@@ -380,7 +373,6 @@ PEERS: dict[str, Callable[[Images], Answer]] = {
     "daft": daft_whole,
     "daft_decode": daft_decode,
     "client": client,
-    "client_process": client_process,
     "limit": limit,
 }
 

@@ -118,6 +118,7 @@ class Descent:
         num_places = max(len(self.params.tiles), _NORM_TASKS)
         self._squares_STU = torch.zeros(num_steps, num_places, max_units, device=self.params.device)
         self._num_images: list[int] = []
+        self._is_behind = False  # whether the mean lacks the last step
         self._num_steps_before, self._learning_rate = num_steps_before, learning_rate
 
     def step(
@@ -154,16 +155,20 @@ class Descent:
             counts = [len(rows) for rows in labels_B.split(ROWS)]
         inputs_BC = self._take_inputs(images_BD, centre_D, scale_D)
         logits_BK = self._logits(inputs_BC, counts)
-        if len(self._num_images) == len(self._squares_STU):
+        is_last = len(self._num_images) == len(self._squares_STU)
+        if is_last:
             self._last = _LastStep(inputs_BC, labels_b, counts, own, self._own(lane_counts), logits_BK[own].clone())
         errors_BK, losses_B, is_correct_B = self._predict(logits_BK, labels_B)
         rows = Rows(errors_BK.T, inputs_BC, counts if self._blocks is None else [len(labels_B)])
         if self._blocks is not None and len(labels_B) ** 2 <= _MAX_PRODUCTS_PER_CLASS * self.params.num_classes:
             shares = range(self._collective.rank, _NORM_TASKS, self._collective.num_actors)
             tasks = [partial(self._note_square, share) for share in shares]
-            tasks += [partial(self._step_in_place, number) for number in self._own_tiles]
+            was_behind, self._is_behind = self._is_behind, not (self._is_behind or is_last)
+            step = partial(self._step_in_place, was_behind=was_behind)
+            tasks += [partial(step, number) for number in self._own_tiles]
             self._threads.run(lambda task: task(rows), tasks)
         elif self._collective.num_actors == 1 or self._blocks is not None:
+            assert not self._is_behind  # steps of an epoch have as many rows as the one before, or fewer
             self._threads.run(lambda number: self._step_tile(number, rows), self._own_tiles)
         else:
             self._step_together(rows)
@@ -267,13 +272,19 @@ class Descent:
         of_inputs_bB = rows.inputs_BC[some] @ rows.inputs_BC.T
         self._squares_STU[len(self._num_images) - 1, share, 0] = (of_errors_bB.double() * of_inputs_bB).sum()
 
-    def _step_in_place(self, number: int, rows: Rows) -> None:
-        """Step a tile of this actor, and take it into the mean, without its gradient."""
-        tile, matrix_kc = self.params.tiles[number], self.params.matrices[number]
+    def _step_in_place(self, number: int, rows: Rows, *, was_behind: bool) -> None:
+        """Step a tile of this actor without its gradient, and take it into the mean, in every second step twice.
+
+        The mean is read from memory half as often then; before a step, parameters are still those after the last one.
+        """
+        tile, matrix_kc, mean_kc = self.params.tiles[number], self.params.matrices[number], self.mean.matrices[number]
+        num_steps = self._num_steps_before + len(self._num_images)
+        if was_behind:
+            sgd_linear.average(mean_kc, matrix_kc, num_steps - 1)
         errors_kB, inputs_Bc = rows.errors_KB[tile.classes], rows.inputs_BC[:, tile.columns]
         matrix_kc.addmm_(errors_kB, inputs_Bc, alpha=-self._learning_rate / self._num_images[-1])
-        num_steps = self._num_steps_before + len(self._num_images)
-        sgd_linear.average(self.mean.matrices[number], matrix_kc, num_steps)
+        if not self._is_behind:
+            sgd_linear.average(mean_kc, matrix_kc, num_steps)
 
     def _step_together(self, rows: Rows) -> None:
         """Step with all actors, round by round: what a round has moved is given away with the next one's sums."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from pipeline.driver.duplicates import Duplicates
@@ -59,8 +61,10 @@ def write_results(job: Job, counts: ImageCounts, training: Training, duplicates:
             listing.classes, job.plan.shape, training.model, training.centre_D, training.scale_D
         )
         contents["history"] = tables.history_table(training.history)
-    for name, table in contents.items():
-        digests[name] = writing.write_table(output, name, table)
+    # Where there are many classes, means and weights are large, and one is compressed beside the other.
+    with ThreadPoolExecutor(2) as pool:
+        written = pool.map(partial(writing.write_table, output), contents.keys(), contents.values())
+        digests.update(zip(contents, written, strict=True))
     skipped = (get_result(counts.skipped[index]) for index in sorted(counts.skipped))
     digests["skipped"] = writing.write_tables(output, "skipped", SKIPPED_SCHEMA, skipped)
     near, doubtful = (counts.neighbors.near, counts.neighbors.suspects) if counts.neighbors else ([], [])
