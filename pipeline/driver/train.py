@@ -10,9 +10,9 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,6 @@ from pipeline.results.figures import EpochMetric
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_SECONDS = 5.0
-# Pieces of the parameters that are asked for at once: more would fill the object store for nothing.
-_PIECES_AHEAD = 3
 # What training computes, to the last bit: another version's cannot go on here.
 _MODEL = "mean of all steps, pixels times 1/255, lanes added as a tree, many classes in place"
 _MODEL_OF_FEATURES = "mean of all steps, features of variance 1, lanes added as a tree, many classes in place"
@@ -77,7 +75,7 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
         TrainingError: If the loss is no number any more.
     """
     job.clock.enter("train")
-    last_saved, num_saved = time.monotonic(), len(training.history)
+    last_saved = time.monotonic()
     begun = [actor.call.remote("begin_training") for actor in actors]
     num_steps = -(-max(job.plan.assignment.lane_sizes) // (job.plan.batch_size // job.plan.num_lanes))
     epoch = len(training.history) + 1
@@ -85,14 +83,10 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
     training.learning_rate, training.centre_D, training.scale_D = answers[0]
     if training.params is not None:
         _give_params(job, actors, training.params)
-    while figures.stop_reason(job.config, training.history) is None:
+    refs = _begin_epoch(job, actors, training.history)
+    while refs:
         epoch = len(training.history) + 1
-        refs = [actor.call.options(num_returns=2).remote("train_epoch", epoch) for actor in actors]
         loss = training.history[-1].train_loss if training.history else None
-        # While the actors are at the next one.
-        if len(training.history) > num_saved and time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
-            save(job, training, fingerprint)
-            last_saved, num_saved = time.monotonic(), len(training.history)
         show = partial(job.show, "train", total=num_steps, epoch=epoch, loss=loss)
         records = wait_all([record for record, _ in refs], f"epoch {epoch}", follow(actors[0], show))
         row = figures.epoch_metric(records)
@@ -101,12 +95,27 @@ def train(job: Job, actors: list[Actor], training: Training, fingerprint: dict[s
                 f"epoch {epoch}: expected a loss, got {bad_losses[0]}; give a smaller --learning-rate than "
                 f"{training.learning_rate:g}"
             )
-        # Not a reference: it would be lost with the node of the first actor. Before the history, which it belongs to.
-        training.params = _take_params(job, actors[0], get_result(refs[0][1]))
+        # The actors are at the next epoch while this one's parameters come, and are saved.
+        pieces = _ask_params(job, actors[0], refs[0][1])
+        refs = _begin_epoch(job, actors, [*training.history, row])
+        # Not references: they would be lost with the node of the first actor. Before the history, which it belongs to.
+        training.params = _join_params(job, pieces)
         training.history.append(row)
-    if len(training.history) > num_saved and time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
-        save(job, training, fingerprint)
+        if time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
+            save(job, training, fingerprint)
+            last_saved = time.monotonic()
     _say_if_it_only_guesses(job, training)
+
+
+def _begin_epoch(job: Job, actors: list[Actor], history: Sequence[EpochMetric]) -> list[tuple[Ref, Ref]]:
+    """Have the actors train for the epoch after those of a history, unless that says stop.
+
+    Returns:
+        For each, references to its record, and to the first piece of the parameters.
+    """
+    if figures.stop_reason(job.config, history) is not None:
+        return []
+    return [actor.call.options(num_returns=2).remote("train_epoch", len(history) + 1) for actor in actors]
 
 
 def _give_params(job: Job, actors: list[Actor], params_2P: npt.NDArray[np.float32]) -> None:
@@ -118,23 +127,21 @@ def _give_params(job: Job, actors: list[Actor], params_2P: npt.NDArray[np.float3
         wait_all(given, "giving actors the parameters", lambda: False)
 
 
-def _take_params(job: Job, actor: Actor, piece_2p: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Take the parameters from an actor in the same way, float32 [2P], of which the first piece is here."""
+def _ask_params(job: Job, actor: Actor, first: Ref) -> deque[Ref]:
+    """Ask an actor for the parameters as they are now, in the same way; of the first piece there is a reference."""
+    later = (actor.call.remote("params_from", classes.start) for classes in job.plan.class_pieces[1:])
+    return deque([first, *later])
+
+
+def _join_params(job: Job, pieces: deque[Ref]) -> npt.NDArray[np.float32]:
+    """Put the parameters together, float32 [2P]; a piece is let go as soon as it is copied."""
     num_classes = job.plan.num_classes
     params_2P = np.empty(2 * num_classes * (job.plan.num_values + 1), np.float32)
     views = _by_class(params_2P, num_classes)
-    later = iter(job.plan.class_pieces[1:])
-
-    def ask(number: int) -> list[Ref]:
-        return [actor.call.remote("params_from", classes.start) for classes in islice(later, number)]
-
-    coming = deque(ask(_PIECES_AHEAD))  # made while others are copied
     for classes in job.plan.class_pieces:
+        piece_2p = get_result(pieces.popleft(), "the parameters")
         for own, given in zip(views, _by_class(piece_2p, len(classes)), strict=True):
             own[classes.start : classes.stop] = given
-        if coming:
-            piece_2p = get_result(coming.popleft(), "the parameters")
-            coming += ask(1)
     return params_2P
 
 
