@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from pipeline.results.screen import Screen
 def test_no_message_stands_behind_another_text(monkeypatch, term):
     terminal, finish = terminal_of(80)
     monkeypatch.setenv("TERM", term)
-    with open(terminal, "w") as stream:  # noqa: PTH123 - a descriptor
+    with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         signals = SimpleNamespace(received=signal.SIGINT, check=lambda: None)
         screen = Screen(signals)

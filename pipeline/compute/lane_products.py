@@ -1,8 +1,8 @@
 """Products of rows of inputs with the parameters' tiles: logits, and the sums of lanes' gradients.
 
-Input: inputs, and tiles or the derivatives of losses by logits. Output: logits and sums. Invariant: the products of
-a lane have the bits that they have without other lanes beside it, and lanes are added as the tree of `pipeline.tree`,
-so that it does not matter who holds which lanes.
+Input: inputs, and tiles or the derivatives of losses by logits. Output: logits and sums. Invariant: a lane's
+products have the bits that they have alone, and lanes are added as the tree of `pipeline.tree`, so that it does not
+matter who holds which lanes.
 
 Axes: as in `tiles`; G groups of R rows.
 """

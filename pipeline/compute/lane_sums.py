@@ -1,8 +1,8 @@
 """The gradients of some lanes, added tile by tile.
 
-Input: what a step's gradient is made of. Output: the sum of all lanes' gradients of a tile. Invariant: each lane is
-multiplied by itself, and lanes are added as the tree of `pipeline.tree`; nothing as large as a lane's whole gradient is
-ever held.
+Input: what a step's gradient is made of. Output: the sum of all lanes' gradients of a tile. Invariant: a lane's
+products have the bits that they have alone, and lanes are added as the tree of `pipeline.tree`; nothing as large as a
+lane's whole gradient is ever held, unless the model is one tile.
 
 Axes: as in `lane_products`.
 """

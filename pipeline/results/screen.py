@@ -22,7 +22,7 @@ _LINE_SECONDS = 10.0
 
 
 class Interrupted(BaseException):
-    """The user, or the system, asked the job to end; no `except Exception` may catch it."""
+    """The user, or the system, asked the job to end; no error, so that nothing takes it for one."""
 
 
 class Signals:
