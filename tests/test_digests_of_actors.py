@@ -21,7 +21,7 @@ from pipeline import Config
 from pipeline.compute.actor import LaneActor
 from pipeline.compute.exchange import TOKEN_BYTES
 from pipeline.driver import cluster, job
-from pipeline.plan import LaneAssignment, Plan
+from pipeline.plan import _PIECE_BYTES, LaneAssignment, Plan
 from pipeline.results.figures import epoch_metric
 from pipeline.target import Target
 
@@ -175,8 +175,11 @@ def test_another_image_changes_the_digest(one_thread):
 @pytest.fixture(scope="module")
 def colour_files(tmp_path_factory):
     """The 120 classes as files."""
-    root = tmp_path_factory.mktemp("colours")
-    for split, (images_NHWC, labels_N) in zip(("train", "valid"), colours(), strict=True):
+    return write_files(tmp_path_factory.mktemp("colours"), colours())
+
+
+def write_files(root, splits):
+    for split, (images_NHWC, labels_N) in zip(("train", "valid"), splits, strict=True):
         for row, (image_HWC, label) in enumerate(zip(images_NHWC, labels_N, strict=True)):
             path = Path(root, split, f"{label:03d}", f"{row}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,3 +206,18 @@ def test_whole_jobs_have_one_digest(kind, request, tmp_path, monkeypatch):
     assert killed
     monkeypatch.setattr(cluster, "memory_limit", lambda: 10_000.0)
     assert evaluate("disk", actors=2, scratch=str(tmp_path)) == first
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_parameters_that_come_in_pieces_are_those_of_their_epoch(tmp_path):
+    data = write_files(tmp_path / "data", colours(330, num_images=660))
+    assert _PIECE_BYTES < 8 * 330 * 24 * 24 * 3
+
+    def evaluate(name, on_progress=lambda progress: None):
+        config = Config(data=str(data), out=str(tmp_path / name), epochs=4, neighbors=0, device="cpu", report=False)
+        return job.evaluate(config, on_progress)["results_sha256"]
+
+    on_progress, killed = kill_once_in_epoch(3, actor_pids)
+    assert evaluate("killed", on_progress) == evaluate("whole")
+    assert killed
