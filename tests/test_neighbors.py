@@ -10,7 +10,8 @@ from test_products import pixels
 
 from pipeline import plan
 from pipeline.compute import lanes, neighbors
-from pipeline.compute.neighbors import FAR, TrainBlock, merge, search, stack
+from pipeline.compute.neighbors import FAR, merge, search, stack
+from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
 
 

@@ -22,16 +22,17 @@ def less_128(images):
     return images.astype(np.int64) - 128
 
 
-@pytest.mark.parametrize(("num_values", "dtype"), [(1, torch.int32), (784, torch.int32), (2500, torch.int32)])
+@pytest.mark.parametrize("num_values", [1, 2, 784, 2500])
+@pytest.mark.parametrize(("num_images", "num_others"), [(5, 9), (1, 3), (40, 1)])
+@pytest.mark.parametrize("scratch", [None, torch.full((100,), -1, dtype=torch.int32)])
 @pytest.mark.usefixtures("way")
-def test_products_are_those_of_numpy(num_values, dtype):
-    images, others = pixels(5, num_values), pixels(9, num_values, seed=1)
-    found = products.products(*(products.to_int8(torch.from_numpy(each)) for each in (images, others)))
-    assert found.dtype == dtype
+def test_products_are_those_of_numpy(num_values, num_images, num_others, scratch):
+    images, others = pixels(num_images, num_values), pixels(num_others, num_values, seed=1)
+    found = products.products(*(products.to_int8(torch.from_numpy(each)) for each in (images, others)), scratch)
     np.testing.assert_array_equal(found, less_128(images) @ less_128(others).T)
 
 
-@pytest.mark.parametrize("num_values", [1024, 1025, 32768, 32769, 230_400])
+@pytest.mark.parametrize("num_values", [1024, 1025, 16384, 16385, 230_400])
 @pytest.mark.usefixtures("way")
 def test_the_largest_products_are_exact(num_values):
     black = products.to_int8(torch.zeros(2, num_values, dtype=torch.uint8))

@@ -65,7 +65,8 @@ def _search(task: Search, num_actors: int) -> Answer:
     import numpy as np
     import torch
 
-    from pipeline.compute.neighbors import TrainBlock, merge, search
+    from pipeline.compute.neighbors import merge, search
+    from pipeline.compute.strips import TrainBlock
     from pipeline.compute.threads import Threads
 
     torch.set_num_threads(1)

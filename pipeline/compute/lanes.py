@@ -25,8 +25,8 @@ import torch
 
 from pipeline.compute.classifiers import sgd_linear
 from pipeline.compute.features import DTYPES
-from pipeline.compute.neighbors import TrainBlock
 from pipeline.compute.spool import Spool
+from pipeline.compute.strips import TrainBlock
 from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 

@@ -10,9 +10,10 @@ neighboring columns of a block. Distances are squared, in pixels of 0 to 255 or 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,38 +23,24 @@ import torch
 
 from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_whole
 from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, find_pairs, has_axes, nearest
-from pipeline.compute.pruning import stack as stack_projected
+from pipeline.compute.strips import GROUP, STRIP, Others, Strips, TrainBlock, make_strips
 from pipeline.compute.threads import Threads
 
 # Places of images, distances less their own squares, and rows and labels of training images, on the CPU.
 _Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Of a neighbor that there is none of.
 FAR = torch.iinfo(torch.int64).max
-# Images that are searched for at once, and training images beside them: their products, 2^21, stay in the cache. Where
-# most are left out, there are as many beside fewer images, so that the nearest are found sooner.
-_TILE_IMAGES, _PLAIN_COLUMNS, _PRUNED_TILE_IMAGES = 512, 4096, 256
-_MAX_GROUP = 64
-# Values that become float32 at once.
-_FLOAT_VALUES = 2**20
+# Images that are searched for at once; where most training images are left out, fewer, so that the nearest are found
+# sooner.
+_TILE_IMAGES, _PRUNED_TILE_IMAGES = 512, 256
+# The product of what is left out: a distance that is made of it is larger than all others, and has room in the type.
+_LOWEST = {torch.int32: -3 * 2**28, torch.int64: -(2**60)}
+# Candidates that wait to be merged, at most; so many take 8 MiB.
+_MAX_WAITING = 2**18
 # For fewer images axes are not worth finding.
 _MIN_PRUNED = 512
-# Training images among which the first J are looked for, by more trials than J.
-_PROBED, _MORE_PROBES = 2048, 7
-
-
-@dataclass(frozen=True)
-class TrainBlock:
-    """Some training images.
-
-    Attributes:
-        images_TD: uint8, on the device that searches.
-        rows_T: Their rows in the listing, int64, on the CPU.
-        labels_T: int64, on the CPU.
-    """
-
-    images_TD: torch.Tensor
-    rows_T: torch.Tensor
-    labels_T: torch.Tensor
+# The first J are looked for by more trials than J.
+_MORE_PROBES = 7
 
 
 @dataclass
@@ -115,13 +102,15 @@ def search(
         for start in range(0, len(images_ND), size)
     ]
     projection: Projection | None = None
+    scratches: list[torch.Tensor] = []
     for number, block in enumerate(blocks):
         if number == 0 and can_prune and has_axes(block.images_TD):
             projection = Projection(block.images_TD)
             shared.run(partial(_Tile.project, projection=projection), tiles)
         is_pruned = any(tile.prunes(number) for tile in tiles)
-        others = _prepare(block, projection if is_pruned else None, shared)
-        shared.run(partial(_Tile.take, others=others, number=number), tiles)
+        prepared = make_strips(block, projection if is_pruned else None, shared)
+        shared.run(partial(_Tile.take, block=prepared, number=number, scratches=scratches), tiles)
+    shared.run(_Tile.merge, tiles)
     empty = np.zeros((0, num_neighbors))
     none = Neighbors(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.int64), empty.astype(object))
     return stack([none, *(tile.neighbors() for tile in tiles)])
@@ -146,45 +135,28 @@ def merge(found: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
     return merged.map(lambda values: values[:, :num_found])
 
 
-@dataclass
-class _Others:
-    """A block of training images, as `to_whole` gives them, with their squares; projected, to leave most out."""
-
-    images_TD: torch.Tensor
-    squares_T: torch.Tensor
-    rows_T: torch.Tensor
-    labels_T: torch.Tensor
-    projected: Projected | None = None
-
-    def __getitem__(self, columns: slice) -> _Others:
-        return replace(self, **{name: values[columns] for name, values in vars(self).items() if values is not None})
+def _true_places(are_true_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and columns of what is true, in order."""
+    if are_true_NT.device.type != "cpu":
+        row_C, column_C = are_true_NT.nonzero(as_tuple=True)
+        return row_C, column_C
+    # NumPy does it at several times torch's speed.
+    place_C = torch.from_numpy(np.flatnonzero(are_true_NT.numpy()))
+    row_C = place_C // max(1, are_true_NT.shape[1])
+    return row_C, place_C - row_C * are_true_NT.shape[1]
 
 
-def _prepare(block: TrainBlock, projection: Projection | None, threads: Threads) -> _Others:
-    num_images, num_values = block.images_TD.shape
-    step = max(1, min(_TILE_IMAGES, _FLOAT_VALUES // num_values))
-    starts = range(0, num_images, step)
-    dtype = torch.float64 if block.images_TD.is_floating_point() else torch.int8
-    images_TD = torch.empty_like(block.images_TD, dtype=dtype)
-    squares_T = torch.empty(num_images, dtype=torch.int64, device=images_TD.device)
-    projected: dict[int, Projected] = {}
-    order_T = torch.arange(num_images)
-    if projection is not None:
-        # The first ones are of all classes then, however the listing is sorted.
-        spread = -(-num_images // _PROBED)
-        order_T = torch.cat([order_T[first::spread] for first in range(spread)])
-
-    def prepare(start: int) -> None:
-        rows = slice(start, start + step)
-        given_TD = block.images_TD[rows] if projection is None else block.images_TD[order_T[rows]]
-        images_TD[rows] = to_whole(given_TD)
-        squares_T[rows] = squares(images_TD[rows])
-        if projection is not None:
-            projected[start] = projection.apply(given_TD)
-
-    threads.run(prepare, starts)
-    stacked = stack_projected([projected[start] for start in starts]) if projection else None
-    return _Others(images_TD, squares_T, block.rows_T[order_T], block.labels_T[order_T], stacked)
+def _sort(*keys: torch.Tensor) -> torch.Tensor:
+    """Return the order by the first key, then by the next; all int64 [C]."""
+    lows = [int(key_C.min()) if len(key_C) else 0 for key_C in keys]
+    sizes = [int(key_C.max()) - low + 1 if len(key_C) else 1 for key_C, low in zip(keys, lows, strict=True)]
+    if math.prod(sizes) > FAR:
+        return torch.from_numpy(np.lexsort([key_C.numpy() for key_C in reversed(keys)]))
+    # One key of all takes a fifth of the time.
+    joint_C = torch.zeros_like(keys[0])
+    for key_C, low, size in zip(keys, lows, sizes, strict=True):
+        joint_C.mul_(size).add_(key_C - low)
+    return torch.from_numpy(np.argsort(joint_C.numpy()))
 
 
 class _Tile:
@@ -206,11 +178,15 @@ class _Tile:
         self._pruning: tuple[Projection, Projected] | None = None
         self._next_pruned = 0
         self._own_rows_N = own_rows_N
+        self._own_places_N = torch.zeros(0, dtype=torch.int64)  # in a block; -1 where they are in another one
         self._only_labels_N = only_labels_N
         shape = len(images_ND), num_neighbors
         self._best_NJ = torch.full(shape, FAR, dtype=torch.int64, device=images_ND.device)
         self._rows_NJ = torch.full(shape, FAR, dtype=torch.int64)
         self._labels_NJ = torch.full(shape, -1, dtype=torch.int64)
+        # Candidates that are not merged yet; how many training images were met, now and when they were merged last.
+        self._waiting: list[_Pairs] = []
+        self._num_met = self._num_merged = 0
 
     def project(self, projection: Projection) -> None:
         """Get ready to leave most images out by their projections."""
@@ -220,47 +196,83 @@ class _Tile:
         """Whether it tries to leave most images of a block out, by the block's number."""
         return self._pruning is not None and number >= self._next_pruned
 
-    def take(self, others: _Others, number: int) -> None:
-        """Meet the images of a block, by its number."""
-        num_columns = len(others.rows_T)
-        done = self._take_near(others) if self.prunes(number) else 0
-        if done < num_columns:
+    def take(self, block: Strips, number: int, scratches: list[torch.Tensor]) -> None:
+        """Meet the images of a block, by its number, with memory that is taken from others, and put back for others."""
+        bounds = block.bounds
+        if self._own_rows_N is not None:
+            rows_T = block.others.rows_T[block.by_row_T]
+            place_N = torch.searchsorted(rows_T, self._own_rows_N).clamp_(max=len(rows_T) - 1)
+            self._own_places_N = torch.where(rows_T[place_N] == self._own_rows_N, block.by_row_T[place_N], -1)
+        done = self._take_near(block) if self.prunes(number) else 0
+        if done < bounds[-1]:
             # Later ones, when the nearest so far are nearer, may be worth another trial.
             self._next_pruned = max(self._next_pruned, 4 * (number + 1))
-        for start in range(done, num_columns, _PLAIN_COLUMNS):
-            self._keep(*self._compare_all(others[start : start + _PLAIN_COLUMNS]))
+        scratch = scratches.pop() if scratches else self._images_ND.new_empty(_TILE_IMAGES * STRIP, dtype=torch.int32)
+        for start, stop in itertools.pairwise(bound for bound in bounds if bound >= done):
+            self._waiting.append(self._compare_all(block.others[start:stop], start, scratch))
+            self._num_met += stop - start
+            # Bounds by the nearest of half of what was met let about as many pass as those of all.
+            if self._num_met >= 2 * self._num_merged or sum(len(pairs[0]) for pairs in self._waiting) > _MAX_WAITING:
+                self.merge()
+        scratches.append(scratch)
 
-    def _take_near(self, others: _Others) -> int:
+    def _take_near(self, block: Strips) -> int:
         """Meet those that can count by their projections, until comparing all is faster; return how many are done."""
-        num_columns, done = len(others.rows_T), 0
+        done, end = 0, block.bounds[-1]
         is_bound = bool((self._best_NJ[:, -1] != FAR).all())
-        while done < num_columns:
+        while done < end:
             # The nearest of the first ones bound as many more, and so on.
-            stop = num_columns if is_bound else min(2 * done or _PROBED, num_columns)
-            found = self._find_pairs(others[done:stop])
+            stop = end if is_bound else next(bound for bound in block.bounds if bound >= min(max(2 * done, 1), end))
+            found = self._find_pairs(block.others[done:stop], done)
             if found is None:
                 break
-            self._keep(*found)
+            self._waiting.append(found)
+            self._num_met += stop - done
+            self.merge()
             done = stop
         return done
 
-    def _compare_all(self, others: _Others) -> _Pairs:
-        products_NT = products(self._images_ND, others.images_TD)
-        values_NT = torch.sub(others.squares_T.to(products_NT.dtype), products_NT, alpha=2)
-        # `pad` takes a float64, which has not every int64.
-        far = min(torch.iinfo(values_NT.dtype).max, 2**62)
-        self._leave_out(values_NT, far, others)
-        image_C, column_C, value_C = (each_C.cpu() for each_C in self._candidates(values_NT, far))
+    def _compare_all(self, others: Others, start: int, scratch: torch.Tensor) -> _Pairs:
+        """Choose all that can be among the J nearest, ties included: which of them counts is decided by their rows.
+
+        The longest product of a group, and its shortest image, say how near its images can be at best; and its longest
+        image how far the one of that product is at most: the J nearest are no farther than the J nearest of such ones.
+        """
+        num_images, num_neighbors = self._best_NJ.shape
+        num_columns = len(others.rows_T)
+        width = GROUP
+        while width > 1 and num_columns < 2 * num_neighbors * width:
+            width //= 2
+        products_NT = products(self._images_ND, others.images_TD, scratch)
+        dtype = torch.int64 if products_NT.dtype == torch.int64 else torch.int32
+        self._leave_out(products_NT, _LOWEST[dtype], others.labels_T, start)
+        squares_T = others.squares_T.to(dtype)
+        if more := -num_columns % width:
+            products_NT = torch.nn.functional.pad(products_NT, (0, more), value=_LOWEST[dtype])
+            squares_T = torch.cat([squares_T, squares_T[-1:].expand(more)])
+        products_NGW, squares_GW = products_NT.view(num_images, -1, width), squares_T.view(-1, width)
+        largest_NG = products_NGW.amax(2).to(dtype)
+        limit_N = self._best_NJ[:, -1]
+        if num_neighbors <= len(squares_GW) and bool((limit_N == FAR).any()):
+            farthest_NG = torch.sub(squares_GW.amax(1), largest_NG, alpha=2)
+            limit_N = limit_N.minimum(farthest_NG.topk(num_neighbors, 1, largest=False).values.amax(1))
+        # What is left out is farther, whatever is known of others.
+        limit_N1 = limit_N.clamp(max=-2 * _LOWEST[dtype] - 1).to(dtype)[:, None]
+        image_P, group_P = _true_places(torch.sub(squares_GW.amin(1), largest_NG, alpha=2) <= limit_N1)
+        values_PW = squares_GW[group_P].sub_(products_NGW[image_P, group_P].to(dtype), alpha=2)
+        place_C, offset_C = _true_places(values_PW <= limit_N1[image_P])
+        column_C = (group_P[place_C] * width + offset_C).cpu()
+        image_C, value_C = image_P[place_C].cpu(), values_PW[place_C, offset_C].long().cpu()
         return image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
 
-    def _find_pairs(self, others: _Others) -> _Pairs | None:
+    def _find_pairs(self, others: Others, start: int) -> _Pairs | None:
         """Find all pairs that can count by their projections, and compare these; None where they are too many."""
         assert self._pruning is not None
         assert others.projected is not None
         projection, searched = self._pruning
         bound_N = self._best_NJ[:, -1]
         if bool((bound_N == FAR).any()):
-            bound_N = bound_N.minimum(self._probe(others[:_PROBED]))
+            bound_N = bound_N.minimum(self._probe(others[:STRIP], start))
         if bool((bound_N == FAR).any()):
             return None
         longest = float(others.projected.squares_N.max())
@@ -276,7 +288,7 @@ class _Tile:
         image_C, column_C, value_C = image_C[is_near_C], column_C[is_near_C], value_C[is_near_C]
         return image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
 
-    def _probe(self, others: _Others) -> torch.Tensor:
+    def _probe(self, others: Others, start: int) -> torch.Tensor:
         """Compare those that seem nearest: the J-th nearest one of all is no farther than theirs, int64 [N]."""
         assert self._pruning is not None
         assert others.projected is not None
@@ -284,18 +296,18 @@ class _Tile:
         number = min(num_neighbors + _MORE_PROBES, len(others.rows_T))
         if number < num_neighbors:
             return torch.full((num_images,), FAR)
-        leave_out = partial(self._leave_out, far=math.inf, others=others)
+        leave_out = partial(self._leave_out, far=math.inf, labels_T=others.labels_T, start=start)
         column_NC = nearest(self._pruning[1], others.projected, number, leave_out)
         image_C = torch.arange(num_images).repeat_interleave(number)
         value_C = self._values(others, image_C, column_NC.view(-1).clamp(min=0))
         value_NC = value_C.view(column_NC.shape).masked_fill_(column_NC < 0, FAR)
         return value_NC.kthvalue(num_neighbors, 1).values
 
-    def _values(self, others: _Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+    def _values(self, others: Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
         products_C = pair_products(self._images_ND, others.images_TD, image_C, column_C)
         return others.squares_T[column_C].sub_(products_C, alpha=2)
 
-    def _counts(self, others: _Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+    def _counts(self, others: Others, image_C: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
         counts_C = torch.ones(len(image_C), dtype=torch.bool)
         if self._own_rows_N is not None:
             counts_C &= self._own_rows_N[image_C] != others.rows_T[column_C]
@@ -310,58 +322,28 @@ class _Tile:
         no_keys_NJ = np.full(distances_NJ.shape, "", object)
         return Neighbors(distances_NJ.cpu().numpy(), self._rows_NJ.numpy(), self._labels_NJ.numpy(), no_keys_NJ)
 
-    def _leave_out(self, values_NT: torch.Tensor, far: float, others: _Others) -> None:
+    def _leave_out(self, values_NT: torch.Tensor, far: float, labels_T: torch.Tensor, start: int) -> None:
         if self._own_rows_N is not None:
-            order_T = others.rows_T.argsort()
-            sorted_T = others.rows_T[order_T]
-            place_N = torch.searchsorted(sorted_T, self._own_rows_N).clamp_(max=len(sorted_T) - 1)
-            is_here_N = sorted_T[place_N] == self._own_rows_N
-            here, there = is_here_N.nonzero()[:, 0], order_T[place_N[is_here_N]]
-            values_NT[here.to(values_NT.device), there.to(values_NT.device)] = far
+            place_N = self._own_places_N - start
+            here = ((place_N >= 0) & (place_N < len(labels_T))).nonzero()[:, 0]
+            values_NT[here.to(values_NT.device), place_N[here].to(values_NT.device)] = far
         if self._only_labels_N is not None:
-            is_other_NT = self._only_labels_N[:, None] != others.labels_T[None, :]
-            values_NT[:, : len(others.rows_T)].masked_fill_(is_other_NT.to(values_NT.device), far)
+            is_other_NT = self._only_labels_N[:, None] != labels_T[None, :]
+            values_NT.masked_fill_(is_other_NT.to(values_NT.device), far)
 
-    def _candidates(self, values_NT: torch.Tensor, far: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose all values that can be among the J nearest: their images, columns, and values.
-
-        The J smallest of the minima of groups belong to J images, so that the J nearest are no farther than the largest
-        of these. All that lie no farther are kept, ties included: which of them counts is decided by their rows.
-        """
-        num_images, num_columns = values_NT.shape
-        num_neighbors = self._best_NJ.shape[1]
-        width = _MAX_GROUP
-        while width > 1 and num_columns < 2 * num_neighbors * width:
-            width //= 2
-        if num_columns % width:
-            values_NT = torch.nn.functional.pad(values_NT, (0, -num_columns % width), value=far)
-        values_NGW = values_NT.view(num_images, -1, width)
-        minima_NG = values_NGW.amin(2)
-        limit_N = self._best_NJ[:, -1].clamp(max=far - 1).to(values_NT.dtype)
-        if num_neighbors <= minima_NG.shape[1]:
-            limit_N = limit_N.minimum(minima_NG.topk(num_neighbors, 1, largest=False).values.amax(1))
-        image_P, group_P = (minima_NG <= limit_N[:, None]).nonzero(as_tuple=True)
-        values_PW = values_NGW[image_P, group_P]
-        place_C, offset_C = ((values_PW <= limit_N[image_P][:, None]) & (values_PW < far)).nonzero(as_tuple=True)
-        return image_P[place_C], group_P[place_C] * width + offset_C, values_PW[place_C, offset_C].long()
-
-    def _keep(self, image_C: torch.Tensor, value_C: torch.Tensor, row_C: torch.Tensor, label_C: torch.Tensor) -> None:
-        """Merge candidates with what was nearest so far."""
-        if not len(image_C):
-            return
-        changed_M = image_C.unique()
-        num_neighbors = self._best_NJ.shape[1]
+    def merge(self) -> None:
+        """Choose the nearest among candidates and what was nearest so far."""
+        self._num_merged = self._num_met
         best_NJ = self._best_NJ.cpu()
-        image_C = torch.cat([changed_M.repeat_interleave(num_neighbors), image_C])
-        value_C = torch.cat([best_NJ[changed_M].view(-1), value_C])
-        row_C = torch.cat([self._rows_NJ[changed_M].view(-1), row_C])
-        label_C = torch.cat([self._labels_NJ[changed_M].view(-1), label_C])
-        order_C = torch.from_numpy(np.lexsort((row_C.numpy(), value_C.numpy(), image_C.numpy())))
-        sorted_C = image_C[order_C]
-        rank_C = torch.arange(len(order_C)) - torch.searchsorted(sorted_C, sorted_C)
-        kept_C = order_C[rank_C < num_neighbors]
-        self._best_NJ[changed_M.to(self._best_NJ.device)] = (
-            value_C[kept_C].view(-1, num_neighbors).to(self._best_NJ.device)
-        )
-        self._rows_NJ[changed_M] = row_C[kept_C].view(-1, num_neighbors)
-        self._labels_NJ[changed_M] = label_C[kept_C].view(-1, num_neighbors)
+        image_C, place_C = _true_places(best_NJ != FAR)
+        so_far = image_C, best_NJ[image_C, place_C], self._rows_NJ[image_C, place_C], self._labels_NJ[image_C, place_C]
+        image_C, value_C, row_C, label_C = (torch.cat(each) for each in zip(so_far, *self._waiting, strict=True))
+        self._waiting.clear()
+        order_C = _sort(image_C, value_C, row_C)
+        image_C = image_C[order_C]
+        rank_C = torch.arange(len(order_C)) - torch.searchsorted(image_C, torch.arange(len(best_NJ)))[image_C]
+        is_kept_C = rank_C < best_NJ.shape[1]
+        order_C, places = order_C[is_kept_C], (image_C[is_kept_C], rank_C[is_kept_C])
+        best_NJ[places] = value_C[order_C]
+        self._rows_NJ[places], self._labels_NJ[places] = row_C[order_C], label_C[order_C]
+        self._best_NJ = best_NJ.to(self._best_NJ.device)

@@ -9,6 +9,7 @@ Axes: N and T images, D values of an image.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from pipeline.compute.features import to_unit_vectors
 
 # Products of int8 are at most 2^14: their sums stay below 2^24, where float32 is exact, for so many values,
 _FLOAT_VALUES = 1024
-# and below 2^31 for so many, with those of the distances that are made of them.
-_INT_VALUES = 2**15
+# and below 2^31 for so many, with the distances that are made of them.
+_INT_VALUES = 2**14
 # Pairs that are compared at once.
 _PAIRS = 1024
 # What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
@@ -42,21 +43,34 @@ def to_int8(images_ND: torch.Tensor) -> torch.Tensor:
     return images_ND.contiguous().view(torch.int8).bitwise_xor(-128)
 
 
-def products(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
-    """Multiply images with images, both int8 or float64: [N, T], int32 or, where that is too small, int64."""
+def products(images_ND: torch.Tensor, others_TD: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply images with images, both int8 or float64.
+
+    Args:
+        images_ND: Some images.
+        others_TD: Others.
+        scratch: Where the result may lie, int32 [N * T] or more: memory that is not new costs less than the products.
+
+    Returns:
+        [N, T], whole numbers of a type that has them all: int32, int64, or float32.
+    """
     if images_ND.is_floating_point():
         return (images_ND @ others_TD.T).long()
-    multiply, max_values = (_multiply_int8, _INT_VALUES) if has_fast_int8(images_ND.device) else (
-        _multiply_float32, _FLOAT_VALUES)  # fmt: skip
+    shape = len(images_ND), len(others_TD)
+    multiply, max_values, dtype = (
+        (_multiply_int8, _INT_VALUES, torch.int32) if has_fast_int8(images_ND.device) else
+        (_multiply_float32, _FLOAT_VALUES, torch.float32))  # fmt: skip
+    if scratch is None:
+        scratch = torch.empty(math.prod(shape), dtype=torch.int32, device=images_ND.device)
+    place_NT = scratch[: math.prod(shape)].view(dtype).view(shape)
     num_values = images_ND.shape[1]
-    sums_NT = torch.zeros(0)
+    if num_values <= max_values:
+        return multiply(images_ND, others_TD, place_NT)
+    sum_dtype = torch.int32 if num_values <= _INT_VALUES else torch.int64
+    sums_NT = torch.zeros(shape, dtype=sum_dtype, device=images_ND.device)
     for start in range(0, num_values, max_values):
         values = slice(start, start + max_values)
-        products_NT = multiply(images_ND[:, values], others_TD[:, values])
-        if start == 0:
-            sums_NT = products_NT.to(torch.int32 if num_values <= _INT_VALUES else torch.int64)
-        else:
-            sums_NT += products_NT
+        sums_NT += multiply(images_ND[:, values], others_TD[:, values], place_NT).to(sum_dtype)
     return sums_NT
 
 
@@ -111,18 +125,23 @@ def squares(images_ND: torch.Tensor) -> torch.Tensor:
     return torch.cat(blocks).long() if blocks else torch.zeros(0, dtype=torch.int64, device=images_ND.device)
 
 
-def _multiply_float32(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
-    return (images_ND.float() @ others_TD.float().T).int()
+def _multiply_float32(images_ND: torch.Tensor, others_TD: torch.Tensor, out_NT: torch.Tensor) -> torch.Tensor:
+    return torch.mm(images_ND.float(), others_TD.float().T, out=out_NT)
 
 
-def _multiply_int8(images_ND: torch.Tensor, others_TD: torch.Tensor) -> torch.Tensor:
-    # CUDA's takes more than 16 rows, and multiples of 8 values and columns; zeros add nothing.
+def _multiply_int8(images_ND: torch.Tensor, others_TD: torch.Tensor, out_NT: torch.Tensor) -> torch.Tensor:
     (num_images, num_values), num_others = images_ND.shape, len(others_TD)
+    pad = torch.nn.functional.pad
     if images_ND.device.type == "cuda":
+        # It takes more than 16 rows, and multiples of 8 values and columns; zeros add nothing.
         more = -num_values % 8
-        images_ND = torch.nn.functional.pad(images_ND, (0, more, 0, max(0, 17 - num_images)))
-        others_TD = torch.nn.functional.pad(others_TD, (0, more, 0, -num_others % 8))
-    return torch._int_mm(images_ND, others_TD.T)[:num_images, :num_others]
+        images_ND = pad(images_ND, (0, more, 0, max(0, 17 - num_images)))
+        others_TD = pad(others_TD, (0, more, 0, -num_others % 8))
+        return torch._int_mm(images_ND, others_TD.T)[:num_images, :num_others]
+    if num_values == 1:
+        # A CPU's takes a column for a row, whose strides are the same, and gives whatever lies behind it.
+        images_ND, others_TD = pad(images_ND, (0, 1)), pad(others_TD, (0, 1))
+    return torch._int_mm(images_ND, others_TD.T, out=out_NT)
 
 
 @cache
@@ -134,22 +153,23 @@ def has_fast_int8(device: torch.device) -> bool:
     num_images, num_others, num_values = _TRIAL
     images_ND = torch.ones(num_images, num_values, dtype=torch.int8, device=device)
     others_TD = torch.ones(num_others, num_values, dtype=torch.int8, device=device)
+    out_NT = torch.empty(num_images, num_others, dtype=torch.int32, device=device)
     try:
-        int8_s = _measure(_multiply_int8, images_ND[:32], others_TD) * num_images / 32
+        int8_s = _measure(_multiply_int8, images_ND[:32], others_TD, out_NT[:32]) * num_images / 32
     except (RuntimeError, AttributeError):  # this torch has none for this device
         return False
-    return int8_s < _measure(_multiply_float32, images_ND, others_TD)
+    return int8_s < _measure(_multiply_float32, images_ND, others_TD, out_NT.view(torch.float32))
 
 
 def _measure(
-    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images_ND: torch.Tensor, others_TD: torch.Tensor
+    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], *arguments: torch.Tensor
 ) -> float:
     # On a CPU the time of this thread: others may keep it waiting.
-    clock = time.thread_time if images_ND.device.type == "cpu" else time.perf_counter
-    multiply(images_ND, others_TD)
+    clock = time.thread_time if arguments[0].device.type == "cpu" else time.perf_counter
+    multiply(*arguments)
     times = []
     for _ in range(3):
         started = clock()
-        int(multiply(images_ND, others_TD)[0, 0])  # which a GPU is waited for
+        int(multiply(*arguments)[0, 0])  # which a GPU is waited for
         times.append(clock() - started)
     return min(times)
