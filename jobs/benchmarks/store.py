@@ -129,20 +129,33 @@ class Connection(asyncio.Protocol):
         first = "\r\n".join([f"HTTP/1.1 {status}", *headers, f"Content-Length: {size}", "", ""]).encode()
         if isinstance(body, Part) and sent >= _SENT_BYTES:
             self._transport.write(first)
-            self._sending = asyncio.create_task(self._send(body, sent, is_cut=bool(is_cut)))
+            self._send(body, sent, is_cut=bool(is_cut))
             return
         self._transport.write(first + (body.read() if isinstance(body, Part) else body)[:sent])
         if is_cut:
             self._transport.close()
 
-    async def _send(self, part: Part, num_bytes: int, *, is_cut: bool) -> None:
+    def _send(self, part: Part, num_bytes: int, *, is_cut: bool) -> None:
         """Have the system send a part of a file, which nothing here reads."""
         assert self._transport is not None
-        with (
-            Path(os.fsdecode(part.path)).open("rb") as file,
-            suppress(ConnectionError, RuntimeError),
-        ):  # the client may be gone
-            await asyncio.get_running_loop().sendfile(self._transport, file, part.start, num_bytes)
+        connection = self._transport.get_extra_info("socket").fileno()
+        file, sent = os.open(part.path, os.O_RDONLY), 0
+        # What there is room for goes at once: to have the loop send it costs as much again.
+        with suppress(BlockingIOError, ConnectionError):  # the client may be gone
+            while not self._transport.get_write_buffer_size() and sent < num_bytes:
+                sent += os.sendfile(connection, file, part.start + sent, num_bytes - sent)
+        if sent < num_bytes:
+            rest = self._send_rest(file, part.start + sent, num_bytes - sent, is_cut=is_cut)
+            self._sending = asyncio.create_task(rest)
+            return
+        os.close(file)
+        if is_cut:
+            self._transport.close()
+
+    async def _send_rest(self, descriptor: int, start: int, num_bytes: int, *, is_cut: bool) -> None:
+        assert self._transport is not None
+        with os.fdopen(descriptor, "rb") as file, suppress(ConnectionError, RuntimeError):
+            await asyncio.get_running_loop().sendfile(self._transport, file, start, num_bytes)
         if is_cut:
             self._transport.close()
 

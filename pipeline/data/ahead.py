@@ -10,11 +10,13 @@ import heapq
 import itertools
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -31,9 +33,6 @@ MAX_BYTES_AHEAD = 32 * 2**20
 # block of reads the first ones tell.
 _SLOW_READ_SECONDS = 0.0005
 _BLOCK_READS, _TIMED_READS = 256, 16
-# Threads that have nothing to read, by their number: a shard of photographs takes as long to start its own as to read
-# twenty of them.
-_IDLE_POOLS: defaultdict[int, list[ThreadPoolExecutor]] = defaultdict(list)
 
 
 def read_many(
@@ -92,25 +91,102 @@ def read_ahead(
     """
     room = _Room(max_bytes)
     upcoming = enumerate(items)
-    begun: deque[Future[Answer | OSError]] = deque()
-    idle_pools = _IDLE_POOLS[concurrency]
-    pool = idle_pools.pop() if idle_pools else ThreadPoolExecutor(concurrency)
+    answers: SimpleQueue[tuple[int, Answer | OSError | _Failure]] = SimpleQueue()
+    early: dict[int, Answer | OSError | _Failure] = {}
+    idle = _IDLE_READERS[concurrency]
+    readers = idle.pop() if idle else _Readers(concurrency)
+    turn = num_begun = 0
     try:
-        for turn in itertools.count():
-            while len(begun) < 2 * concurrency and (found := next(upcoming, None)) is not None:
+        while True:
+            while num_begun < turn + 2 * concurrency and (found := next(upcoming, None)) is not None:
                 number, item = found
-                begun.append(pool.submit(_try, read, item, partial(room.take, number)))
-            if not begun:
+                num_begun += 1
+                readers.begin(_Task(number, read, item, partial(room.take, number), answers), num_begun - turn)
+            if turn == num_begun:
                 return
             room.reach(turn)
-            yield begun.popleft().result()
+            while turn not in early:
+                number, answer = answers.get()
+                early[number] = answer
+                del answer  # which may be large, and is held while it is used alone
+            yield _said(early.pop(turn))
             room.free(turn)
+            turn += 1
     finally:
         room.close()
-        if begun:  # the consumer has stopped, and what is on its way keeps these threads
-            pool.shutdown(wait=False, cancel_futures=True)
+        if turn < num_begun:  # the consumer has stopped, and what is on its way keeps these threads
+            readers.end()
         else:
-            idle_pools.append(pool)
+            idle.append(readers)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a read raised that is no `OSError`."""
+
+    exc: BaseException
+
+
+@dataclass(slots=True)
+class _Task(Generic[Item, Answer]):
+    """A read, and where its answer goes."""
+
+    number: int
+    read: Callable[[Item, Admit], Answer]
+    item: Item
+    admit: Admit
+    answers: SimpleQueue[tuple[int, Answer | OSError | _Failure]]
+
+    def do(self) -> None:
+        """Read, and answer, whatever happens."""
+        answer: Answer | OSError | _Failure
+        try:
+            answer = _try(self.read, self.item, self.admit)
+        except BaseException as exc:  # noqa: BLE001 - raised where the answer is asked for
+            answer = _Failure(exc)
+        self.answers.put((self.number, answer))
+
+
+class _Readers:
+    """Threads that do tasks, started when there are more tasks than threads.
+
+    An executor of the standard library, which makes a future with locks of each task, takes twice as long.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._number = 0
+        self._tasks: SimpleQueue[_Task[Any, Any] | None] = SimpleQueue()
+
+    def begin(self, task: _Task[Any, Any], num_begun: int) -> None:
+        """Have a task done that is one of so many."""
+        if self._number < min(self._most, num_begun):
+            self._number += 1
+            threading.Thread(target=self._work, daemon=True).start()
+        self._tasks.put(task)
+
+    def end(self) -> None:
+        """Forget the tasks that nobody has begun, and end the threads when they have done theirs."""
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in range(self._number):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task.do()
+
+
+# Threads that have nothing to read, by their number: a shard of photographs takes as long to start its own as to read
+# twenty of them.
+_IDLE_READERS: defaultdict[int, list[_Readers]] = defaultdict(list)
+
+
+def _said(answer: Answer | OSError | _Failure) -> Answer | OSError:
+    if isinstance(answer, _Failure):
+        raise answer.exc
+    return answer
 
 
 def _try(read: Callable[[Item, Admit], Answer], item: Item, admit: Admit) -> Answer | OSError:
