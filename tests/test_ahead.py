@@ -100,6 +100,47 @@ def test_threads_are_used_again_and_never_by_two_at_a_time():
     assert not one & other
 
 
+def test_a_consumer_that_takes_just_what_there_is_leaves_its_threads_to_the_next():
+    def name(item, admit):
+        admit(1)
+        return threading.current_thread().name
+
+    def take_all():
+        answers = read_ahead(name, range(20), 2)
+        return {next(answers) for _ in range(20)}
+
+    assert take_all() & take_all()
+
+
+def test_reads_on_their_way_become_more_when_the_consumer_waits_and_stay_so():
+    begun = 0
+    behind = threading.Semaphore(0)
+
+    def read(item, admit):
+        nonlocal begun
+        admit(1)
+        if item < ahead._FIRST_REACH:
+            return item
+        with lock:
+            begun += 1
+        assert behind.acquire(timeout=30)
+        return item
+
+    lock = threading.Lock()
+    answers = read_ahead(read, range(200), 100)
+    assert [next(answers) for _ in range(ahead._FIRST_REACH)] == list(range(ahead._FIRST_REACH))
+    consumer = threading.Thread(target=lambda: list(answers))
+    consumer.start()
+    deadline = time.monotonic() + 30
+    while begun < 64 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert begun == 64
+    for _ in range(200):
+        behind.release()
+    consumer.join()
+    assert [readers.reach > ahead._FIRST_REACH for readers in ahead._IDLE_READERS[100]] == [True]
+
+
 def test_what_is_no_os_error_ends_the_reads():
     def fail(item, admit):
         raise ZeroDivisionError

@@ -29,6 +29,9 @@ DEFAULT_CONCURRENCY = 128
 # on its way for 0.1 s; three of them at once are faster than a core decodes. In memory it is up to three times as much,
 # as the client joins what came in parts.
 MAX_BYTES_AHEAD = 32 * 2**20
+# Reads that are begun at first, and how many times as many when the consumer has to wait: each that is on its way
+# without need costs CPU: with 128 of them a photograph takes 0.1 ms more.
+_FIRST_REACH, _GROWTH = 16, 4
 # A disk is read by the decoding thread itself, unless reads wait for so long, as on a network file system: of every
 # block of reads the first ones tell.
 _SLOW_READ_SECONDS = 0.0005
@@ -83,7 +86,7 @@ def read_ahead(
         read: Called with an item, and with a function that it calls, once, with the number of its bytes before they are
             read.
         items: What is to be read.
-        concurrency: Reads at a time; twice as many are begun or wait for their turn.
+        concurrency: Reads at a time, at most; twice as many are begun or wait for their turn.
         max_bytes: Of these. A read of more bytes than that is admitted when its turn has come.
 
     Yields:
@@ -95,10 +98,23 @@ def read_ahead(
     early: dict[int, Answer | OSError | _Failure] = {}
     idle = _IDLE_READERS[concurrency]
     readers = idle.pop() if idle else _Readers(concurrency)
+
+    def collect() -> None:
+        number, answer = answers.get()
+        early[number] = answer
+
     turn = num_begun = 0
+    grown_until = readers.reach
     try:
         while True:
-            while num_begun < turn + 2 * concurrency and (found := next(upcoming, None)) is not None:
+            while not answers.empty():
+                collect()
+            if turn >= grown_until and turn not in early:
+                # It was begun when as many before it were used up since: they were too few.
+                readers.reach *= _GROWTH
+                grown_until = turn + readers.reach
+            stop = turn + min(readers.reach, 2 * concurrency)
+            while num_begun < stop and (found := next(upcoming, None)) is not None:
                 number, item = found
                 num_begun += 1
                 readers.begin(_Task(number, read, item, partial(room.take, number), answers), num_begun - turn)
@@ -106,12 +122,10 @@ def read_ahead(
                 return
             room.reach(turn)
             while turn not in early:
-                number, answer = answers.get()
-                early[number] = answer
-                del answer  # which may be large, and is held while it is used alone
-            yield _said(early.pop(turn))
-            room.free(turn)
-            turn += 1
+                collect()
+            turn += 1  # before the last answer is taken, after which a consumer may not ask again
+            yield _said(early.pop(turn - 1))
+            room.free(turn - 1)
     finally:
         room.close()
         if turn < num_begun:  # the consumer has stopped, and what is on its way keeps these threads
@@ -150,10 +164,14 @@ class _Task(Generic[Item, Answer]):
 class _Readers:
     """Threads that do tasks, started when there are more tasks than threads.
 
+    Attributes:
+        reach: From how many on the next one is not begun yet: what the reads before have shown to be enough.
+
     An executor of the standard library, which makes a future with locks of each task, takes twice as long.
     """
 
     def __init__(self, most: int) -> None:
+        self.reach = _FIRST_REACH
         self._most = most
         self._number = 0
         self._tasks: SimpleQueue[_Task[Any, Any] | None] = SimpleQueue()
