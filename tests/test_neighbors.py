@@ -1,5 +1,6 @@
 """The nearest training images, against a plain loop in int64."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from test_products import pixels
 
 from pipeline import plan
-from pipeline.compute import lanes, neighbors
+from pipeline.compute import lanes, neighbors, strips
 from pipeline.compute.neighbors import FAR, merge, search, stack
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
@@ -54,6 +55,49 @@ def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, h
     images, others = pixels(20, 12, high=high), train(200, 12, high)
     found = search(torch.from_numpy(images), in_blocks(*others, size), num_neighbors, Threads(2))
     assert as_lists(found) == nearest_in_a_loop(images, *others, num_neighbors)
+
+
+@pytest.mark.parametrize("most", [64, 96])
+@pytest.mark.parametrize(("size", "num_neighbors"), [(700, 5), (170, 1), (33, 40)])
+@pytest.mark.parametrize("high", [256, 2])
+@pytest.mark.parametrize("is_searched_in_all", [True, False])
+def test_neighbors_are_found_in_many_strips(monkeypatch, most, size, num_neighbors, high, is_searched_in_all):
+    monkeypatch.setattr(neighbors, "_TILE_IMAGES", 16)
+    monkeypatch.setattr(neighbors, "_MAX_WAITING", 100)
+    monkeypatch.setattr(strips, "_STRIP", {"cpu": most})
+    others = train(700, 12, high)
+    images = others[0][:50] if is_searched_in_all else pixels(50, 12, high=high)
+    own_rows, only = (others[1][:50], None) if is_searched_in_all else (None, np.arange(50) % 3)
+    found = search(
+        torch.from_numpy(images),
+        in_blocks(*others, size),
+        num_neighbors,
+        Threads(2),
+        None if own_rows is None else torch.from_numpy(own_rows),
+        None if only is None else torch.from_numpy(only),
+    )
+    assert as_lists(found) == nearest_in_a_loop(images, *others, num_neighbors, own_rows, only)
+
+
+@pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (31, [31]), (32, [32]), (64, [64]), (65, [64, 1]),
+    (200, [64, 64, 64, 8]), (230, [64, 64, 64, 32, 6])])  # fmt: skip
+def test_strips_have_images_of_all_lengths_the_shortest_first(monkeypatch, num_images, sizes):
+    monkeypatch.setattr(strips, "_STRIP", {"cpu": 64})
+    images, rows, labels = train(num_images, 30)
+    [block] = in_blocks(images, rows, labels, num_images)
+    dealt = strips.make_strips(block, None, Threads())
+    assert np.diff(dealt.bounds).tolist() == sizes
+    assert sorted(dealt.others.rows_T.tolist()) == list(range(num_images))
+    assert dealt.others.rows_T[dealt.by_row_T].tolist() == list(range(num_images))
+    for start, stop in itertools.pairwise(dealt.bounds):
+        lengths = dealt.others.squares_T[start:stop]
+        assert (lengths.diff() >= 0).all()
+        if stop - start == 64:  # no strip lacks images of some length that others have
+            ranks = torch.searchsorted(dealt.others.squares_T.sort().values, lengths)
+            assert ranks.diff().max() <= 2 * len(sizes)
+    assert dealt.others.squares_T.tolist() == [
+        int(((image.astype(int) - 128) ** 2).sum()) for image in images[np.argsort(rows)][dealt.others.rows_T.numpy()]
+    ]
 
 
 @pytest.mark.parametrize("num_values", [1, 1025, 33_000])

@@ -23,7 +23,7 @@ import torch
 
 from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_whole
 from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, find_pairs, has_axes, nearest
-from pipeline.compute.strips import GROUP, STRIP, Others, Strips, TrainBlock, make_strips
+from pipeline.compute.strips import GROUP, Others, Strips, TrainBlock, make_strips, most_of_strip
 from pipeline.compute.threads import Threads
 
 # Places of images, distances less their own squares, and rows and labels of training images, on the CPU.
@@ -207,7 +207,10 @@ class _Tile:
         if done < bounds[-1]:
             # Later ones, when the nearest so far are nearer, may be worth another trial.
             self._next_pruned = max(self._next_pruned, 4 * (number + 1))
-        scratch = scratches.pop() if scratches else self._images_ND.new_empty(_TILE_IMAGES * STRIP, dtype=torch.int32)
+        most = len(self._images_ND) * most_of_strip(self._images_ND.device)
+        scratch = scratches.pop() if scratches else self._images_ND.new_empty(0, dtype=torch.int32)
+        if len(scratch) < most:
+            scratch = self._images_ND.new_empty(most, dtype=torch.int32)
         for start, stop in itertools.pairwise(bound for bound in bounds if bound >= done):
             self._waiting.append(self._compare_all(block.others[start:stop], start, scratch))
             self._num_met += stop - start
@@ -272,7 +275,7 @@ class _Tile:
         projection, searched = self._pruning
         bound_N = self._best_NJ[:, -1]
         if bool((bound_N == FAR).any()):
-            bound_N = bound_N.minimum(self._probe(others[:STRIP], start))
+            bound_N = bound_N.minimum(self._probe(others[: most_of_strip(bound_N.device)], start))
         if bool((bound_N == FAR).any()):
             return None
         longest = float(others.projected.squares_N.max())

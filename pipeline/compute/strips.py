@@ -18,9 +18,11 @@ from pipeline.compute.products import squares, to_whole
 from pipeline.compute.pruning import Projected, Projection, stack
 from pipeline.compute.threads import Threads
 
-# Images of a strip, at most: with the images that are searched for at once their products, 2^20, stay in the cache.
+# Images of a strip, at most: on a CPU their products with the images that are searched for at once, 2^20, stay in the
+# cache; a GPU does more in one call.
+_STRIP = {"cpu": 2048, "cuda": 4096}
 # Images of a group.
-STRIP, GROUP = 2048, 32
+GROUP = 32
 # Images, and values, that become float32 at once.
 _CHUNK_IMAGES, _FLOAT_VALUES = 512, 2**20
 
@@ -69,6 +71,11 @@ class Strips:
     by_row_T: torch.Tensor
 
 
+def most_of_strip(device: torch.device) -> int:
+    """Return how many images a strip has at most."""
+    return _STRIP[device.type]
+
+
 def make_strips(block: TrainBlock, projection: Projection | None, threads: Threads) -> Strips:
     """Get a block ready.
 
@@ -107,7 +114,7 @@ def _deal(lengths_T: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """Deal images to strips; return the bounds of these, and the images' order."""
     # Strips of whole groups; what is left is one of its own.
     num_images = len(lengths_T)
-    size = -(-num_images // (-(-num_images // STRIP) * GROUP)) * GROUP
+    size = -(-num_images // (-(-num_images // most_of_strip(lengths_T.device)) * GROUP)) * GROUP
     bounds = sorted({*range(0, num_images, size), num_images - num_images % GROUP, num_images})
     places = [torch.arange(0.5, stop - start) / (stop - start) for start, stop in itertools.pairwise(bounds)]
     order_T = torch.empty_like(lengths_T)
