@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -88,6 +89,64 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
         time.sleep(0.01)
     assert set(threading.enumerate()) <= before
     assert reads.num_begun <= 16
+
+
+def test_a_read_that_nobody_asks_for_is_not_begun_and_waits_for_no_room():
+    begun, ended = threading.Event(), threading.Event()
+    errors = []
+
+    def read(item, admit):
+        if item == 0:
+            admit(100)
+            return item
+        begun.set()
+        assert ended.wait(30)
+        try:
+            admit(100)
+        except OSError as exc:
+            errors.append(exc)
+            raise
+        return item
+
+    answers = read_ahead(read, range(50), 2, max_bytes=100)
+    assert next(answers) == 0
+    assert begun.wait(30)
+    answers.close()
+    ended.set()
+    deadline = time.monotonic() + 30
+    while len(errors) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [str(error) for error in errors] == ["nobody asks for it"] * 2
+
+
+def test_a_thread_that_has_nothing_to_read_holds_nothing():
+    class Owner:
+        def read(self, item, admit):
+            admit(1)
+            return bytearray(item)
+
+    owner = Owner()
+    is_gone = weakref.ref(owner)
+    assert len(list(read_ahead(owner.read, range(9), 3))) == 9
+    del owner
+    deadline = time.monotonic() + 30
+    while is_gone() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert is_gone() is None
+
+
+def test_a_reader_that_is_garbage_while_it_makes_room_stops_nothing(monkeypatch):
+    room = ahead._Room(10)
+    room.take(0, 10)
+
+    class Event(threading.Event):
+        def __init__(self):
+            super().__init__()
+            room.close()  # as the collector would, where memory is taken
+
+    monkeypatch.setattr(ahead.threading, "Event", Event)
+    with pytest.raises(OSError, match="nobody asks for it"):
+        room.take(1, 10)
 
 
 def test_threads_are_used_again_and_never_by_two_at_a_time():

@@ -157,10 +157,12 @@ def test_without_images_there_are_no_neighbors():
     assert (stack([nothing, nothing]).distances_NJ == FAR).all()
 
 
-def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch):
+@pytest.mark.parametrize("are_alike", [False, True])
+def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch, are_alike):
     monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: False)  # so that projections take memory too
     sizes = plan._REQUEST_BYTES // 2048, lanes._BLOCK_BYTES // 2048
-    images, block = (np.repeat(pixels(size, 32, seed), 64, axis=1) for seed, size in enumerate(sizes))
+    high = 1 if are_alike else 256
+    images, block = (np.repeat(pixels(size, 32, seed, high), 64, axis=1) for seed, size in enumerate(sizes))
     blocks = (TrainBlock(torch.from_numpy(block), torch.arange(len(block)), torch.arange(len(block))) for _ in range(2))
     search(
         torch.from_numpy(images[:600]), in_blocks(block[:600], np.arange(600), np.arange(600), 600), 5

@@ -143,7 +143,10 @@ class Connection(asyncio.Protocol):
         # What there is room for goes at once: to have the loop send it costs as much again.
         with suppress(BlockingIOError, ConnectionError):  # the client may be gone
             while not self._transport.get_write_buffer_size() and sent < num_bytes:
-                sent += os.sendfile(connection, file, part.start + sent, num_bytes - sent)
+                now = os.sendfile(connection, file, part.start + sent, num_bytes - sent)
+                if not now:  # the file has become shorter: the client sees a body that is cut off
+                    num_bytes, is_cut = sent, True
+                sent += now
         if sent < num_bytes:
             rest = self._send_rest(file, part.start + sent, num_bytes - sent, is_cut=is_cut)
             self._sending = asyncio.create_task(rest)

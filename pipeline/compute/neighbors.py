@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,8 +35,8 @@ FAR = torch.iinfo(torch.int64).max
 _TILE_IMAGES, _PRUNED_TILE_IMAGES = 512, 256
 # The product of what is left out: a distance that is made of it is larger than all others, and has room in the type.
 _LOWEST = {torch.int32: -3 * 2**28, torch.int64: -(2**60)}
-# Candidates that wait to be merged, at most; so many take 8 MiB.
-_MAX_WAITING = 2**18
+# Candidates that are looked at, and that wait to be merged, at a time: where all images are alike, all are candidates.
+_MAX_WAITING = 2**17
 # For fewer images axes are not worth finding.
 _MIN_PRUNED = 512
 # The first J are looked for by more trials than J.
@@ -212,10 +212,13 @@ class _Tile:
         if len(scratch) < most:
             scratch = self._images_ND.new_empty(most, dtype=torch.int32)
         for start, stop in itertools.pairwise(bound for bound in bounds if bound >= done):
-            self._waiting.append(self._compare_all(block.others[start:stop], start, scratch))
+            for found in self._compare_all(block.others[start:stop], start, scratch):
+                self._waiting.append(found)
+                if sum(len(pairs[0]) for pairs in self._waiting) > _MAX_WAITING:
+                    self.merge()
             self._num_met += stop - start
             # Bounds by the nearest of half of what was met let about as many pass as those of all.
-            if self._num_met >= 2 * self._num_merged or sum(len(pairs[0]) for pairs in self._waiting) > _MAX_WAITING:
+            if self._num_met >= 2 * self._num_merged:
                 self.merge()
         scratches.append(scratch)
 
@@ -235,7 +238,7 @@ class _Tile:
             done = stop
         return done
 
-    def _compare_all(self, others: Others, start: int, scratch: torch.Tensor) -> _Pairs:
+    def _compare_all(self, others: Others, start: int, scratch: torch.Tensor) -> Iterator[_Pairs]:
         """Choose all that can be among the J nearest, ties included: which of them counts is decided by their rows.
 
         The longest product of a group, and its shortest image, say how near its images can be at best; and its longest
@@ -262,11 +265,14 @@ class _Tile:
         # What is left out is farther, whatever is known of others.
         limit_N1 = limit_N.clamp(max=-2 * _LOWEST[dtype] - 1).to(dtype)[:, None]
         image_P, group_P = _true_places(torch.sub(squares_GW.amin(1), largest_NG, alpha=2) <= limit_N1)
-        values_PW = squares_GW[group_P].sub_(products_NGW[image_P, group_P].to(dtype), alpha=2)
-        place_C, offset_C = _true_places(values_PW <= limit_N1[image_P])
-        column_C = (group_P[place_C] * width + offset_C).cpu()
-        image_C, value_C = image_P[place_C].cpu(), values_PW[place_C, offset_C].long().cpu()
-        return image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
+        for first in range(0, len(image_P), _MAX_WAITING // width):
+            some = slice(first, first + _MAX_WAITING // width)
+            image_S, group_S = image_P[some], group_P[some]
+            values_SW = squares_GW[group_S].sub_(products_NGW[image_S, group_S].to(dtype), alpha=2)
+            place_C, offset_C = _true_places(values_SW <= limit_N1[image_S])
+            column_C = (group_S[place_C] * width + offset_C).cpu()
+            image_C, value_C = image_S[place_C].cpu(), values_SW[place_C, offset_C].long().cpu()
+            yield image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
 
     def _find_pairs(self, others: Others, start: int) -> _Pairs | None:
         """Find all pairs that can count by their projections, and compare these; None where they are too many."""

@@ -127,9 +127,9 @@ def read_ahead(
             yield _said(early.pop(turn - 1))
             room.free(turn - 1)
     finally:
-        room.close()
         if turn < num_begun:  # the consumer has stopped, and what is on its way keeps these threads
             readers.end()
+            room.close()
         else:
             idle.append(readers)
 
@@ -194,6 +194,7 @@ class _Readers:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task.do()
+            del task  # and all that it holds, while there is none
 
 
 # Threads that have nothing to read, by their number: a shard of photographs takes as long to start its own as to read
@@ -218,6 +219,10 @@ def _admit(_: int) -> None:
     """Admit a read at once: there is no other beside it."""
 
 
+# The turn after all others.
+_NOBODY = 2**63
+
+
 class _Room:
     """Bytes that reads may have together, whoever's turn it is excepted; those that wait go on in their order."""
 
@@ -227,17 +232,25 @@ class _Room:
         self._num_bytes = 0
         self._turn = 0
         self._waiting: list[tuple[int, int, threading.Event]] = []  # a heap, by turn
+        # Nothing is made while it is held: that can have a generator closed which is garbage, and which takes it too.
         self._lock = threading.Lock()
 
     def take(self, turn: int, num_bytes: int) -> None:
-        """Wait until there is room for the bytes of a read, or it is its turn."""
+        """Wait until there is room for the bytes of a read, or it is its turn.
+
+        Raises:
+            OSError: If nobody will ask for what is read.
+        """
         with self._lock:
-            if turn <= self._turn or (not self._waiting and self._num_bytes + num_bytes <= self._max_bytes):
-                self._admit(turn, num_bytes)
+            if self._fits(turn, num_bytes):
                 return
-            admitted = threading.Event()
-            heapq.heappush(self._waiting, (turn, num_bytes, admitted))
-        admitted.wait()
+        waiting = turn, num_bytes, threading.Event()
+        with self._lock:
+            if self._fits(turn, num_bytes):
+                return
+            heapq.heappush(self._waiting, waiting)
+        waiting[2].wait()
+        self._check()
 
     def reach(self, turn: int) -> None:
         """Say whose turn it is."""
@@ -252,8 +265,19 @@ class _Room:
             self._admit_waiting()
 
     def close(self) -> None:
-        """Let all go on that wait: nobody will ask for what they read."""
-        self.reach(2**63)
+        """Let nobody wait: nobody will ask for what is read."""
+        self.reach(_NOBODY)
+
+    def _fits(self, turn: int, num_bytes: int) -> bool:
+        self._check()
+        if turn > self._turn and (self._waiting or self._num_bytes + num_bytes > self._max_bytes):
+            return False
+        self._admit(turn, num_bytes)
+        return True
+
+    def _check(self) -> None:
+        if self._turn == _NOBODY:
+            raise OSError("nobody asks for it")
 
     def _admit(self, turn: int, num_bytes: int) -> None:
         self._taken[turn] = num_bytes
