@@ -4,6 +4,7 @@ import random
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -133,6 +134,19 @@ def test_a_thread_that_has_nothing_to_read_holds_nothing():
     while is_gone() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert is_gone() is None
+
+
+def test_what_waits_for_room_that_nobody_will_make_is_an_error():
+    room = ahead._Room(10)
+    room.take(0, 10)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(room.take, 1, 10)
+        deadline = time.monotonic() + 30
+        while not room._waiting and time.monotonic() < deadline:
+            time.sleep(0.001)
+        room.close()
+        with pytest.raises(OSError, match="nobody asks for it"):
+            waiting.result(30)
 
 
 def test_a_reader_that_is_garbage_while_it_makes_room_stops_nothing(monkeypatch):
