@@ -93,14 +93,14 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
 
 
 def test_a_read_that_nobody_asks_for_is_not_begun_and_waits_for_no_room():
-    begun, ended = threading.Event(), threading.Event()
+    begun, ended = threading.Semaphore(0), threading.Event()
     errors = []
 
     def read(item, admit):
         if item == 0:
             admit(100)
             return item
-        begun.set()
+        begun.release()
         assert ended.wait(30)
         try:
             admit(100)
@@ -111,7 +111,8 @@ def test_a_read_that_nobody_asks_for_is_not_begun_and_waits_for_no_room():
 
     answers = read_ahead(read, range(50), 2, max_bytes=100)
     assert next(answers) == 0
-    assert begun.wait(30)
+    for _ in range(2):  # as many as there are threads
+        assert begun.acquire(timeout=30)
     answers.close()
     ended.set()
     deadline = time.monotonic() + 30
