@@ -180,7 +180,7 @@ def test_a_consumer_that_takes_just_what_there_is_leaves_its_threads_to_the_next
         return threading.current_thread().name
 
     def take_all():
-        answers = read_ahead(name, range(20), 2)
+        answers = read_ahead(name, range(20), 1)
         return {next(answers) for _ in range(20)}
 
     assert take_all() & take_all()
