@@ -215,11 +215,12 @@ def test_reads_on_their_way_become_more_when_the_consumer_waits_and_stay_so():
     assert [readers.reach > ahead._FIRST_REACH for readers in ahead._IDLE_READERS[100]] == [True]
 
 
-def test_what_is_no_os_error_ends_the_reads():
+@pytest.mark.parametrize("error", [ZeroDivisionError, GeneratorExit])
+def test_what_is_no_os_error_ends_the_reads(error):
     def fail(item, admit):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         list(read_ahead(fail, range(5), 2))
 
 
