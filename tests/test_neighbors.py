@@ -10,10 +10,12 @@ import torch
 from test_products import pixels
 
 from pipeline import plan
-from pipeline.compute import lanes, neighbors, strips
+from pipeline.compute import lanes, neighbors, rounded, strips
 from pipeline.compute.neighbors import FAR, merge, search, stack
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
+
+needs_instructions = pytest.mark.skipif(not rounded.works(), reason="needs a CPU with VNNI, and a torch with oneDNN")
 
 
 def nearest_in_a_loop(images, others, rows, labels, number, own_rows=None, only_labels=None):
@@ -64,7 +66,9 @@ def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, h
 def test_neighbors_are_found_in_many_strips(monkeypatch, most, size, num_neighbors, high, is_searched_in_all):
     monkeypatch.setattr(neighbors, "_TILE_IMAGES", 16)
     monkeypatch.setattr(neighbors, "_MAX_WAITING", 100)
-    monkeypatch.setattr(strips, "_STRIP", {"cpu": most})
+    monkeypatch.setattr(strips, "STRIP", most)
+    monkeypatch.setattr(neighbors, "STRIP", most)
+    monkeypatch.setattr(neighbors, "_PRODUCTS", {"cpu": 5 * most})
     others = train(700, 12, high)
     images = others[0][:50] if is_searched_in_all else pixels(50, 12, high=high)
     own_rows, only = (others[1][:50], None) if is_searched_in_all else (None, np.arange(50) % 3)
@@ -82,10 +86,10 @@ def test_neighbors_are_found_in_many_strips(monkeypatch, most, size, num_neighbo
 @pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (31, [31]), (32, [32]), (64, [64]), (65, [64, 1]),
     (200, [64, 64, 64, 8]), (230, [64, 64, 64, 32, 6])])  # fmt: skip
 def test_strips_have_images_of_all_lengths_the_shortest_first(monkeypatch, num_images, sizes):
-    monkeypatch.setattr(strips, "_STRIP", {"cpu": 64})
+    monkeypatch.setattr(strips, "STRIP", 64)
     images, rows, labels = train(num_images, 30)
     [block] = in_blocks(images, rows, labels, num_images)
-    dealt = strips.make_strips(block, None, Threads())
+    dealt = strips.make_strips(block, None, Threads(), keeps_pixels=False)
     assert np.diff(dealt.bounds).tolist() == sizes
     assert sorted(dealt.others.rows_T.tolist()) == list(range(num_images))
     assert dealt.others.rows_T[dealt.by_row_T].tolist() == list(range(num_images))
@@ -159,8 +163,9 @@ def test_without_images_there_are_no_neighbors():
 
 
 @pytest.mark.parametrize("are_alike", [False, True])
-def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch, are_alike):
-    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: False)  # so that projections take memory too
+@pytest.mark.parametrize("rounds", [False, pytest.param(True, marks=needs_instructions)])
+def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch, are_alike, rounds):
+    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: rounds)  # else projections take memory too
     sizes = plan._REQUEST_BYTES // 2048, lanes._BLOCK_BYTES // 2048
     high = 1 if are_alike else 256
     images, block = (np.repeat(pixels(size, 32, seed, high), 64, axis=1) for seed, size in enumerate(sizes))

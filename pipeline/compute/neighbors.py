@@ -21,18 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.compute import rounded
 from pipeline.compute.products import has_fast_int8, pair_products, products, squares, to_whole
 from pipeline.compute.pruning import MIN_VALUES, Projected, Projection, find_pairs, has_axes, nearest
-from pipeline.compute.strips import GROUP, Others, Strips, TrainBlock, make_strips, most_of_strip
+from pipeline.compute.strips import GROUP, STRIP, Others, Strips, TrainBlock, make_strips
 from pipeline.compute.threads import Threads
 
 # Places of images, distances less their own squares, and rows and labels of training images, on the CPU.
 _Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Of a neighbor that there is none of.
 FAR = torch.iinfo(torch.int64).max
-# Images that are searched for at once; where most training images are left out, fewer, so that the nearest are found
-# sooner.
+# Images that are searched for at once; where most training images are left out by projections, fewer, so that the
+# nearest are found sooner.
 _TILE_IMAGES, _PRUNED_TILE_IMAGES = 512, 256
+# Products of all that are made at once, in memory that every thread keeps; a GPU does more in one call.
+_PRODUCTS = {"cpu": 2**20, "cuda": 2**21}
 # The product of what is left out: a distance that is made of it is larger than all others, and has room in the type.
 _LOWEST = {torch.int32: -3 * 2**28, torch.int64: -(2**60)}
 # Candidates that are looked at, and that wait to be merged, at a time: where all images are alike, all are candidates.
@@ -88,9 +91,14 @@ def search(
     """
     is_on_cpu = images_ND.device.type == "cpu"
     shared = threads if threads and is_on_cpu else Threads()
-    # A product of all is faster where there are instructions for it; and of features it is one of float64.
-    is_worth_it = is_on_cpu and len(images_ND) >= _MIN_PRUNED and images_ND.shape[1] >= MIN_VALUES
-    can_prune = is_worth_it and not images_ND.is_floating_point() and not has_fast_int8(images_ND.device)
+    # Features are compared by products of float64. Of pixels most pairs are left out: by rounded products, where there
+    # are instructions for these, and else by projections.
+    is_fast = images_ND.is_floating_point() or has_fast_int8(images_ND.device)
+    can_prune = is_on_cpu and not is_fast and len(images_ND) >= _MIN_PRUNED and images_ND.shape[1] >= MIN_VALUES
+    rounds = (
+        is_on_cpu and is_fast and not images_ND.is_floating_point() and only_labels_N is None
+        and images_ND.shape[1] <= rounded.MAX_VALUES and rounded.works()
+    )  # fmt: skip
     size = _PRUNED_TILE_IMAGES if can_prune else _TILE_IMAGES
     tiles = [
         _Tile(
@@ -102,13 +110,15 @@ def search(
         for start in range(0, len(images_ND), size)
     ]
     projection: Projection | None = None
+    if rounds:
+        shared.run(_Tile.pack, tiles)
     scratches: list[torch.Tensor] = []
     for number, block in enumerate(blocks):
         if number == 0 and can_prune and has_axes(block.images_TD):
             projection = Projection(block.images_TD)
             shared.run(partial(_Tile.project, projection=projection), tiles)
         is_pruned = any(tile.prunes(number) for tile in tiles)
-        prepared = make_strips(block, projection if is_pruned else None, shared)
+        prepared = make_strips(block, projection if is_pruned else None, shared, keeps_pixels=rounds)
         shared.run(partial(_Tile.take, block=prepared, number=number, scratches=scratches), tiles)
     shared.run(_Tile.merge, tiles)
     empty = np.zeros((0, num_neighbors))
@@ -159,6 +169,10 @@ def _sort(*keys: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.argsort(joint_C.numpy()))
 
 
+def _count(pairs: Iterable[Sequence[torch.Tensor]]) -> int:
+    return sum(len(columns[0]) for columns in pairs)
+
+
 class _Tile:
     """Some images with the J nearest that they have met so far.
 
@@ -177,6 +191,7 @@ class _Tile:
         self._pixels_ND = images_ND
         self._pruning: tuple[Projection, Projected] | None = None
         self._next_pruned = 0
+        self._packed: rounded.Packed | None = None
         self._own_rows_N = own_rows_N
         self._own_places_N = torch.zeros(0, dtype=torch.int64)  # in a block; -1 where they are in another one
         self._only_labels_N = only_labels_N
@@ -186,11 +201,17 @@ class _Tile:
         self._labels_NJ = torch.full(shape, -1, dtype=torch.int64)
         # Candidates that are not merged yet; how many training images were met, now and when they were merged last.
         self._waiting: list[_Pairs] = []
+        # Pairs of images and of columns of a block that can count, and are not compared yet.
+        self._unsure: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_met = self._num_merged = 0
 
     def project(self, projection: Projection) -> None:
         """Get ready to leave most images out by their projections."""
         self._pruning = projection, projection.apply(self._pixels_ND).as_searched()
+
+    def pack(self) -> None:
+        """Get ready to leave most images out by rounded products."""
+        self._packed = rounded.pack(self._images_ND)
 
     def prunes(self, number: int) -> bool:
         """Whether it tries to leave most images of a block out, by the block's number."""
@@ -207,18 +228,24 @@ class _Tile:
         if done < bounds[-1]:
             # Later ones, when the nearest so far are nearer, may be worth another trial.
             self._next_pruned = max(self._next_pruned, 4 * (number + 1))
-        most = len(self._images_ND) * most_of_strip(self._images_ND.device)
-        scratch = scratches.pop() if scratches else self._images_ND.new_empty(0, dtype=torch.int32)
-        if len(scratch) < most:
-            scratch = self._images_ND.new_empty(most, dtype=torch.int32)
+        most = max(STRIP, _PRODUCTS[self._images_ND.device.type])
+        scratch = scratches.pop() if scratches else self._images_ND.new_empty(most, dtype=torch.int32)
         for start, stop in itertools.pairwise(bound for bound in bounds if bound >= done):
-            for found in self._compare_all(block.others[start:stop], start, scratch):
-                self._waiting.append(found)
-                if sum(len(pairs[0]) for pairs in self._waiting) > _MAX_WAITING:
-                    self.merge()
+            others = block.others[start:stop]
+            if pairs := self._find_rounded(others, block.scales.get(start)):
+                self._unsure.append((pairs[0], pairs[1].add_(start)))
+            else:
+                for found in self._compare_all(others, start, scratch):
+                    self._waiting.append(found)
+                    if _count(self._waiting) > _MAX_WAITING:
+                        self.merge()
             self._num_met += stop - start
+            is_end = stop == bounds[-1]
             # Bounds by the nearest of half of what was met let about as many pass as those of all.
-            if self._num_met >= 2 * self._num_merged:
+            is_due = self._num_met >= (1.5 if is_end else 2) * self._num_merged
+            if is_end or is_due or _count(self._unsure) > _MAX_WAITING:
+                self._settle(block.others)
+            if is_due or _count(self._waiting) > _MAX_WAITING:
                 self.merge()
         scratches.append(scratch)
 
@@ -239,26 +266,32 @@ class _Tile:
         return done
 
     def _compare_all(self, others: Others, start: int, scratch: torch.Tensor) -> Iterator[_Pairs]:
-        """Choose all that can be among the J nearest, ties included: which of them counts is decided by their rows.
+        """Choose all that can be among the J nearest, ties included: which of them counts is decided by their rows."""
+        step = max(1, len(scratch) // len(others.rows_T))
+        for first in range(0, len(self._images_ND), step):
+            yield from self._compare(slice(first, first + step), others, start, scratch)
+
+    def _compare(self, rows: slice, others: Others, start: int, scratch: torch.Tensor) -> Iterator[_Pairs]:
+        """Do so for some images.
 
         The longest product of a group, and its shortest image, say how near its images can be at best; and its longest
         image how far the one of that product is at most: the J nearest are no farther than the J nearest of such ones.
         """
-        num_images, num_neighbors = self._best_NJ.shape
+        limit_N = self._best_NJ[rows, -1]
+        num_images, num_neighbors = len(limit_N), self._best_NJ.shape[1]
         num_columns = len(others.rows_T)
         width = GROUP
         while width > 1 and num_columns < 2 * num_neighbors * width:
             width //= 2
-        products_NT = products(self._images_ND, others.images_TD, scratch)
+        products_NT = products(self._images_ND[rows], others.images_TD, scratch)
         dtype = torch.int64 if products_NT.dtype == torch.int64 else torch.int32
-        self._leave_out(products_NT, _LOWEST[dtype], others.labels_T, start)
+        self._leave_out(products_NT, _LOWEST[dtype], others.labels_T, start, rows)
         squares_T = others.squares_T.to(dtype)
         if more := -num_columns % width:
             products_NT = torch.nn.functional.pad(products_NT, (0, more), value=_LOWEST[dtype])
             squares_T = torch.cat([squares_T, squares_T[-1:].expand(more)])
         products_NGW, squares_GW = products_NT.view(num_images, -1, width), squares_T.view(-1, width)
         largest_NG = products_NGW.amax(2).to(dtype)
-        limit_N = self._best_NJ[:, -1]
         if num_neighbors <= len(squares_GW) and bool((limit_N == FAR).any()):
             farthest_NG = torch.sub(squares_GW.amax(1), largest_NG, alpha=2)
             limit_N = limit_N.minimum(farthest_NG.topk(num_neighbors, 1, largest=False).values.amax(1))
@@ -271,8 +304,25 @@ class _Tile:
             values_SW = squares_GW[group_S].sub_(products_NGW[image_S, group_S].to(dtype), alpha=2)
             place_C, offset_C = _true_places(values_SW <= limit_N1[image_S])
             column_C = (group_S[place_C] * width + offset_C).cpu()
-            image_C, value_C = image_S[place_C].cpu(), values_SW[place_C, offset_C].long().cpu()
+            image_C, value_C = image_S[place_C].cpu().add_(rows.start), values_SW[place_C, offset_C].long().cpu()
             yield image_C, value_C, others.rows_T[column_C], others.labels_T[column_C]
+
+    def _find_rounded(self, others: Others, scale: rounded.Scale | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Find all pairs that can count by rounded products; None where all are to be compared."""
+        limit_N = self._best_NJ[:, -1]
+        if self._packed is None or scale is None or bool((limit_N == FAR).any()):  # without limits all would pass
+            return None
+        return rounded.find_pairs(self._packed, limit_N, others.images_TD, scale)
+
+    def _settle(self, others: Others) -> None:
+        """Compare the pairs that can count, of some training images, and forget them."""
+        if self._unsure:
+            image_C, column_C = (torch.cat(places) for places in zip(*self._unsure, strict=True))
+            self._unsure.clear()
+            order_C = _sort(image_C)
+            image_C, column_C = image_C[order_C], column_C[order_C]
+            counts_C = self._counts(others, image_C, column_C)
+            self._waiting.append(self._choose(others, image_C[counts_C], column_C[counts_C], self._best_NJ[:, -1]))
 
     def _find_pairs(self, others: Others, start: int) -> _Pairs | None:
         """Find all pairs that can count by their projections, and compare these; None where they are too many."""
@@ -281,7 +331,7 @@ class _Tile:
         projection, searched = self._pruning
         bound_N = self._best_NJ[:, -1]
         if bool((bound_N == FAR).any()):
-            bound_N = bound_N.minimum(self._probe(others[: most_of_strip(bound_N.device)], start))
+            bound_N = bound_N.minimum(self._probe(others[:STRIP], start))
         if bool((bound_N == FAR).any()):
             return None
         longest = float(others.projected.squares_N.max())
@@ -291,7 +341,10 @@ class _Tile:
         pairs = find_pairs(searched, others.projected, limit_N, choose)
         if pairs is None:
             return None
-        image_C, column_C = pairs
+        return self._choose(others, *pairs, bound_N)
+
+    def _choose(self, others: Others, image_C: torch.Tensor, column_C: torch.Tensor, bound_N: torch.Tensor) -> _Pairs:
+        """Compare pairs, by images that ascend, and choose those that are as near as bounds."""
         value_C = self._values(others, image_C, column_C)
         is_near_C = value_C <= bound_N[image_C]
         image_C, column_C, value_C = image_C[is_near_C], column_C[is_near_C], value_C[is_near_C]
@@ -331,13 +384,15 @@ class _Tile:
         no_keys_NJ = np.full(distances_NJ.shape, "", object)
         return Neighbors(distances_NJ.cpu().numpy(), self._rows_NJ.numpy(), self._labels_NJ.numpy(), no_keys_NJ)
 
-    def _leave_out(self, values_NT: torch.Tensor, far: float, labels_T: torch.Tensor, start: int) -> None:
+    def _leave_out(
+        self, values_NT: torch.Tensor, far: float, labels_T: torch.Tensor, start: int, rows: slice = slice(None)
+    ) -> None:
         if self._own_rows_N is not None:
-            place_N = self._own_places_N - start
+            place_N = self._own_places_N[rows] - start
             here = ((place_N >= 0) & (place_N < len(labels_T))).nonzero()[:, 0]
             values_NT[here.to(values_NT.device), place_N[here].to(values_NT.device)] = far
         if self._only_labels_N is not None:
-            is_other_NT = self._only_labels_N[:, None] != labels_T[None, :]
+            is_other_NT = self._only_labels_N[rows, None] != labels_T[None, :]
             values_NT.masked_fill_(is_other_NT.to(values_NT.device), far)
 
     def merge(self) -> None:

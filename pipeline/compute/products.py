@@ -9,12 +9,15 @@ Axes: N and T images, D values of an image.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.compute.features import to_unit_vectors
@@ -23,6 +26,8 @@ from pipeline.compute.features import to_unit_vectors
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with the distances that are made of them.
 _INT_VALUES = 2**14
+# Images and values that are squared at once.
+_SQUARED = (256, _FLOAT_VALUES)
 # Pairs that are compared at once.
 _PAIRS = 1024
 # What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
@@ -48,7 +53,7 @@ def products(images_ND: torch.Tensor, others_TD: torch.Tensor, scratch: torch.Te
 
     Args:
         images_ND: Some images.
-        others_TD: Others.
+        others_TD: Others; pixels too, uint8.
         scratch: Where the result may lie, int32 [N * T] or more: memory that is not new costs less than the products.
 
     Returns:
@@ -56,6 +61,7 @@ def products(images_ND: torch.Tensor, others_TD: torch.Tensor, scratch: torch.Te
     """
     if images_ND.is_floating_point():
         return (images_ND @ others_TD.T).long()
+    others_TD = _less_128(others_TD)
     shape = len(images_ND), len(others_TD)
     multiply, max_values, dtype = (
         (_multiply_int8, _INT_VALUES, torch.int32) if has_fast_int8(images_ND.device) else
@@ -81,7 +87,7 @@ def pair_products(
 
     Args:
         images_ND: Some images.
-        others_TD: Others.
+        others_TD: Others; pixels too, uint8.
         image_C: Rows of `images_ND`, which ascend, int64.
         column_C: Rows of `others_TD`, int64.
     """
@@ -91,7 +97,7 @@ def pair_products(
         floats_ND = images_ND[:, values].float()
         for start in range(0, len(image_C), _PAIRS):
             part = slice(start, start + _PAIRS)
-            chosen_CD = others_TD[:, values].index_select(0, column_C[part]).float()
+            chosen_CD = _less_128(others_TD[:, values].index_select(0, column_C[part])).float()
             zeros_C, place_C = torch.zeros(len(chosen_CD)), torch.arange(len(chosen_CD))
             sums_C[part] += add_products(zeros_C, image_C[part], place_C, floats_ND, chosen_CD).long()
     return sums_C
@@ -121,8 +127,21 @@ def squares(images_ND: torch.Tensor) -> torch.Tensor:
     """Add up each image's squares, int8 or float64; int64 [N]."""
     if images_ND.is_floating_point():
         return images_ND.square().sum(1).long()
-    blocks = [block_ND.float().square_().sum(1, dtype=torch.float64) for block_ND in images_ND.split(256)]
-    return torch.cat(blocks).long() if blocks else torch.zeros(0, dtype=torch.int64, device=images_ND.device)
+    sums_N = torch.zeros(len(images_ND), dtype=torch.int64, device=images_ND.device)
+    for start, first in itertools.product(
+        *(range(0, end, step) for end, step in zip(images_ND.shape, _SQUARED, strict=True))
+    ):
+        rows = slice(start, start + _SQUARED[0])
+        floats_ND = images_ND[rows, first : first + _SQUARED[1]].float()
+        if images_ND.device.type == "cpu":  # NumPy adds up squares as it makes them
+            sums_N[rows] += torch.from_numpy(np.einsum("nd,nd->n", floats_ND.numpy(), floats_ND.numpy())).long()
+        else:
+            sums_N[rows] += floats_ND.square_().sum(1).long()
+    return sums_N
+
+
+def _less_128(images_ND: torch.Tensor) -> torch.Tensor:
+    return to_int8(images_ND) if images_ND.dtype == torch.uint8 else images_ND
 
 
 def _multiply_float32(images_ND: torch.Tensor, others_TD: torch.Tensor, out_NT: torch.Tensor) -> torch.Tensor:
@@ -155,15 +174,14 @@ def has_fast_int8(device: torch.device) -> bool:
     others_TD = torch.ones(num_others, num_values, dtype=torch.int8, device=device)
     out_NT = torch.empty(num_images, num_others, dtype=torch.int32, device=device)
     try:
-        int8_s = _measure(_multiply_int8, images_ND[:32], others_TD, out_NT[:32]) * num_images / 32
+        int8_s = measure(_multiply_int8, images_ND[:32], others_TD, out_NT[:32]) * num_images / 32
     except (RuntimeError, AttributeError):  # this torch has none for this device
         return False
-    return int8_s < _measure(_multiply_float32, images_ND, others_TD, out_NT.view(torch.float32))
+    return int8_s < measure(_multiply_float32, images_ND, others_TD, out_NT.view(torch.float32))
 
 
-def _measure(
-    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], *arguments: torch.Tensor
-) -> float:
+def measure(multiply: Callable[..., torch.Tensor], *arguments: Any) -> float:
+    """Say how many seconds a product takes; its first argument tells where."""
     # On a CPU the time of this thread: others may keep it waiting.
     clock = time.thread_time if arguments[0].device.type == "cpu" else time.perf_counter
     multiply(*arguments)

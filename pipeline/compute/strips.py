@@ -16,11 +16,11 @@ import torch
 
 from pipeline.compute.products import squares, to_whole
 from pipeline.compute.pruning import Projected, Projection, stack
+from pipeline.compute.rounded import Scale, choose_scale
 from pipeline.compute.threads import Threads
 
-# Images of a strip, at most: on a CPU their products with the images that are searched for at once, 2^20, stay in the
-# cache; a GPU does more in one call.
-_STRIP = {"cpu": 2048, "cuda": 4096}
+# Images of a strip, at most.
+STRIP = 4096
 # Images of a group.
 GROUP = 32
 # Images, and values, that become float32 at once.
@@ -44,7 +44,7 @@ class TrainBlock:
 
 @dataclass
 class Others:
-    """Some training images, as `to_whole` gives them, with their squares; projected, to leave most out."""
+    """Some training images, uint8 or as `to_whole` gives them, with squares; projected, where that leaves most out."""
 
     images_TD: torch.Tensor
     squares_T: torch.Tensor
@@ -64,25 +64,23 @@ class Strips:
         others: Its images, strip by strip.
         bounds: Where strips begin, and where the last one ends.
         by_row_T: Places of these images, by their rows, int64, on the CPU.
+        scales: For products that are rounded, by where a strip begins; of none where images are no pixels.
     """
 
     others: Others
     bounds: list[int]
     by_row_T: torch.Tensor
+    scales: dict[int, Scale]
 
 
-def most_of_strip(device: torch.device) -> int:
-    """Return how many images a strip has at most."""
-    return _STRIP[device.type]
-
-
-def make_strips(block: TrainBlock, projection: Projection | None, threads: Threads) -> Strips:
+def make_strips(block: TrainBlock, projection: Projection | None, threads: Threads, *, keeps_pixels: bool) -> Strips:
     """Get a block ready.
 
     Args:
         block: At least one image.
         projection: By which most are left out; None where all are compared.
         threads: They share it, on a CPU.
+        keeps_pixels: Whether they stay uint8, for products that are rounded.
     """
     num_images, num_values = block.images_TD.shape
     squares_T = torch.empty(num_images, dtype=torch.int64, device=block.images_TD.device)
@@ -94,12 +92,13 @@ def make_strips(block: TrainBlock, projection: Projection | None, threads: Threa
 
     threads.run(measure, chunks)
     bounds, order_T = _deal(squares_T)
-    images_TD = torch.empty_like(block.images_TD, dtype=to_whole(block.images_TD[:1]).dtype)
+    whole = block.images_TD[:1] if keeps_pixels else to_whole(block.images_TD[:1])
+    images_TD = torch.empty_like(block.images_TD, dtype=whole.dtype)
     projected: dict[int, Projected] = {}
 
     def put_in_order(rows: slice) -> None:
-        given_TD = block.images_TD[order_T[rows]]
-        images_TD[rows] = to_whole(given_TD)
+        given_TD = block.images_TD.index_select(0, order_T[rows])  # several times as fast as by []
+        images_TD[rows] = given_TD if keeps_pixels else to_whole(given_TD)
         if projection is not None:
             projected[rows.start] = projection.apply(given_TD)
 
@@ -107,14 +106,17 @@ def make_strips(block: TrainBlock, projection: Projection | None, threads: Threa
     stacked = stack([projected[rows.start] for rows in chunks]) if projection else None
     squares_T, order_T = squares_T[order_T], order_T.cpu()
     others = Others(images_TD, squares_T, block.rows_T[order_T], block.labels_T[order_T], stacked)
-    return Strips(others, bounds, others.rows_T.argsort())
+    scales = {}
+    if keeps_pixels:
+        scales = {first: choose_scale(squares_T[first:stop], num_values) for first, stop in itertools.pairwise(bounds)}
+    return Strips(others, bounds, others.rows_T.argsort(), scales)
 
 
 def _deal(lengths_T: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """Deal images to strips; return the bounds of these, and the images' order."""
     # Strips of whole groups; what is left is one of its own.
     num_images = len(lengths_T)
-    size = -(-num_images // (-(-num_images // most_of_strip(lengths_T.device)) * GROUP)) * GROUP
+    size = -(-num_images // (-(-num_images // STRIP) * GROUP)) * GROUP
     bounds = sorted({*range(0, num_images, size), num_images - num_images % GROUP, num_images})
     places = [torch.arange(0.5, stop - start) / (stop - start) for start, stop in itertools.pairwise(bounds)]
     order_T = torch.empty_like(lengths_T)
