@@ -46,7 +46,7 @@ _LOOSE = {
     # Sums in another order; scikit-learn trains another model.
     "sgd": frozenset(("torch_loop", "torch_loop_threads", "sklearn_sgd")),
     # Distances in float32, and ties as they come.
-    "neighbors": frozenset(("faiss_flat", "sklearn_brute")),
+    "neighbors": frozenset(("faiss_flat", "faiss_as_installed", "sklearn_brute")),
     "scaling": frozenset(("torch_loop_threads",)),
 }
 _LAST_LINES = 8

@@ -96,13 +96,17 @@ def _search(task: Search, num_actors: int, num_threads: int) -> Answer:
     return _answer(task, np.asarray(found.labels_NJ), seconds)
 
 
-def faiss_flat(task: Search) -> Answer:
-    """Search by faiss's exact index of squared distances, in float32."""
+def _faiss(task: Search, *, picks_kernels: bool) -> Answer:
+    """Search by faiss's exact index of squared distances, in float32.
+
+    Its OpenBLAS is of 2021: where it does not know the processor, it takes kernels of 2004, unless others are named.
+    """
     import torch
 
-    # Its OpenBLAS is of 2021: where it does not know the processor, it would take kernels of 2004.
-    if kernels := {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability()):
-        os.environ["OPENBLAS_CORETYPE"] = kernels
+    if picks_kernels:
+        kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
+        if kernels:
+            os.environ["OPENBLAS_CORETYPE"] = kernels
 
     import faiss
     import numpy as np
@@ -148,7 +152,8 @@ SEARCHES: dict[str, Callable[[Search], Answer]] = {
     "search": partial(_search, num_actors=1, num_threads=2),
     "search_one_thread": partial(_search, num_actors=1, num_threads=1),
     "search_two_halves": partial(_search, num_actors=2, num_threads=1),
-    "faiss_flat": faiss_flat,
+    "faiss_flat": partial(_faiss, picks_kernels=True),
+    "faiss_as_installed": partial(_faiss, picks_kernels=False),
     "sklearn_brute": sklearn_brute,
 }
 
