@@ -101,7 +101,8 @@ def test_a_job_whose_ray_is_killed_ends_with_one_line_and_leaves_nothing(tmp_pat
             [killed] = [each for each in psutil.Process(process.pid).children() if each.name() == name]
             killed.kill()
             stdout, stderr = process.communicate(timeout=60)
-            left = processes_with(MARK, mark)
+            # A worker ends by itself when it sees that its Ray is gone.
+            _, left = psutil.wait_procs(processes_with(MARK, mark), timeout=30)
         finally:
             end_processes(processes_with(MARK, mark))
     assert (process.returncode, stdout, left) == (1, "", []), stderr
