@@ -137,11 +137,14 @@ def test_products_are_rounded_as_they_may_be(num_values, shape):
     assert ((found - expected).abs() <= 0.5 + error).all()
 
 
-def test_a_torch_without_them_is_found_out(monkeypatch):
-    def pack(images):
-        raise AttributeError("no such operation")
+@pytest.mark.parametrize("name", ["pack", "_multiply"])
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_a_torch_without_them_is_found_out(monkeypatch, name, error):
+    def have_none(*_):
+        raise error("no such operation")
 
-    monkeypatch.setattr(rounded, "pack", pack)
+    monkeypatch.setattr(rounded, "pack", lambda images: rounded.Packed(images, images.sum(1, dtype=torch.float64)))
+    monkeypatch.setattr(rounded, name, have_none)
     assert not rounded.works.__wrapped__()
 
 

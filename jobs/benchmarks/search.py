@@ -103,10 +103,9 @@ def _faiss(task: Search, *, picks_kernels: bool) -> Answer:
     """
     import torch
 
-    if picks_kernels:
-        kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
-        if kernels:
-            os.environ["OPENBLAS_CORETYPE"] = kernels
+    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
+    if picks_kernels and kernels:
+        os.environ["OPENBLAS_CORETYPE"] = kernels
 
     import faiss
     import numpy as np

@@ -9,7 +9,6 @@ Axes: N and T images, D values of an image.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import warnings
@@ -26,8 +25,8 @@ from pipeline.compute.features import to_unit_vectors
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with the distances that are made of them.
 _INT_VALUES = 2**14
-# Images and values that are squared at once.
-_SQUARED = (256, _FLOAT_VALUES)
+# Images that are squared at once.
+_SQUARED_IMAGES = 256
 # Pairs that are compared at once.
 _PAIRS = 1024
 # What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
@@ -128,15 +127,14 @@ def squares(images_ND: torch.Tensor) -> torch.Tensor:
     if images_ND.is_floating_point():
         return images_ND.square().sum(1).long()
     sums_N = torch.zeros(len(images_ND), dtype=torch.int64, device=images_ND.device)
-    for start, first in itertools.product(
-        *(range(0, end, step) for end, step in zip(images_ND.shape, _SQUARED, strict=True))
-    ):
-        rows = slice(start, start + _SQUARED[0])
-        floats_ND = images_ND[rows, first : first + _SQUARED[1]].float()
-        if images_ND.device.type == "cpu":  # NumPy adds up squares as it makes them
-            sums_N[rows] += torch.from_numpy(np.einsum("nd,nd->n", floats_ND.numpy(), floats_ND.numpy())).long()
-        else:
-            sums_N[rows] += floats_ND.square_().sum(1).long()
+    for start in range(0, len(images_ND), _SQUARED_IMAGES):
+        rows = slice(start, start + _SQUARED_IMAGES)
+        for part_ND in images_ND[rows].split(_FLOAT_VALUES, 1):
+            floats_ND = part_ND.float()
+            if floats_ND.device.type == "cpu":  # NumPy adds up squares as it makes them
+                sums_N[rows] += torch.from_numpy(np.einsum("nd,nd->n", floats_ND.numpy(), floats_ND.numpy())).long()
+            else:
+                sums_N[rows] += floats_ND.square_().sum(1).long()
     return sums_N
 
 

@@ -80,7 +80,7 @@ def choose_scale(squares_T: torch.Tensor, num_values: int) -> Scale:
     halves_T = squares_T.numpy() / 2
     error = num_values * _ROUNDING
     step = max((halves_T[-1] - halves_T[0]) / _LEVELS, 4 * error)
-    shortest_G = halves_T[:: _width(len(halves_T))]
+    shortest_G = halves_T[:: _GROUP if len(halves_T) % _GROUP == 0 else 1]
     lowest_G = np.ceil((shortest_G - halves_T[0] - error) / step + (0.5 - _LEVEL_ROUNDING))
     return Scale(halves_T[0], step, lowest_G.clip(min=0).astype(np.uint8)[:, None])
 
@@ -102,7 +102,7 @@ def find_pairs(
     # With pixels b and a less 128, a pair is near where (|b - 128|^2 - limit) / 2 <= a(b - 128) = ab - 128 sum(a).
     shift_N = limit_N.double() / 2 - 128 * images.sums_N - scale.least
     bytes_TN = _multiply(others_TD, images.weights, shift_N.float(), scale.step)
-    num_images, width = bytes_TN.shape[1], _width(len(others_TD))
+    num_images, width = bytes_TN.shape[1], len(others_TD) // len(scale.lowest_G1)
     bytes_GWN = bytes_TN.view(-1, width, num_images)
     nearest_GN = bytes_GWN.amax(1).numpy()
     # By NumPy, at several times torch's speed.
@@ -112,10 +112,6 @@ def find_pairs(
     is_near_PW = bytes_GWN.numpy()[group_P, :, image_P] >= scale.lowest_G1[group_P]
     place_C, offset_C = np.divmod(np.flatnonzero(is_near_PW), width)
     return torch.from_numpy(image_P[place_C]), torch.from_numpy(group_P[place_C] * width + offset_C)
-
-
-def _width(num_others: int) -> int:
-    return _GROUP if num_others % _GROUP == 0 else 1
 
 
 def _multiply(others_TD: torch.Tensor, weights: torch.Tensor, shift_N: torch.Tensor, step: float) -> torch.Tensor:
@@ -138,13 +134,13 @@ def works() -> bool:
     others_TD[::2] = torch.arange(num_values).to(torch.uint8)
     images_ND = torch.full((num_images, num_values), -128, dtype=torch.int8)
     images_ND[::2] = 127
-    try:
-        packed = pack(images_ND)
-    except (RuntimeError, AttributeError):  # this torch has none
-        return False
     exact_TN = others_TD.double() @ images_ND.double().T
     shift_N = -exact_TN.amin(0)
     step = float((exact_TN + shift_N).max()) / _LEVELS
-    arguments = others_TD, packed.weights, shift_N.float(), step
-    is_right = ((_multiply(*arguments) - 1 - (exact_TN + shift_N) / step).abs() < 0.5 + _LEVEL_ROUNDING).all()
+    try:
+        arguments = others_TD, pack(images_ND).weights, shift_N.float(), step
+        rounded_TN = _multiply(*arguments)
+    except (RuntimeError, AttributeError):  # this torch has none
+        return False
+    is_right = ((rounded_TN - 1 - (exact_TN + shift_N) / step).abs() < 0.5 + _LEVEL_ROUNDING).all()
     return bool(is_right) and measure(_multiply, *arguments) < _MAX_TIMES * measure(products, images_ND, others_TD)
