@@ -51,7 +51,7 @@ def train(number, num_values, high=256, seed=1):
 
 @pytest.mark.parametrize("num_neighbors", [1, 5, 40])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-@pytest.mark.parametrize("high", [256, 2])  # of two grey values, most distances are ties
+@pytest.mark.parametrize("high", [256, 2, 1])  # of two grey values most distances are ties, and of one all
 def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, high):
     monkeypatch.setattr(neighbors, "_TILE_IMAGES", 8)
     images, others = pixels(20, 12, high=high), train(200, 12, high)
@@ -61,7 +61,7 @@ def test_neighbors_are_those_of_a_plain_loop(monkeypatch, num_neighbors, size, h
 
 @pytest.mark.parametrize("most", [64, 96])
 @pytest.mark.parametrize(("size", "num_neighbors"), [(700, 5), (170, 1), (33, 40)])
-@pytest.mark.parametrize("high", [256, 2])
+@pytest.mark.parametrize("high", [256, 2, 1])
 @pytest.mark.parametrize("is_searched_in_all", [True, False])
 def test_neighbors_are_found_in_many_strips(monkeypatch, most, size, num_neighbors, high, is_searched_in_all):
     monkeypatch.setattr(neighbors, "_TILE_IMAGES", 16)
@@ -81,6 +81,26 @@ def test_neighbors_are_found_in_many_strips(monkeypatch, most, size, num_neighbo
         None if only is None else torch.from_numpy(only),
     )
     assert as_lists(found) == nearest_in_a_loop(images, *others, num_neighbors, own_rows, only)
+
+
+def test_a_nearer_one_counts_that_is_listed_later():
+    others, rows, labels = np.array([[9], [5], [5]], np.uint8), np.arange(3), np.array([0, 0, 1])
+    blocks = [*in_blocks(others[:1], rows[:1], labels[:1], 1), *in_blocks(others[1:], rows[1:], labels[1:], 2)]
+    images, only = np.array([[4], [4]], np.uint8), np.array([0, 1])  # the second one finds none at first
+    found = search(torch.from_numpy(images), blocks, 1, only_labels_N=torch.from_numpy(only))
+    assert as_lists(found) == [[(1, 1, 0)], [(1, 2, 1)]]
+
+
+def test_of_many_that_are_alike_few_are_looked_at(monkeypatch):
+    monkeypatch.setattr(strips, "STRIP", 64)
+    numbers = []
+    sort = neighbors._sort
+    monkeypatch.setattr(neighbors, "_sort", lambda *keys: numbers.append(len(keys[0])) or sort(*keys))
+    others, rows = np.zeros((512, 12), np.uint8), np.arange(2048)
+    blocks = [block for first in range(4) for block in in_blocks(others, rows[first::4], rows[first::4], 512)]
+    found = search(torch.from_numpy(others[:20]), blocks, 5)
+    assert found.rows_NJ.tolist() == [list(range(5))] * 20
+    assert sum(numbers) < 20 * 256
 
 
 @pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (31, [31]), (32, [32]), (64, [64]), (65, [64, 1]),

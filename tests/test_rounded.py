@@ -87,6 +87,34 @@ def test_of_images_that_are_alike_all_are_to_be_compared():
     assert len(found[0]) == 0
 
 
+@pytest.mark.usefixtures("way")
+def test_where_many_of_a_group_can_be_near_all_are_to_be_compared(monkeypatch):
+    images, others = torch.full((20, 784), 255, dtype=torch.uint8), torch.zeros(64, 784, dtype=torch.uint8)
+    images[0], others[:48] = 0, 60  # the first image is near one group, and no other is
+    squares = (others.int() - 128).square().sum(1)
+    scale, limit = rounded.choose_scale(squares, 784), torch.full((20,), -784 * 2**14)
+    packed = rounded.pack((images.int() - 128).to(torch.int8))
+    assert rounded.find_pairs(packed, limit, others, scale) is None
+    monkeypatch.setattr(rounded, "_MAX_PASSED", 1 / 64)
+    found = rounded.find_pairs(packed, limit, others, scale)
+    assert found
+    assert [each.tolist() for each in found] == [[0] * 16, list(range(48, 64))]
+
+
+def test_what_let_too_many_pass_is_not_tried_again_until_nearer_ones_are_known(monkeypatch):
+    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: True)
+    monkeypatch.setattr(rounded, "works", lambda: True)
+    monkeypatch.setattr(rounded, "pack", lambda images: rounded.Packed(images, images.sum(1, dtype=torch.float64)))
+    monkeypatch.setattr(strips, "STRIP", 64)
+    limits = []
+    monkeypatch.setattr(rounded, "find_pairs", lambda _, limit, *__: limits.append(limit.tolist()))
+    images, others = pixels(30, 12), train(64 * 20, 12)
+    found = search(torch.from_numpy(images), in_blocks(*others, 2000), 3)
+    assert as_lists(found) == nearest_in_a_loop(images, *others, 3)
+    assert 3 <= len(limits) <= 5
+    assert len({tuple(limit) for limit in limits}) == len(limits)
+
+
 @pytest.mark.parametrize("high", [256, 2])
 @pytest.mark.parametrize("size", [300, 700])
 @pytest.mark.parametrize("max_passed", [1, 1 / 64])

@@ -204,6 +204,7 @@ class _Tile:
         # Pairs of images and of columns of a block that can count, and are not compared yet.
         self._unsure: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_met = self._num_merged = 0
+        self._num_merged_for_all = -1  # when rounded products let too many pass: no use until nearer ones are known
 
     def project(self, projection: Projection) -> None:
         """Get ready to leave most images out by their projections."""
@@ -277,7 +278,7 @@ class _Tile:
         The longest product of a group, and its shortest image, say how near its images can be at best; and its longest
         image how far the one of that product is at most: the J nearest are no farther than the J nearest of such ones.
         """
-        limit_N = self._best_NJ[rows, -1]
+        limit_N, last_row_N = self._best_NJ[rows, -1], self._rows_NJ[rows, -1].to(self._best_NJ.device)
         num_images, num_neighbors = len(limit_N), self._best_NJ.shape[1]
         num_columns = len(others.rows_T)
         width = GROUP
@@ -286,18 +287,23 @@ class _Tile:
         products_NT = products(self._images_ND[rows], others.images_TD, scratch)
         dtype = torch.int64 if products_NT.dtype == torch.int64 else torch.int32
         self._leave_out(products_NT, _LOWEST[dtype], others.labels_T, start, rows)
-        squares_T = others.squares_T.to(dtype)
+        squares_T, rows_T = others.squares_T.to(dtype), others.rows_T
         if more := -num_columns % width:
             products_NT = torch.nn.functional.pad(products_NT, (0, more), value=_LOWEST[dtype])
-            squares_T = torch.cat([squares_T, squares_T[-1:].expand(more)])
+            squares_T, rows_T = (torch.cat([each_T, each_T[-1:].expand(more)]) for each_T in (squares_T, rows_T))
         products_NGW, squares_GW = products_NT.view(num_images, -1, width), squares_T.view(-1, width)
         largest_NG = products_NGW.amax(2).to(dtype)
         if num_neighbors <= len(squares_GW) and bool((limit_N == FAR).any()):
             farthest_NG = torch.sub(squares_GW.amax(1), largest_NG, alpha=2)
-            limit_N = limit_N.minimum(farthest_NG.topk(num_neighbors, 1, largest=False).values.amax(1))
+            nearer_N = farthest_NG.topk(num_neighbors, 1, largest=False).values.amax(1).long()
+            last_row_N = torch.where(nearer_N < limit_N, FAR, last_row_N)
+            limit_N = limit_N.minimum(nearer_N)
         # What is left out is farther, whatever is known of others.
         limit_N1 = limit_N.clamp(max=-2 * _LOWEST[dtype] - 1).to(dtype)[:, None]
-        image_P, group_P = _true_places(torch.sub(squares_GW.amin(1), largest_NG, alpha=2) <= limit_N1)
+        nearest_NG = torch.sub(squares_GW.amin(1), largest_NG, alpha=2)
+        # Of those that are equally near the first count: where many are, whole groups are later than all that count.
+        is_later_NG = rows_T.view(-1, width).amin(1).to(nearest_NG.device) > last_row_N[:, None]
+        image_P, group_P = _true_places(nearest_NG.add_(is_later_NG) <= limit_N1)
         for first in range(0, len(image_P), _MAX_WAITING // width):
             some = slice(first, first + _MAX_WAITING // width)
             image_S, group_S = image_P[some], group_P[some]
@@ -310,9 +316,14 @@ class _Tile:
     def _find_rounded(self, others: Others, scale: rounded.Scale | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Find all pairs that can count by rounded products; None where all are to be compared."""
         limit_N = self._best_NJ[:, -1]
-        if self._packed is None or scale is None or bool((limit_N == FAR).any()):  # without limits all would pass
+        if self._packed is None or scale is None or self._num_merged == self._num_merged_for_all:
             return None
-        return rounded.find_pairs(self._packed, limit_N, others.images_TD, scale)
+        if bool((limit_N == FAR).any()):  # without limits all would pass
+            return None
+        pairs = rounded.find_pairs(self._packed, limit_N, others.images_TD, scale)
+        if pairs is None:
+            self._num_merged_for_all = self._num_merged
+        return pairs
 
     def _settle(self, others: Others) -> None:
         """Compare the pairs that can count, of some training images, and forget them."""

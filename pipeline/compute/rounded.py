@@ -31,8 +31,8 @@ _GROUP = 16
 _LEVELS = 253
 # What float32 rounds: of a sum, which is at most 2^17 for each value, and of a level.
 _ROUNDING, _LEVEL_ROUNDING = 2.0**-5, 2.0**-10
-# Of all pairs. One that passes costs as much as some thirty in a product of all.
-_MAX_PASSED = 1 / 64
+# Of all pairs. One that passes costs as much as some hundreds in a product of all.
+_MAX_PASSED = 1 / 200
 # For which number of training images weights are packed; they are right for others too.
 _PACKED_FOR = 4096
 # What it is tried with: training images, images and values.
@@ -107,10 +107,13 @@ def find_pairs(
     nearest_GN = bytes_GWN.amax(1).numpy()
     # By NumPy, at several times torch's speed.
     group_P, image_P = np.divmod(np.flatnonzero(nearest_GN >= scale.lowest_G1), num_images)
-    if len(group_P) > bytes_TN.numel() * _MAX_PASSED:
+    most = bytes_TN.numel() * _MAX_PASSED
+    if len(group_P) > most:
         return None
     is_near_PW = bytes_GWN.numpy()[group_P, :, image_P] >= scale.lowest_G1[group_P]
     place_C, offset_C = np.divmod(np.flatnonzero(is_near_PW), width)
+    if len(place_C) > most:
+        return None
     return torch.from_numpy(image_P[place_C]), torch.from_numpy(group_P[place_C] * width + offset_C)
 
 
