@@ -13,8 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from pipeline.compute import features
 from pipeline.compute.actor import LaneActor
 from pipeline.compute.classifiers import nearest_mean, score_bytes, used_classifiers
-from pipeline.compute.neighbors import search
 from pipeline.compute.program import load_program
+from pipeline.compute.search import search
 from pipeline.compute.strips import TrainBlock
 from pipeline.model import Model, ModelInput
 from pipeline.plan import LaneAssignment, Plan

@@ -10,9 +10,9 @@ from pipeline.compute import features, lane_products, tiles
 from pipeline.compute.classifiers import nearest_mean, sgd_linear
 from pipeline.compute.collective import Collective
 from pipeline.compute.descent import Descent
-from pipeline.compute.neighbors import search
 from pipeline.compute.program import Runner, load_program, prepare
 from pipeline.compute.scoring import confusion
+from pipeline.compute.search import search
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
 from pipeline.model import Model, ModelInput

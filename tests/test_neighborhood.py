@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_neighbors import nearest_in_a_loop
+from test_search import nearest_in_a_loop
 from test_twins import add_noise, as_jpeg, drawings, move
 
 from pipeline import plan

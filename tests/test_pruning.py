@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_neighbors import as_lists, in_blocks, nearest_in_a_loop
+from test_search import as_lists, in_blocks, nearest_in_a_loop
 
-from pipeline.compute import neighbors, pruning
-from pipeline.compute.neighbors import search
+from pipeline.compute import pruning
+from pipeline.compute.search import _Tile, search
 from pipeline.compute.threads import Threads
 
 
@@ -30,19 +30,17 @@ def equal(number, side=24, seed=0):
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """Without instructions for int8, and for as few images as a plain loop can search."""
-    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: False)
-    monkeypatch.setattr(neighbors, "_MIN_PRUNED", 1)
-    monkeypatch.setattr(neighbors, "_PRUNED_TILE_IMAGES", 16)
+    monkeypatch.setattr("pipeline.compute.search.has_fast_int8", lambda device: False)
+    monkeypatch.setattr("pipeline.compute.search._MIN_PRUNED", 1)
+    monkeypatch.setattr("pipeline.compute.search._PRUNED_TILE_IMAGES", 16)
 
 
 @pytest.fixture
 def tried(monkeypatch):
     """Whether each trial left few enough pairs."""
     results = []
-    find_pairs = neighbors._Tile._find_pairs
-    monkeypatch.setattr(
-        neighbors._Tile, "_find_pairs", lambda *given: (results.append(found := find_pairs(*given)), found)[1]
-    )
+    find_pairs = _Tile._find_pairs
+    monkeypatch.setattr(_Tile, "_find_pairs", lambda *given: (results.append(found := find_pairs(*given)), found)[1])
     return results
 
 

@@ -5,11 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_neighbors import as_lists, in_blocks, nearest_in_a_loop, needs_instructions, train
 from test_products import less_128, pixels
+from test_search import as_lists, in_blocks, nearest_in_a_loop, needs_instructions, train
 
-from pipeline.compute import neighbors, rounded, strips
-from pipeline.compute.neighbors import FAR, search
+from pipeline.compute import rounded, strips
+from pipeline.compute.neighbors import FAR
+from pipeline.compute.search import search
 from pipeline.compute.threads import Threads
 
 
@@ -22,7 +23,7 @@ def multiply(others_TD, weights_ND, shift_N, step, off=0):
 @pytest.fixture(params=["low", "high", pytest.param("oneDNN", marks=needs_instructions)])
 def way(request, monkeypatch):
     """By oneDNN, where it has products that are rounded; and by float64, rounded as badly as it may be."""
-    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: True)
+    monkeypatch.setattr("pipeline.compute.search.has_fast_int8", lambda device: True)
     monkeypatch.setattr(rounded, "works", lambda: True)
     if request.param == "oneDNN":
         return
@@ -102,7 +103,7 @@ def test_where_many_of_a_group_can_be_near_all_are_to_be_compared(monkeypatch):
 
 
 def test_what_let_too_many_pass_is_not_tried_again_until_nearer_ones_are_known(monkeypatch):
-    monkeypatch.setattr(neighbors, "has_fast_int8", lambda device: True)
+    monkeypatch.setattr("pipeline.compute.search.has_fast_int8", lambda device: True)
     monkeypatch.setattr(rounded, "works", lambda: True)
     monkeypatch.setattr(rounded, "pack", lambda images: rounded.Packed(images, images.sum(1, dtype=torch.float64)))
     monkeypatch.setattr(strips, "STRIP", 64)
@@ -122,8 +123,8 @@ def test_what_let_too_many_pass_is_not_tried_again_until_nearer_ones_are_known(m
 @pytest.mark.parametrize("is_searched_in_all", [True, False])
 @pytest.mark.usefixtures("way")
 def test_a_search_finds_what_a_plain_loop_finds(monkeypatch, high, size, max_passed, max_waiting, is_searched_in_all):
-    monkeypatch.setattr(neighbors, "_TILE_IMAGES", 16)
-    monkeypatch.setattr(neighbors, "_MAX_WAITING", max_waiting)
+    monkeypatch.setattr("pipeline.compute.search._TILE_IMAGES", 16)
+    monkeypatch.setattr("pipeline.compute.search._MAX_WAITING", max_waiting)
     monkeypatch.setattr(rounded, "_MAX_PASSED", max_passed)
     monkeypatch.setattr(strips, "STRIP", 64)
     calls = []

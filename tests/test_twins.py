@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_neighbors import in_blocks
+from test_search import in_blocks
 
-from pipeline.compute.neighbors import search
+from pipeline.compute.search import search
 from pipeline.compute.twins import choose_twins, find_candidates, signatures
 
 SHAPES = [(28, 28, 1), (20, 30, 3)]

@@ -57,7 +57,8 @@ def _search(task: Search, num_actors: int, num_threads: int) -> Answer:
     import numpy as np
     import torch
 
-    from pipeline.compute.neighbors import merge, search
+    from pipeline.compute.neighbors import merge
+    from pipeline.compute.search import search
     from pipeline.compute.strips import TrainBlock
     from pipeline.compute.threads import Threads
 

@@ -25,8 +25,9 @@ import torch
 from pipeline.compute.classifiers.knn import votes
 from pipeline.compute.features import LENGTH
 from pipeline.compute.lanes import Lanes, image_dtype
-from pipeline.compute.neighbors import FAR, Neighbors, merge, search, stack
+from pipeline.compute.neighbors import FAR, Neighbors, merge, stack
 from pipeline.compute.parts import Part
+from pipeline.compute.search import search
 from pipeline.compute.spool import Spool
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads

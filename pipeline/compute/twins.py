@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.compute.neighbors import FAR, Neighbors, search, stack
+from pipeline.compute.neighbors import FAR, Neighbors, stack
+from pipeline.compute.search import search
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
 
