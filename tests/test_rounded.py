@@ -117,12 +117,15 @@ def test_what_let_too_many_pass_is_not_tried_again_until_nearer_ones_are_known(m
 
 
 @pytest.mark.parametrize("high", [256, 2])
+@pytest.mark.parametrize("num_values", [30, 60])  # 60 become 64
 @pytest.mark.parametrize("size", [300, 700])
 @pytest.mark.parametrize("max_passed", [1, 1 / 64])
 @pytest.mark.parametrize("max_waiting", [20, 10_000])
 @pytest.mark.parametrize("is_searched_in_all", [True, False])
 @pytest.mark.usefixtures("way")
-def test_a_search_finds_what_a_plain_loop_finds(monkeypatch, high, size, max_passed, max_waiting, is_searched_in_all):
+def test_a_search_finds_what_a_plain_loop_finds(
+    monkeypatch, high, num_values, size, max_passed, max_waiting, is_searched_in_all
+):
     monkeypatch.setattr("pipeline.compute.search._TILE_IMAGES", 16)
     monkeypatch.setattr("pipeline.compute.search._MAX_WAITING", max_waiting)
     monkeypatch.setattr(rounded, "_MAX_PASSED", max_passed)
@@ -130,8 +133,8 @@ def test_a_search_finds_what_a_plain_loop_finds(monkeypatch, high, size, max_pas
     calls = []
     find_pairs = rounded.find_pairs
     monkeypatch.setattr(rounded, "find_pairs", lambda *arguments: calls.append(find_pairs(*arguments)) or calls[-1])
-    others = train(700, 30, high)
-    images = others[0][:50] if is_searched_in_all else pixels(50, 30, high=high)
+    others = train(700, num_values, high)
+    images = others[0][:50] if is_searched_in_all else pixels(50, num_values, high=high)
     own_rows = others[1][:50] if is_searched_in_all else None
     find = partial(search, torch.from_numpy(images), in_blocks(*others, size), 5, Threads(2))
     found = find(own_rows_N=None if own_rows is None else torch.from_numpy(own_rows))
@@ -146,6 +149,13 @@ def test_fewer_others_than_neighbors_are_all_found(number):
     found = search(torch.from_numpy(images), in_blocks(*others, 4), 10)
     assert as_lists(found) == nearest_in_a_loop(images, *others, 10)
     assert (found.distances_NJ != FAR).sum() == 9 * min(number, 10)
+
+
+@pytest.mark.parametrize(
+    ("num_values", "expected"), [(1, 1), (30, 30), (60, 64), (64, 64), (784, 832), (3072, 3072), (65_535, 65_536)]
+)
+def test_images_are_padded_by_little(num_values, expected):
+    assert rounded.padded(num_values) == expected <= rounded.MAX_VALUES
 
 
 @needs_instructions

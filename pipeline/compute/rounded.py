@@ -33,6 +33,10 @@ _LEVELS = 253
 _ROUNDING, _LEVEL_ROUNDING = 2.0**-5, 2.0**-10
 # Of all pairs. One that passes costs as much as some hundreds in a product of all.
 _MAX_PASSED = 1 / 200
+# Sums of a whole number of so many values take less time: of 832, 0.82 of the time of 784.
+_MULTIPLE = 64
+# More values than these, of an image's, are not worth it.
+_MAX_PADDING = 1 / 8
 # For which number of training images weights are packed; they are right for others too.
 _PACKED_FOR = 4096
 # What it is tried with: training images, images and values.
@@ -73,6 +77,12 @@ def pack(images_ND: torch.Tensor) -> Packed:
     """Pack images, int8 as `to_int8` gives them, of at most `MAX_VALUES`."""
     weights = torch.ops.onednn.qlinear_prepack(images_ND, [_PACKED_FOR, images_ND.shape[1]])
     return Packed(weights, images_ND.sum(1, dtype=torch.int64).double())
+
+
+def padded(num_values: int) -> int:
+    """Say how many values images had better have, those of zero at the end included."""
+    more = -num_values % _MULTIPLE
+    return num_values + (more if more <= num_values * _MAX_PADDING else 0)
 
 
 def choose_scale(squares_T: torch.Tensor, num_values: int) -> Scale:

@@ -165,6 +165,8 @@ class _Tile:
 
     def pack(self) -> None:
         """Get ready to leave most images out by rounded products."""
+        num_values = self._images_ND.shape[1]
+        self._images_ND = torch.nn.functional.pad(self._images_ND, (0, rounded.padded(num_values) - num_values))
         self._packed = rounded.pack(self._images_ND)
 
     def prunes(self, number: int) -> bool:

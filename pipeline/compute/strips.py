@@ -16,7 +16,7 @@ import torch
 
 from pipeline.compute.products import squares, to_whole
 from pipeline.compute.pruning import Projected, Projection, stack
-from pipeline.compute.rounded import Scale, choose_scale
+from pipeline.compute.rounded import Scale, choose_scale, padded
 from pipeline.compute.threads import Threads
 
 # Images of a strip, at most.
@@ -44,7 +44,10 @@ class TrainBlock:
 
 @dataclass
 class Others:
-    """Some training images, uint8 or as `to_whole` gives them, with squares; projected, where that leaves most out."""
+    """Some training images, with squares; projected, where that leaves most out.
+
+    They are as `to_whole` gives them, or uint8 and `padded` for products that are rounded.
+    """
 
     images_TD: torch.Tensor
     squares_T: torch.Tensor
@@ -93,12 +96,14 @@ def make_strips(block: TrainBlock, projection: Projection | None, threads: Threa
     threads.run(measure, chunks)
     bounds, order_T = _deal(squares_T)
     whole = block.images_TD[:1] if keeps_pixels else to_whole(block.images_TD[:1])
-    images_TD = torch.empty_like(block.images_TD, dtype=whole.dtype)
+    width = padded(num_values) if keeps_pixels else num_values
+    images_TD = block.images_TD.new_empty(num_images, width, dtype=whole.dtype)
+    images_TD[:, num_values:] = 0
     projected: dict[int, Projected] = {}
 
     def put_in_order(rows: slice) -> None:
         given_TD = block.images_TD.index_select(0, order_T[rows])  # several times as fast as by []
-        images_TD[rows] = given_TD if keeps_pixels else to_whole(given_TD)
+        images_TD[rows, :num_values] = given_TD if keeps_pixels else to_whole(given_TD)
         if projection is not None:
             projected[rows.start] = projection.apply(given_TD)
 
