@@ -51,8 +51,10 @@ _FEATURE_PRODUCTS = 4
 _PRODUCTS_PER_HOUR = 10**14
 # With more classes than these, results hold the best scores of an image.
 _MAX_SCORES = 100
-# Of the images that are searched for at once.
+# Of the images that are searched for at once; and nearest training images that all actors find for them, at some 100
+# bytes each, of which each actor finds a quarter at most.
 _REQUEST_BYTES = 8 * 2**20
+_REQUEST_NEIGHBORS = 2**21
 # Runs of neighbours are so short that no lane has more than this share of images above another.
 _RUN_SHARE = 1 / 64
 _MAX_RUN = 2048
@@ -224,9 +226,12 @@ class Plan:
         """Places of a lane where it is kept, as many as chunks of the longest lane have."""
         return self.num_chunks * -(-max(self.assignment.lane_sizes) // self.num_chunks)
 
-    def requests(self, kind: Literal["valid", "train", "doubtful"], sizes: Mapping[int, int]) -> list[Request]:
-        """Cut what one actor has, by the number of positions of each part, into requests of bounded size."""
-        most = max(1, _REQUEST_BYTES // self.image_bytes)
+    def requests(
+        self, kind: Literal["valid", "train", "doubtful"], sizes: Mapping[int, int], num_actors: int
+    ) -> list[Request]:
+        """Cut what one of all actors has, by the number of positions of each part, into requests of bounded size."""
+        num_found = max(4, num_actors) * self.num_searched
+        most = max(1, min(_REQUEST_BYTES // self.image_bytes, _REQUEST_NEIGHBORS // num_found))
         requests, spans, num_left = [], [], most
         for part, size in sizes.items():
             start = 0

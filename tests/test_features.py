@@ -142,7 +142,7 @@ def score_digits(content, dtype, num_epochs):
     actor.begin_training()
     for epoch in range(1, num_epochs + 1):
         actor.train_epoch(epoch)
-    for request in plan.requests("valid", {0: num_valid}):
+    for request in plan.requests("valid", {0: num_valid}, 1):
         actor.neighborhood.take(request, actor.neighborhood.search(actor.neighborhood.queries(request)))
     return actor.score_part(0, 0.01)
 

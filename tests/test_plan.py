@@ -241,6 +241,17 @@ def test_the_plan_does_not_depend_on_the_number_of_actors():
     assert plans[1:] == plans[:-1]
 
 
+@pytest.mark.parametrize(("side", "num_neighbors", "num_actors", "most"), [(28, 5, 4, 10_699), (28, 1000, 1, 524),
+    (28, 5, 100, 4194), (28, 5, 10**6, 1), (4096, 5, 1, 1), (8, 5, 4, 104_857)])  # fmt: skip
+def test_requests_are_bounded_by_their_images_and_by_what_is_found(side, num_neighbors, num_actors, most):
+    plan = make_plan(Config(neighbors=num_neighbors), key_listing(99_000, 9), Target(side, side, "L"), 24)[0]
+    sizes = {2: 2 * most, 5: 0, 7: most // 2 + 1}
+    requests = plan.requests("valid", sizes, num_actors)
+    assert [request.num_positions for request in requests] == [most, most, most // 2 + 1]
+    spans = [span for request in requests for span in request.spans]
+    assert all(sum(stop - start for part, start, stop in spans if part == own) == size for own, size in sizes.items())
+
+
 @pytest.mark.parametrize(("epochs", "has_training"), [(0, False), (1, True)])
 def test_the_plan_carries_the_options_of_training(epochs, has_training):
     config = Config(epochs=epochs, batch_size=16, learning_rate=0.5, seed=3, gpus_per_actor=0.25)

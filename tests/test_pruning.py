@@ -62,6 +62,15 @@ def test_neighbors_are_those_of_a_plain_loop_whatever_is_left_out(tried, draw, i
         assert (None not in tried) == is_pruned
 
 
+def test_where_too_many_are_left_a_later_block_is_tried(monkeypatch):
+    numbers = []
+    take_near = _Tile._take_near
+    monkeypatch.setattr(_Tile, "_take_near", lambda *given: (numbers.append(given[2]), take_near(*given))[1])
+    found, expected = searched(noise(12, seed=5), noise(9000), 1, size=450)
+    assert found == expected
+    assert numbers == [0, 4]
+
+
 @pytest.mark.parametrize(
     "options", [{"own_rows_N": torch.arange(12)}, {"only_labels_N": torch.arange(12) % 5}], ids=["own", "classes"]
 )

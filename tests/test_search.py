@@ -100,7 +100,7 @@ def test_of_many_that_are_alike_few_are_looked_at(monkeypatch):
     blocks = [block for first in range(4) for block in in_blocks(others, rows[first::4], rows[first::4], 512)]
     found = search(torch.from_numpy(others[:20]), blocks, 5)
     assert found.rows_NJ.tolist() == [list(range(5))] * 20
-    assert sum(numbers) < 20 * 256
+    assert sum(numbers) < 20 * 128
 
 
 @pytest.mark.parametrize(("num_images", "sizes"), [(1, [1]), (31, [31]), (32, [32]), (64, [64]), (65, [64, 1]),
@@ -166,21 +166,19 @@ def test_without_images_there_are_no_neighbors():
 
 
 @pytest.mark.parametrize("are_alike", [False, True])
-@pytest.mark.parametrize("rounds", [False, pytest.param(True, marks=needs_instructions)])
-def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch, are_alike, rounds):
-    monkeypatch.setattr(
-        "pipeline.compute.search.has_fast_int8", lambda device: rounds
-    )  # else projections take memory too
-    sizes = plan._REQUEST_BYTES // 2048, lanes._BLOCK_BYTES // 2048
+@pytest.mark.parametrize("number", [5, 1000])
+@pytest.mark.parametrize("is_fast", [False, pytest.param(True, marks=needs_instructions)])
+def test_memory_for_a_search_is_bounded_whatever_the_number_of_blocks(monkeypatch, are_alike, number, is_fast):
+    monkeypatch.setattr("pipeline.compute.search.has_fast_int8", lambda device: is_fast)  # else by projections
+    sizes = min(plan._REQUEST_BYTES // 2048, plan._REQUEST_NEIGHBORS // 4 // number), lanes._BLOCK_BYTES // 2048
     high = 1 if are_alike else 256
     images, block = (np.repeat(pixels(size, 32, seed, high), 64, axis=1) for seed, size in enumerate(sizes))
     blocks = (TrainBlock(torch.from_numpy(block), torch.arange(len(block)), torch.arange(len(block))) for _ in range(2))
-    search(
-        torch.from_numpy(images[:600]), in_blocks(block[:600], np.arange(600), np.arange(600), 600), 5
-    )  # loads libraries
+    few, rows = block[:600], np.arange(600)
+    search(torch.from_numpy(few), in_blocks(few, rows, rows, 600), 5)  # loads libraries
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = memory("VmRSS")
-    search(torch.from_numpy(images), blocks, 5, Threads(2))
+    search(torch.from_numpy(images), blocks, number, Threads(2))
     assert memory("VmHWM") - before < 256 * 2**20
 
 

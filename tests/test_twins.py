@@ -1,12 +1,13 @@
 """Near-duplicates: the same image, changed a little, and no other."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_search import in_blocks
+from test_search import in_blocks, memory
 
 from pipeline.compute.search import search
 from pipeline.compute.twins import choose_twins, find_candidates, signatures
@@ -73,6 +74,17 @@ def test_a_moved_image_is_at_no_distance(shape):
     others = drawings(30, shape)
     _, twins = twins_of(move(others, 1, -1), others, shape)
     assert not twins.distances_NJ.any()
+
+
+def test_memory_for_large_images_is_bounded():
+    shape = 224, 224, 3
+    others = np.random.default_rng(0).integers(0, 256, (64, *shape), np.uint8)
+    _, twins = twins_of(others[:2], others[:8], shape)  # loads libraries
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
+    _, twins = twins_of(others, others, shape)
+    assert twins.rows_NJ[:, 0].tolist() == list(range(64))
+    assert memory("VmHWM") - before < 128 * 2**20
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 1), (3, 2, 3), (8, 8, 1)])

@@ -52,14 +52,14 @@ class Queries:
 
     Attributes:
         images_ND: uint8, or features.
-        own_rows_N: Their own rows, where they are training images, int64.
+        own_rows_N: Their own rows, int64, -1 where they are no training images; None where none is.
         only_labels_N: The classes among which each is searched for, int64; None for all.
         num_neighbors: How many neighbors each is to have.
         has_twins: Whether their near-duplicates are wanted.
     """
 
     images_ND: npt.NDArray[Any]
-    own_rows_N: npt.NDArray[np.int64]
+    own_rows_N: npt.NDArray[np.int64] | None
     only_labels_N: npt.NDArray[np.int64] | None
     num_neighbors: int
     has_twins: bool
@@ -134,15 +134,17 @@ class Neighborhood:
         found = [self._between(request.kind, span) for span in request.spans]
         images_ND = torch.cat([images_ND.cpu() for images_ND, _, _ in found]).numpy()
         is_train = request.kind == "train"
-        own_rows_N = np.concatenate([rows_N for _, _, rows_N in found]) if is_train else np.full(len(images_ND), -1)
+        own_rows_N = np.concatenate([rows_N for _, _, rows_N in found]) if is_train else None
         number = self._plan.num_neighbors if is_train else self._plan.num_searched
         return Queries(images_ND, own_rows_N, None, number, has_twins=not is_train)
 
     def search(self, queries: Queries) -> Answer:
         """Search this actor's training images."""
         images_ND = torch.from_numpy(queries.images_ND.copy()).to(self._device)
-        own_rows_N = torch.from_numpy(queries.own_rows_N.copy())
-        only_labels_N = None if queries.only_labels_N is None else torch.from_numpy(queries.only_labels_N.copy())
+        own_rows_N, only_labels_N = (
+            None if each_N is None else torch.from_numpy(each_N.copy())
+            for each_N in (queries.own_rows_N, queries.only_labels_N)
+        )
         number, threads = queries.num_neighbors, self._threads
         neighbors = search(images_ND, self._blocks(), number, threads, own_rows_N, only_labels_N)
         if not queries.has_twins or self._plan.has_features:

@@ -21,7 +21,7 @@ import torch
 
 from pipeline.compute.features import to_unit_vectors
 
-# Products of int8 are at most 2^14: their sums stay below 2^24, where float32 is exact, for so many values,
+# Products of int8 are at most 2^14: their sums are at most 2^24, up to where float32 is exact, for so many values,
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with the distances that are made of them.
 _INT_VALUES = 2**14

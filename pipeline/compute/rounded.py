@@ -27,7 +27,7 @@ from pipeline.compute.products import measure, products
 MAX_VALUES = 2**16
 # Neighboring training images, nearly of one length, of which the nearest one tells whether any can be near.
 _GROUP = 16
-# Bytes of 1 and more are of pairs that can be near.
+# Bytes from 1 on are of products as large as some near pair of these images can have.
 _LEVELS = 253
 # What float32 rounds: of a sum, which is at most 2^17 for each value, and of a level.
 _ROUNDING, _LEVEL_ROUNDING = 2.0**-5, 2.0**-10

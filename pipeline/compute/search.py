@@ -53,13 +53,16 @@ def search(
     """Find the nearest training images.
 
     Args:
-        images_ND: uint8.
+        images_ND: uint8, or features.
         blocks: The training images, each in one block.
         num_neighbors: J.
         threads: They share the images, on a CPU; None for the caller alone.
         own_rows_N: The rows of these images themselves, int64, where they are training images: none is its own
             neighbor.
         only_labels_N: The classes among whose images alone each is searched for, int64.
+
+    Returns:
+        N rows, without keys.
     """
     is_on_cpu = images_ND.device.type == "cpu"
     shared = threads if threads and is_on_cpu else Threads()
@@ -67,7 +70,7 @@ def search(
     # are instructions for these, and else by projections.
     is_fast = images_ND.is_floating_point() or has_fast_int8(images_ND.device)
     can_prune = is_on_cpu and not is_fast and len(images_ND) >= _MIN_PRUNED and images_ND.shape[1] >= MIN_VALUES
-    rounds = (
+    is_rounded = (
         is_on_cpu and is_fast and not images_ND.is_floating_point() and only_labels_N is None
         and images_ND.shape[1] <= rounded.MAX_VALUES and rounded.works()
     )  # fmt: skip
@@ -82,7 +85,7 @@ def search(
         for start in range(0, len(images_ND), size)
     ]
     projection: Projection | None = None
-    if rounds:
+    if is_rounded:
         shared.run(_Tile.pack, tiles)
     scratches: list[torch.Tensor] = []
     for number, block in enumerate(blocks):
@@ -90,7 +93,7 @@ def search(
             projection = Projection(block.images_TD)
             shared.run(partial(_Tile.project, projection=projection), tiles)
         is_pruned = any(tile.prunes(number) for tile in tiles)
-        prepared = make_strips(block, projection if is_pruned else None, shared, keeps_pixels=rounds)
+        prepared = make_strips(block, projection if is_pruned else None, shared, keeps_pixels=is_rounded)
         shared.run(partial(_Tile.take, block=prepared, number=number, scratches=scratches), tiles)
     shared.run(_Tile.merge, tiles)
     empty = np.zeros((0, num_neighbors))
@@ -107,6 +110,17 @@ def _true_places(are_true_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     place_C = torch.from_numpy(np.flatnonzero(are_true_NT.numpy()))
     row_C = place_C // max(1, are_true_NT.shape[1])
     return row_C, place_C - row_C * are_true_NT.shape[1]
+
+
+def _limits(farthest_NG: torch.Tensor, lasts_G: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Say how far the J nearest are at most, and of those as far how late in the listing, int64 [N].
+
+    Each group has an image that is as far as this at most, and no later than its last one: J groups have J such images.
+    """
+    limit_N = farthest_NG.topk(number, 1, largest=False).values.amax(1)
+    is_nearer_NG, is_as_far_NG = farthest_NG < limit_N[:, None], farthest_NG == limit_N[:, None]
+    row_NG = torch.where(is_as_far_NG, lasts_G.to(farthest_NG.device), FAR).masked_fill_(is_nearer_NG, -1)
+    return limit_N.long(), row_NG.topk(number, 1, largest=False).values.amax(1)
 
 
 def _sort(*keys: torch.Tensor) -> torch.Tensor:
@@ -157,7 +171,8 @@ class _Tile:
         # Pairs of images and of columns of a block that can count, and are not compared yet.
         self._unsure: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_met = self._num_merged = 0
-        self._num_merged_for_all = -1  # when rounded products let too many pass: no use until nearer ones are known
+        # Not where they let too many pass, until nearer ones are known.
+        self._uses_rounded = True
 
     def project(self, projection: Projection) -> None:
         """Get ready to leave most images out by their projections."""
@@ -180,12 +195,12 @@ class _Tile:
             rows_T = block.others.rows_T[block.by_row_T]
             place_N = torch.searchsorted(rows_T, self._own_rows_N).clamp_(max=len(rows_T) - 1)
             self._own_places_N = torch.where(rows_T[place_N] == self._own_rows_N, block.by_row_T[place_N], -1)
-        done = self._take_near(block) if self.prunes(number) else 0
-        if done < bounds[-1]:
-            # Later ones, when the nearest so far are nearer, may be worth another trial.
-            self._next_pruned = max(self._next_pruned, 4 * (number + 1))
+        done = self._take_near(block, number) if self.prunes(number) else 0
         most = max(STRIP, _PRODUCTS[self._images_ND.device.type])
-        scratch = scratches.pop() if scratches else self._images_ND.new_empty(most, dtype=torch.int32)
+        try:
+            scratch = scratches.pop()
+        except IndexError:  # all are in use by other threads
+            scratch = self._images_ND.new_empty(most, dtype=torch.int32)
         for start, stop in itertools.pairwise(bound for bound in bounds if bound >= done):
             others = block.others[start:stop]
             if pairs := self._find_rounded(others, block.scales.get(start)):
@@ -205,7 +220,7 @@ class _Tile:
                 self.merge()
         scratches.append(scratch)
 
-    def _take_near(self, block: Strips) -> int:
+    def _take_near(self, block: Strips, number: int) -> int:
         """Meet those that can count by their projections, until comparing all is faster; return how many are done."""
         done, end = 0, block.bounds[-1]
         is_bound = bool((self._best_NJ[:, -1] != FAR).all())
@@ -214,6 +229,8 @@ class _Tile:
             stop = end if is_bound else next(bound for bound in block.bounds if bound >= min(max(2 * done, 1), end))
             found = self._find_pairs(block.others[done:stop], done)
             if found is None:
+                # Later ones, when the nearest so far are nearer, may be worth another trial.
+                self._next_pruned = 4 * (number + 1)
                 break
             self._waiting.append(found)
             self._num_met += stop - done
@@ -222,16 +239,16 @@ class _Tile:
         return done
 
     def _compare_all(self, others: Others, start: int, scratch: torch.Tensor) -> Iterator[_Pairs]:
-        """Choose all that can be among the J nearest, ties included: which of them counts is decided by their rows."""
+        """Choose all that can be among the J nearest, by distance and then by row, and few others."""
         step = max(1, len(scratch) // len(others.rows_T))
         for first in range(0, len(self._images_ND), step):
             yield from self._compare(slice(first, first + step), others, start, scratch)
 
     def _compare(self, rows: slice, others: Others, start: int, scratch: torch.Tensor) -> Iterator[_Pairs]:
-        """Do so for some images.
+        """Choose them for some images.
 
         The longest product of a group, and its shortest image, say how near its images can be at best; and its longest
-        image how far the one of that product is at most: the J nearest are no farther than the J nearest of such ones.
+        image how far the one of that product is at most.
         """
         limit_N, last_row_N = self._best_NJ[rows, -1], self._rows_NJ[rows, -1].to(self._best_NJ.device)
         num_images, num_neighbors = len(limit_N), self._best_NJ.shape[1]
@@ -250,13 +267,14 @@ class _Tile:
         largest_NG = products_NGW.amax(2).to(dtype)
         if num_neighbors <= len(squares_GW) and bool((limit_N == FAR).any()):
             farthest_NG = torch.sub(squares_GW.amax(1), largest_NG, alpha=2)
-            nearer_N = farthest_NG.topk(num_neighbors, 1, largest=False).values.amax(1).long()
-            last_row_N = torch.where(nearer_N < limit_N, FAR, last_row_N)
+            nearer_N, row_N = _limits(farthest_NG, rows_T.view(-1, width).amax(1), num_neighbors)
+            last_row_N = torch.where(nearer_N < limit_N, row_N, last_row_N)
             limit_N = limit_N.minimum(nearer_N)
         # What is left out is farther, whatever is known of others.
         limit_N1 = limit_N.clamp(max=-2 * _LOWEST[dtype] - 1).to(dtype)[:, None]
         nearest_NG = torch.sub(squares_GW.amin(1), largest_NG, alpha=2)
-        # Of those that are equally near the first count: where many are, whole groups are later than all that count.
+        # Of equally near images those that are listed first count: a group that begins behind the J-th nearest so far
+        # counts only if it is nearer.
         is_later_NG = rows_T.view(-1, width).amin(1).to(nearest_NG.device) > last_row_N[:, None]
         image_P, group_P = _true_places(nearest_NG.add_(is_later_NG) <= limit_N1)
         for first in range(0, len(image_P), _MAX_WAITING // width):
@@ -271,13 +289,12 @@ class _Tile:
     def _find_rounded(self, others: Others, scale: rounded.Scale | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Find all pairs that can count by rounded products; None where all are to be compared."""
         limit_N = self._best_NJ[:, -1]
-        if self._packed is None or scale is None or self._num_merged == self._num_merged_for_all:
+        if self._packed is None or scale is None or not self._uses_rounded:
             return None
         if bool((limit_N == FAR).any()):  # without limits all would pass
             return None
         pairs = rounded.find_pairs(self._packed, limit_N, others.images_TD, scale)
-        if pairs is None:
-            self._num_merged_for_all = self._num_merged
+        self._uses_rounded = pairs is not None
         return pairs
 
     def _settle(self, others: Others) -> None:
@@ -363,7 +380,7 @@ class _Tile:
 
     def merge(self) -> None:
         """Choose the nearest among candidates and what was nearest so far."""
-        self._num_merged = self._num_met
+        self._num_merged, self._uses_rounded = self._num_met, True
         best_NJ = self._best_NJ.cpu()
         image_C, place_C = _true_places(best_NJ != FAR)
         so_far = image_C, best_NJ[image_C, place_C], self._rows_NJ[image_C, place_C], self._labels_NJ[image_C, place_C]

@@ -2,7 +2,7 @@
 
 Input: a block of training images, in the order of the listing. Output: the same images in strips, as whole numbers.
 Invariant: every strip has images of all lengths, the shortest first, so that images of a group are nearly of one
-length; and the first strip is of all classes, however the listing is sorted.
+length, and of equal lengths in the order of the listing; and the first strip is from all over the block.
 
 Axes: T training images of a block, D values of an image, P axes.
 """
@@ -125,5 +125,5 @@ def _deal(lengths_T: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     bounds = sorted({*range(0, num_images, size), num_images - num_images % GROUP, num_images})
     places = [torch.arange(0.5, stop - start) / (stop - start) for start, stop in itertools.pairwise(bounds)]
     order_T = torch.empty_like(lengths_T)
-    order_T[torch.cat(places).argsort()] = lengths_T.argsort()
+    order_T[torch.cat(places).argsort()] = lengths_T.argsort(stable=True)
     return bounds, order_T

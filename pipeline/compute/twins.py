@@ -14,6 +14,7 @@ Axes: N images, T training images of a block, C candidates, J neighbors, S value
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,8 @@ from pipeline.compute.search import search
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
 
-_BLOCK_IMAGES = 256
+# Images, and values of them, that are looked at at once.
+_BLOCK_IMAGES, _BLOCK_VALUES = 256, 2**21
 # Cells of a signature's grid, each way.
 _GRID = 8
 # What differs from the background by less is noise.
@@ -79,8 +81,9 @@ def find_candidates(
     image_C, column_C = np.nonzero(_may_be_twins(near, plain, images_ND.shape[1], num_cells))
     distances_NC = np.full_like(near.distances_NJ, FAR)
     rows_C = near.rows_NJ[image_C, column_C]
-    for start in range(0, len(image_C), _BLOCK_IMAGES):
-        part = slice(start, start + _BLOCK_IMAGES)
+    step = _block_size(shape)
+    for start in range(0, len(image_C), step):
+        part = slice(start, start + step)
         chosen_CD = images_ND[torch.from_numpy(image_C[part]).to(images_ND.device)]
         distances_C = _moved_distances(chosen_CD, take_images(rows_C[part]).to(images_ND.device), shape)
         distances_NC[image_C[part], column_C[part]] = distances_C.cpu().numpy()
@@ -148,8 +151,12 @@ def signatures(images_ND: torch.Tensor, shape: tuple[int, int, int]) -> torch.Te
         128 and more or less, uint8 [N, S]: by cell, half the mean difference from the background, which is the median
         of the outermost pixels.
     """
-    blocks = [_signatures(block_ND, shape) for block_ND in images_ND.split(_BLOCK_IMAGES)]
+    blocks = [_signatures(block_ND, shape) for block_ND in images_ND.split(_block_size(shape))]
     return torch.cat(blocks) if blocks else images_ND.new_zeros(0, _GRID**2)
+
+
+def _block_size(shape: tuple[int, int, int]) -> int:
+    return max(1, min(_BLOCK_IMAGES, _BLOCK_VALUES // math.prod(shape)))
 
 
 def _signatures(images_ND: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:

@@ -31,14 +31,15 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
     requests: list[tuple[int, Request]] = []
     for rank in range(num_actors):
         parts = {part: size for part, size in enumerate(plan.part_sizes) if part % num_actors == rank}
-        requests += [(rank, request) for request in plan.requests("valid", parts)]
+        requests += [(rank, request) for request in plan.requests("valid", parts, num_actors)]
         if plan.searches_train:
             num_lanes = len(lane_ranges(plan.num_lanes, num_actors)[rank])
-            requests += [(rank, request) for request in plan.requests("train", {0: num_lanes * plan.lane_positions})]
+            sizes = {0: num_lanes * plan.lane_positions}
+            requests += [(rank, request) for request in plan.requests("train", sizes, num_actors)]
     num_pending = _ask(job, actors, requests)
     doubtful: list[tuple[int, Request]] = []
     for rank, number in enumerate(num_pending):
-        doubtful += [(rank, request) for request in plan.requests("doubtful", {0: number})]
+        doubtful += [(rank, request) for request in plan.requests("doubtful", {0: number}, num_actors)]
     _ask(job, actors, doubtful)
 
     def show() -> bool:
