@@ -47,6 +47,8 @@ _MAX_PRODUCTS, _MAX_TRAIN_PRODUCTS = 4 * 10**12, 10**12
 # The field's k-nearest-neighbor evaluation of features: neighbors that vote by weights.
 WEIGHTED_NEIGHBORS = 20
 _FEATURE_PRODUCTS = 4
+# To the distance of which a near-duplicate's is compared.
+RATIO_NEIGHBOR = 5
 # Of a core without instructions for int8.
 _PRODUCTS_PER_HOUR = 10**14
 # With more classes than these, results hold the best scores of an image.
@@ -191,9 +193,10 @@ class Plan:
 
     @property
     def num_searched(self) -> int:
-        """Nearest training images that are searched for: of features as many as a vote by weights takes, or more."""
-        is_weighted = self.num_neighbors > 0 and self.has_features
-        return max(self.num_neighbors, WEIGHTED_NEIGHBORS) if is_weighted else self.num_neighbors
+        """Nearest training images that are searched for: as many as near-duplicates take, and of features votes."""
+        if not self.num_neighbors:
+            return 0
+        return max(self.num_neighbors, WEIGHTED_NEIGHBORS if self.has_features else RATIO_NEIGHBOR)
 
     def target_of(self, split: Split) -> Target:
         """What images of a split become: a model that only predicts is not given those to train on."""

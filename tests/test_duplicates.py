@@ -105,6 +105,7 @@ def test_counts_and_conflicts_follow_from_the_groups(planted, reference):
         "num_exact_twins": sum(splits.count("valid") for splits in own_splits if "train" in splits),
         "num_conflicts": 5,
     }
+    assert run["neighbors"]["num_suspects"] == len(suspects) > 5
     conflicts = sorted([*planted[1][0], *planted[1][1]], key=listed)
     assert [row["key"] for row in suspects[: len(conflicts)]] == conflicts
     scored = [(row["suggested_class"], row["score"]) for row in suspects[: len(conflicts)]]

@@ -102,8 +102,28 @@ def test_neighbors_are_those_of_a_plain_loop_whatever_the_job(drawn, tmp_path, o
     assert [tuple(row[name] for name in COLUMNS) for row in read(tmp_path / "out", "predictions")] == expected
 
 
-def test_twins_are_found_and_left_out_of_the_accuracy(drawn, tmp_path):
-    run = evaluate(drawn, tmp_path / "out")
+@pytest.mark.parametrize("num_train", [3, 20])  # fewer than neighbors, and more
+def test_requests_all_images_of_which_are_skipped_change_nothing(tmp_path, monkeypatch, num_train):
+    monkeypatch.setattr(plan, "_REQUEST_BYTES", 3 * 784)
+    images = drawings(30, (28, 28, 1))
+    for name in ("a", "b"):
+        write_pictures(tmp_path / "data/train" / name, images[:num_train] if name == "a" else 255 - images[:1])
+        write_pictures(tmp_path / "data/valid" / name, images[20:27] if name == "a" else 255 - images[27:])
+    evaluate(tmp_path / "data", tmp_path / "whole")
+    for number in range(8):
+        (tmp_path / f"data/valid/a/-{number}.png").write_bytes(b"no image")
+        (tmp_path / f"data/valid/b/x{number}.png").write_bytes(b"no image")
+    run = evaluate(tmp_path / "data", tmp_path / "out", neighbors_of="all")
+    assert run["num_skipped"] == 16
+    assert read(tmp_path / "out", "predictions") == read(tmp_path / "whole", "predictions")
+    # No other training image is of its class.
+    scores = {row["key"]: row["score"] for row in read(tmp_path / "out", "suspects.parquet")}
+    assert scores["train/b/000.png"] == 1
+
+
+@pytest.mark.parametrize("neighbors", [1, 5])
+def test_twins_are_found_and_left_out_of_the_accuracy(drawn, tmp_path, neighbors):
+    run = evaluate(drawn, tmp_path / "out", neighbors=neighbors)
     rows = read(tmp_path / "out", "duplicates.parquet")
     pairs = {}
     for row in rows:
@@ -116,8 +136,9 @@ def test_twins_are_found_and_left_out_of_the_accuracy(drawn, tmp_path):
 
 
 def test_changed_labels_are_the_most_doubtful_of_their_split(drawn, tmp_path):
-    evaluate(drawn, tmp_path / "out")
+    run = evaluate(drawn, tmp_path / "out")
     suspects = read(tmp_path / "out", "suspects.parquet")
+    assert run["neighbors"]["num_suspects"] == len(suspects)
     scores = [row["score"] for row in suspects]
     assert scores == sorted(scores, reverse=True)
     first = {row["split"]: row for row in reversed(suspects)}

@@ -46,9 +46,9 @@ def test_pixels_less_128_are_int8():
     np.testing.assert_array_equal(products.to_int8(values), less_128(values.numpy()))
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 300])
-def test_squares_are_those_of_numpy(num_images):
-    images = pixels(num_images, 1500)
+@pytest.mark.parametrize(("num_images", "num_values"), [(0, 1500), (1, 1), (300, 784), (300, 1025), (3, 300_000)])
+def test_squares_are_those_of_numpy(num_images, num_values):
+    images = pixels(num_images, num_values)
     found = products.squares(products.to_int8(torch.from_numpy(images)))
     np.testing.assert_array_equal(found, (less_128(images) ** 2).sum(1))
 

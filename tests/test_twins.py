@@ -10,7 +10,7 @@ from PIL import Image
 from test_search import in_blocks, memory
 
 from pipeline.compute.search import search
-from pipeline.compute.twins import choose_twins, find_candidates, signatures
+from pipeline.compute.twins import choose_twins, find_candidates, sign, signatures
 
 SHAPES = [(28, 28, 1), (20, 30, 3)]
 
@@ -53,7 +53,13 @@ def twins_of(images, others, shape):
     blocks = in_blocks(flat_others, rows, rows * 0, 16)
     searched = torch.from_numpy(flat)
     plain = search(searched, blocks, 5)
-    found = find_candidates(searched, plain, shape, blocks, lambda rows: torch.from_numpy(flat_others[rows]))
+    found = find_candidates(
+        searched,
+        plain,
+        shape,
+        [sign(block, shape) for block in blocks],
+        lambda rows: torch.from_numpy(flat_others[rows]),
+    )
     return plain, choose_twins([found], plain, searched.shape[1])
 
 
@@ -105,7 +111,15 @@ def test_twins_are_the_same_however_many_actors_have_the_training_images(num_act
         rows = np.arange(actor, 400, num_actors)
         blocks, searched = in_blocks(flat[rows], rows, rows * 0, 16), torch.from_numpy(images)
         own = search(searched, blocks, 5)
-        found.append(find_candidates(searched, own, shape, blocks, lambda rows: torch.from_numpy(flat[rows])))
+        found.append(
+            find_candidates(
+                searched,
+                own,
+                shape,
+                [sign(block, shape) for block in blocks],
+                lambda rows: torch.from_numpy(flat[rows]),
+            )
+        )
     twins = choose_twins(found, plain, images.shape[1])
     assert (whole.rows_NJ != plain.rows_NJ[:, :1]).any()
     np.testing.assert_array_equal(twins.rows_NJ, whole.rows_NJ)

@@ -70,6 +70,11 @@ class Lanes:
         # By the first row of each shard.
         self._key_numbers: dict[int, int] = {}
 
+    @property
+    def num_positions(self) -> int:
+        """Images that these lanes have room for."""
+        return len(self._images_MD)
+
     def put(
         self,
         rows_N: npt.NDArray[np.int64],

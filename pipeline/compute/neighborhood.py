@@ -13,7 +13,7 @@ Axes: N images, J neighbors, K classes, D values of an image, S images with doub
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,8 @@ from pipeline.compute.search import search
 from pipeline.compute.spool import Spool
 from pipeline.compute.strips import TrainBlock
 from pipeline.compute.threads import Threads
-from pipeline.compute.twins import Candidates, choose_twins, find_candidates
-from pipeline.plan import Plan, Request
+from pipeline.compute.twins import Candidates, choose_twins, find_candidates, sign
+from pipeline.plan import RATIO_NEIGHBOR, Plan, Request
 from pipeline.results.duplicates import Pair, Suspect, near_table, suspects_table
 from pipeline.results.tables import NeighborColumns
 
@@ -41,9 +41,10 @@ from pipeline.results.tables import NeighborColumns
 # are so near, of Fashion-MNIST's 0.8 %, in pairs that look alike; of images that were planted (noise of 8, JPEG of
 # quality 50, brighter by 5 %, moved by a pixel) 99 %.
 MAX_RATIO, MAX_MEDIAN_SHARE = 0.5, 0.25
-_RATIO_NEIGHBOR = 5
 # A histogram of distances from 0 to 1, by which the median is found without a list of all.
 HISTOGRAM_BINS = 2**14
+# Signatures of so many training images are kept from one request to the next, at some 80 bytes each.
+_MAX_SIGNED = 2**19
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Neighborhood:
         self._settled: list[npt.NDArray[np.void]] = [np.zeros(0, _DOUBTFUL)]
         self._pending = np.zeros(0, _DOUBTFUL)
         self.num_blocks_done = 0
+        self._signed: list[TrainBlock] = []
 
     def queries(self, request: Request) -> Queries:
         """Give the images of a request, all of this actor."""
@@ -149,9 +151,8 @@ class Neighborhood:
         neighbors = search(images_ND, self._blocks(), number, threads, own_rows_N, only_labels_N)
         if not queries.has_twins or self._plan.has_features:
             return Answer(self._named(neighbors), None)
-        target = self._plan.target
-        shape = target.height, target.width, target.channels
-        candidates = find_candidates(images_ND, neighbors, shape, self._blocks(), self._train.take, threads)
+        shape = self._plan.shape
+        candidates = find_candidates(images_ND, neighbors, shape, self._signed_blocks(), self._train.take, threads)
         is_compared_NC, near = candidates.distances_NC != FAR, candidates.near
         near.keys_NJ[is_compared_NC] = self._train.keys_of(near.rows_NJ[is_compared_NC])
         return Answer(self._named(neighbors), candidates)
@@ -211,7 +212,7 @@ class Neighborhood:
 
     def judge(
         self, classes: Sequence[str], split_names: Sequence[str], median: float
-    ) -> tuple[pa.Table, pa.Table, tuple[int, int, int]]:
+    ) -> tuple[pa.Table, pa.Table, tuple[int, int]]:
         """Name near-duplicates and doubtful labels.
 
         Args:
@@ -220,8 +221,8 @@ class Neighborhood:
             median: Distance of the median validation image to its nearest training image, rms, 0 to 1.
 
         Returns:
-            Rows of `duplicates.parquet`, of `suspects.parquet`; and how many validation images have a twin, how many of
-            these the same pixels, and how many labels are doubtful.
+            Rows of `duplicates.parquet`, of `suspects.parquet`; and how many validation images have a twin, and how
+            many of these the same pixels.
         """
         pairs, num_twins, num_same = [], 0, 0
         for part in sorted(self._parts):
@@ -231,7 +232,7 @@ class Neighborhood:
             pairs += self._pairs(part, np.flatnonzero(is_twin_N & ~is_same_N))
         suspects = self._suspects()
         tables = near_table(pairs, classes, split_names), suspects_table(suspects, classes, split_names)
-        return *tables, (num_twins, num_same, len(suspects))
+        return *tables, (num_twins, num_same)
 
     def _pairs(self, part: int, rows_N: npt.NDArray[np.int64]) -> list[Pair]:
         stored, twins = self._parts[part], self._stacked(part, "twins")
@@ -254,6 +255,7 @@ class Neighborhood:
         own_S, other_S = (np.sqrt(doubtful_S[name].astype(np.float64)) for name in ("own", "other"))
         # By the share of neighbors alone many would be alike: what is nearer decides among these.
         nearness_S = np.divide(own_S, own_S + other_S, out=np.full(len(own_S), 0.5), where=own_S + other_S > 0)
+        nearness_S[doubtful_S["own"] == FAR] = 1
         num_neighbors = self._plan.num_neighbors
         score_S = (num_neighbors * (1 - doubtful_S["share"]) + nearness_S) / (num_neighbors + 1)
         keys_S = self._keys_of(doubtful_S)
@@ -277,6 +279,14 @@ class Neighborhood:
         for block in self._train.blocks(self._device):
             yield block
             self.num_blocks_done += 1
+
+    def _signed_blocks(self) -> Iterable[TrainBlock]:
+        if not self._signed:
+            signed = (sign(block, self._plan.shape) for block in self._blocks())
+            if self._train.num_positions > _MAX_SIGNED:
+                return signed
+            self._signed = list(signed)
+        return self._signed
 
     def _between(
         self, kind: str, span: tuple[int, int, int]
@@ -325,11 +335,13 @@ class Neighborhood:
         return self._stacked(part, "neighbors")
 
     def _stacked(self, part: int, name: Literal["neighbors", "twins"]) -> Neighbors:
-        return stack([getattr(self._answers.get(number), name) for number in self._found[part]])
+        found: list[Neighbors] = [getattr(self._answers.get(number), name) for number in self._found[part]]
+        # A request all images of which were skipped does not know how many neighbors others have.
+        return stack([each for each in found if len(each.rows_NJ)] or found[:1])
 
     def _twin_distances(self, part: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return the distances of a part's images to their likely twins, rms, by themselves and by a neighbor's."""
-        compared = self._neighbors(part).distances_NJ[:, :_RATIO_NEIGHBOR][:, -1:]
+        compared = self._neighbors(part).distances_NJ[:, :RATIO_NEIGHBOR][:, -1:]
         distance_N, compared_N = self._rms(self._stacked(part, "twins").distances_NJ[:, 0]), self._rms(compared[:, 0])
         ratio_N = np.divide(distance_N, compared_N, out=np.ones_like(distance_N), where=compared_N > 0)
         return distance_N, ratio_N

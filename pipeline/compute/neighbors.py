@@ -52,7 +52,7 @@ def stack(found: Sequence[Neighbors], axis: int = 0) -> Neighbors:
 
 
 def merge(found: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
-    """Choose the J nearest of what several actors found for the same images; columns that none has are left out.
+    """Choose the J nearest of what several actors found for the same images; columns that no image has are left out.
 
     Every actor's own J nearest are enough (the scheme of DINOv3's k-NN evaluation,
     https://github.com/facebookresearch/dinov3).
@@ -60,5 +60,7 @@ def merge(found: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
     all_found = stack(found, axis=1)
     order_NJ = np.lexsort((all_found.rows_NJ, all_found.distances_NJ), axis=1)[:, :num_neighbors]
     merged = all_found.map(lambda values: np.take_along_axis(values, order_NJ, 1))
+    if not len(merged.distances_NJ):
+        return merged
     num_found = int((merged.distances_NJ != FAR).any(0).sum())
     return merged.map(lambda values: values[:, :num_found])

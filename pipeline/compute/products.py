@@ -25,8 +25,8 @@ from pipeline.compute.features import to_unit_vectors
 _FLOAT_VALUES = 1024
 # and below 2^31 for so many, with the distances that are made of them.
 _INT_VALUES = 2**14
-# Images that are squared at once.
-_SQUARED_IMAGES = 256
+# Images, and values, that are squared at once.
+_SQUARED_IMAGES, _SQUARED_VALUES = 256, 2**18
 # Pairs that are compared at once.
 _PAIRS = 1024
 # What `int8` is tried with: rows, columns and values that are multiples of what CUDA asks for.
@@ -126,16 +126,18 @@ def squares(images_ND: torch.Tensor) -> torch.Tensor:
     """Add up each image's squares, int8 or float64; int64 [N]."""
     if images_ND.is_floating_point():
         return images_ND.square().sum(1).long()
-    sums_N = torch.zeros(len(images_ND), dtype=torch.int64, device=images_ND.device)
-    for start in range(0, len(images_ND), _SQUARED_IMAGES):
-        rows = slice(start, start + _SQUARED_IMAGES)
-        for part_ND in images_ND[rows].split(_FLOAT_VALUES, 1):
-            floats_ND = part_ND.float()
-            if floats_ND.device.type == "cpu":  # NumPy adds up squares as it makes them
-                sums_N[rows] += torch.from_numpy(np.einsum("nd,nd->n", floats_ND.numpy(), floats_ND.numpy())).long()
-            else:
-                sums_N[rows] += floats_ND.square_().sum(1).long()
-    return sums_N
+    num_values = images_ND.shape[1]
+    size = min(num_values, _FLOAT_VALUES)
+    step = max(1, min(_SQUARED_IMAGES, _SQUARED_VALUES // num_values))
+    sums = []
+    for some_ND in images_ND.split(step):
+        pieces_NPD = torch.nn.functional.pad(some_ND.float(), (0, -num_values % size)).unflatten(1, (-1, size))
+        if pieces_NPD.device.type == "cpu":  # NumPy adds up squares as it makes them
+            sums_NP = torch.from_numpy(np.einsum("npd,npd->np", pieces_NPD.numpy(), pieces_NPD.numpy()))
+        else:
+            sums_NP = pieces_NPD.square_().sum(2)
+        sums.append(sums_NP.long().sum(1))
+    return torch.cat(sums)
 
 
 def _less_128(images_ND: torch.Tensor) -> torch.Tensor:

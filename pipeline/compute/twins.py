@@ -60,7 +60,7 @@ def find_candidates(
     images_ND: torch.Tensor,
     plain: Neighbors,
     shape: tuple[int, int, int],
-    blocks: Iterable[TrainBlock],
+    signed: Iterable[TrainBlock],
     take_images: Callable[[npt.NDArray[np.int64]], torch.Tensor],
     threads: Threads | None = None,
 ) -> Candidates:
@@ -70,12 +70,11 @@ def find_candidates(
         images_ND: uint8.
         plain: Their neighbors by pixels, among the same training images.
         shape: H, W, c of an image.
-        blocks: The training images.
+        signed: The training images, as `sign` gives them.
         take_images: Returns training images, uint8 [C, D], by their rows in the listing.
         threads: They share the images, on a CPU; None for the caller alone.
     """
     searched_NS = signatures(images_ND, shape)
-    signed = (replace(block, images_TD=signatures(block.images_TD, shape)) for block in blocks)
     near = search(searched_NS, signed, _NUM_CANDIDATES, threads)
     num_cells = searched_NS.shape[1]
     image_C, column_C = np.nonzero(_may_be_twins(near, plain, images_ND.shape[1], num_cells))
@@ -153,6 +152,11 @@ def signatures(images_ND: torch.Tensor, shape: tuple[int, int, int]) -> torch.Te
     """
     blocks = [_signatures(block_ND, shape) for block_ND in images_ND.split(_block_size(shape))]
     return torch.cat(blocks) if blocks else images_ND.new_zeros(0, _GRID**2)
+
+
+def sign(block: TrainBlock, shape: tuple[int, int, int]) -> TrainBlock:
+    """Reduce training images to their signatures."""
+    return replace(block, images_TD=signatures(block.images_TD, shape))
 
 
 def _block_size(shape: tuple[int, int, int]) -> int:

@@ -53,9 +53,9 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
         for actor in actors
     ]
     counts = wait_all([answer[2] for answer in answers], "near-duplicates and doubtful labels", show)
-    num_twins, num_same, num_suspects = (sum(numbers) for numbers in zip(*counts, strict=True))
+    num_twins, num_same = (sum(numbers) for numbers in zip(*counts, strict=True))
     near, suspects = [answer[0] for answer in answers], [answer[1] for answer in answers]
-    return NeighborCounts(median, num_twins, num_same, num_suspects, near, suspects)
+    return NeighborCounts(median, num_twins, num_same, near, suspects)
 
 
 def _ask(job: Job, actors: list[Actor], requests: list[tuple[int, Request]]) -> list[int]:

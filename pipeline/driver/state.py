@@ -114,7 +114,6 @@ class NeighborCounts:
         median: Distance of the median validation image to its nearest training image, rms, 0 to 1.
         num_twins: Validation images that are a training image once more, as it is or changed a little.
         num_same: Of these, with the same pixels.
-        num_suspects: Images whose label is not that of most of their neighbors.
         near: References to rows of `duplicates.parquet`, one of each actor.
         suspects: Likewise of `suspects.parquet`.
     """
@@ -122,7 +121,6 @@ class NeighborCounts:
     median: float
     num_twins: int
     num_same: int
-    num_suspects: int
     near: list[Ref]
     suspects: list[Ref]
 

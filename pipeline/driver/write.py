@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.driver.duplicates import Duplicates
 from pipeline.driver.notices import say_where_images_are_few
@@ -71,7 +74,10 @@ def write_results(job: Job, counts: ImageCounts, training: Training, duplicates:
     groups = merge_duplicates(*([get_result(ref) for ref in refs] for refs in (duplicates.tables, near)))
     digests["duplicates"] = writing.write_tables(output, "duplicates", DUPLICATES_SCHEMA, groups)
     suspects = merge_suspects(*([get_result(ref) for ref in refs] for refs in (duplicates.suspects, doubtful)))
-    digests["suspects"] = writing.write_tables(output, "suspects", SUSPECTS_SCHEMA, suspects)
+    nums_suspects: list[int] = []
+    digests["suspects"] = writing.write_tables(
+        output, "suspects", SUSPECTS_SCHEMA, _note_lengths(suspects, nums_suspects)
+    )
     run = run_json(
         RunRecord(
             config=job.config,
@@ -94,7 +100,7 @@ def write_results(job: Job, counts: ImageCounts, training: Training, duplicates:
             began=job.clock.began,
             seconds=job.clock.read(),
             duplicates=duplicates.counts,
-            neighbors=_describe_neighbors(job, counts),
+            neighbors=_describe_neighbors(job, counts, sum(nums_suspects)),
             model=describe_model(job.config, model, counts, job.clock.read()),
             scores=job.given.about if job.given else None,
             last_epoch=asdict(training.history[-1]) if training.history else None,
@@ -107,7 +113,13 @@ def write_results(job: Job, counts: ImageCounts, training: Training, duplicates:
     return run
 
 
-def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
+def _note_lengths(parts: Iterator[pa.Table], lengths: list[int]) -> Iterator[pa.Table]:
+    for part in parts:
+        lengths.append(len(part))
+        yield part
+
+
+def _describe_neighbors(job: Job, counts: ImageCounts, num_suspects: int) -> dict[str, Any] | None:
     """Say for `run.json` what the search for neighbors came to."""
     found = counts.neighbors
     if found is None:
@@ -120,7 +132,7 @@ def _describe_neighbors(job: Job, counts: ImageCounts) -> dict[str, Any] | None:
         "median_distance": found.median,
         "num_twins": found.num_twins,
         "num_near_twins": found.num_twins - found.num_same,
-        "num_suspects": found.num_suspects,
+        "num_suspects": num_suspects,
         "accuracy_without_twins": {
             name: (int(confusion_KK.trace()) - counts.num_twins_correct[name]) / num_others if num_others else None
             for name, confusion_KK in counts.confusions.items()

@@ -162,7 +162,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         *([("model", _model(run["model"]))] if run.get("model") else []),
         ("twins", _twins(run)),
-        *([("labels", _labels(run["neighbors"]))] if run["neighbors"] else []),
+        *([("labels", _labels(run["neighbors"], run["duplicates"]["num_conflicts"]))] if run["neighbors"] else []),
         ("seconds", f"{seconds['total']:.1f} ({phases})"),
         ("computed", "on " + ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))),
         ("results", printable(run["out"])),
@@ -202,8 +202,11 @@ def _have_twins(number: int) -> str:
     return f"{counted(number, 'validation image')} {'has' if number == 1 else 'have'} a twin in training"
 
 
-def _labels(neighbors: Mapping[str, Any]) -> str:
-    number, noun = neighbors["num_suspects"], "image" if neighbors["of"] == "all" else "validation image"
+def _labels(neighbors: Mapping[str, Any], num_conflicts: int) -> str:
+    number, noun = (
+        neighbors["num_suspects"] - num_conflicts,
+        "image" if neighbors["of"] == "all" else "validation image",
+    )
     look = "looks" if number == 1 else "look"
     if neighbors.get("by") == "features":
         look = f"{'is' if number == 1 else 'are'} by the model's features"
