@@ -1,18 +1,24 @@
 """Neighbors, near-duplicates and doubtful labels of whole jobs, against scikit-learn and plain loops."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from test_search import nearest_in_a_loop
 from test_twins import add_noise, as_jpeg, drawings, move
 
 from pipeline import plan
+from pipeline.compute import lanes, neighborhood
+from pipeline.compute.threads import Threads
 from pipeline.config import Config
 from pipeline.driver import job
+from pipeline.target import Target
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
+CPU = torch.device("cpu")
 COLUMNS = ["key", "class", "neighbor_keys", "neighbor_classes", "neighbor_distances"]
 
 
@@ -130,9 +136,30 @@ def test_twins_are_found_and_left_out_of_the_accuracy(drawn, tmp_path, neighbors
         pairs.setdefault((row["kind"], row["group"]), []).append(row["key"])
     assert sorted(pairs.values()) == [[f"train/soft/00{n}.png", f"valid/soft/08{n}.png"] for n in range(5)]
     assert [row["kind"] for row in rows] == ["exact"] * 2 + ["near"] * 8
+    assert all(row["ratio"] < 0.9 for row in rows[2:])  # to the fifth neighbor
     assert (run["neighbors"]["num_twins"], run["neighbors"]["num_near_twins"]) == (5, 4)
     num_right = accuracy(run, "knn_1") - 5
     assert run["neighbors"]["accuracy_without_twins"]["knn_1"] == num_right / (run["num_valid"] - 5)
+
+
+@pytest.mark.parametrize("most", [0, 1000])
+def test_twins_are_the_same_whether_signatures_are_kept(monkeypatch, most):
+    monkeypatch.setattr(neighborhood, "_MAX_SIGNED", most)
+    others = drawings(60, (28, 28, 1)).reshape(60, -1)
+    images = move(others.reshape(60, 28, 28), 1, 0).reshape(60, -1)
+    plan_of_one = plan.Plan(
+        target=Target(28, 28, "L"), num_classes=2, assignment=plan.LaneAssignment(60, 8), part_sizes=(60,),
+        has_training=False, batch_size=1, learning_rate=None, seed=0, gpus_per_actor=0.0, num_neighbors=5,
+    )  # fmt: skip
+    rows = np.arange(60)
+    train = lanes.Lanes(plan_of_one, range(8), CPU, CPU, None)
+    train.put(rows, torch.from_numpy(others), torch.zeros(60, dtype=torch.int64), pa.chunked_array([rows.astype(str)]))
+    own = neighborhood.Neighborhood(plan_of_one, train, {}, CPU, Threads())
+    queries = [neighborhood.Queries(images[part], None, None, 5, has_twins=True) for part in (slice(30), slice(30, 60))]
+    found = [own.search(each).candidates for each in queries]
+    nearest = np.concatenate([each.near.rows_NJ[:, 0] for each in found])
+    assert (nearest == rows).mean() > 0.9
+    assert own.num_blocks_done == (3 if most else 4)  # two searches by pixels, and one or two by signatures
 
 
 def test_changed_labels_are_the_most_doubtful_of_their_split(drawn, tmp_path):

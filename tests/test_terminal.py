@@ -150,6 +150,15 @@ def test_the_summary_says_what_neighbors_tell(num_twins, of, twins, labels):
     assert f"twins no images with the same pixels; {twins} labels {labels} (suspects.parquet) seconds" in text
 
 
+def test_the_summary_counts_an_image_with_a_doubtful_label_once():
+    found = {"num_twins": 0, "num_near_twins": 0, "of": "valid", "num_suspects": 7, "accuracy_without_twins": {}}
+    run = run_with({"sgd_linear": confusion_of([50, 60])}, neighbors=found)
+    run["duplicates"] = {**run["duplicates"], "num_conflicts": 2}
+    text = " ".join(summary(run).split())
+    assert "2 of several classes (suspects.parquet)" in text
+    assert "labels 5 validation images look more like another class (suspects.parquet)" in text
+
+
 def test_the_summary_of_twelve_classes_shows_the_five_worst_and_the_five_best():
     counts_KK = confusion_of([0, 10, 3, 30, 40, 50, 60, 70, 80, 90, 95, 100])
     assert TWELVE in summary(run_with({"sgd_linear": counts_KK}))
