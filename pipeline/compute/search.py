@@ -34,7 +34,7 @@ _TILE_IMAGES, _PRUNED_TILE_IMAGES = 512, 256
 _PRODUCTS = {"cpu": 2**20, "cuda": 2**21}
 # The product of what is left out: a distance that is made of it is larger than all others, and has room in the type.
 _LOWEST = {torch.int32: -3 * 2**28, torch.int64: -(2**60)}
-# Candidates that are looked at, and that wait to be merged, at a time: where all images are alike, all are candidates.
+# Candidates that are looked at, and that wait to be merged, at a time: where many images are near, many are candidates.
 _MAX_WAITING = 2**17
 # For fewer images axes are not worth finding.
 _MIN_PRUNED = 512
