@@ -32,7 +32,7 @@ from pipeline.plan import Plan
 
 # What is searched at once, and so many of it are read together.
 _BLOCK_BYTES = 16 * 2**20
-_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 64, 16384
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 16, 16384
 _SPREAD_BLOCKS = 4
 
 Batch = tuple[torch.Tensor, torch.Tensor]

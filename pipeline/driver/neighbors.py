@@ -36,11 +36,12 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
             num_lanes = len(lane_ranges(plan.num_lanes, num_actors)[rank])
             sizes = {0: num_lanes * plan.lane_positions}
             requests += [(rank, request) for request in plan.requests("train", sizes, num_actors)]
-    num_pending = _ask(job, actors, requests)
+    num_images = sum(plan.part_sizes) + (plan.assignment.num_images if plan.searches_train else 0)
+    num_pending = _ask(job, actors, requests, num_images)
     doubtful: list[tuple[int, Request]] = []
     for rank, number in enumerate(num_pending):
         doubtful += [(rank, request) for request in plan.requests("doubtful", {0: number}, num_actors)]
-    _ask(job, actors, doubtful)
+    _ask(job, actors, doubtful, sum(num_pending))
 
     def show() -> bool:
         return job.show("neighbors", 1, 1)
@@ -58,13 +59,14 @@ def find(job: Job, actors: list[Actor]) -> NeighborCounts:
     return NeighborCounts(median, num_twins, num_same, near, suspects)
 
 
-def _ask(job: Job, actors: list[Actor], requests: list[tuple[int, Request]]) -> list[int]:
+def _ask(job: Job, actors: list[Actor], requests: list[tuple[int, Request]], num_images: int) -> list[int]:
     """Have requests, each of one actor, answered by all; return for each actor what it said at last."""
     num_pending = [0] * len(actors)
     waiting: dict[Ref, tuple[int, Request]] = {}
     left = list(reversed(requests))
     num_done, total = 0, sum(request.num_positions for _, request in requests)
-    look = follow(actors[0], lambda _: job.show("neighbors", num_done, total))
+    # Lanes have room for more training images than they hold.
+    look = follow(actors[0], lambda _: job.show("neighbors", num_done * num_images // total, num_images))
     while left or waiting:
         while left and len(waiting) < _REQUESTS_IN_FLIGHT:
             rank, request = left.pop()
