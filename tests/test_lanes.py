@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,15 @@ def test_blocks_hold_every_image_once(monkeypatch, scratch, num_images, num_lane
         assert block.labels_T.tolist() == label_of(block.rows_T).tolist()
         found += block.rows_T.tolist()
     assert sorted(found) == rows
+
+
+def test_blocks_of_large_images_are_of_few():
+    plan = replace(lane_plan(40, 1), target=Target(1024, 1024, "RGB"))
+    lanes = Lanes(plan, range(1), CPU, CPU, None)
+    for row in range(40):
+        lanes.put(np.array([row]), torch.zeros(1, 3 * 2**20, dtype=torch.uint8), torch.zeros(1))
+    sizes = [len(block.rows_T) for block in lanes.blocks(CPU)]
+    assert (sum(sizes), max(sizes) <= 16) == (40, True)
 
 
 def test_keys_are_found_wherever_they_are_kept(scratch):

@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
 COLUMNS = ["key", "class", "neighbor_keys", "neighbor_classes", "neighbor_distances"]
 
 
-def evaluate(data, out, **options):
-    return job.evaluate(Config(data=str(data), out=str(out), device="cpu", **{"epochs": 0, "report": False, **options}))
+def evaluate(data, out, on_progress=lambda progress: None, **options):
+    given = {"device": "cpu", "epochs": 0, "report": False, **options}
+    return job.evaluate(Config(data=str(data), out=str(out), **given), on_progress)
 
 
 def read(out, table):
@@ -178,6 +179,16 @@ def test_training_labels_are_doubted_where_that_is_asked_for(drawn, tmp_path, ne
     run = evaluate(drawn, tmp_path / "out", neighbors_of=neighbors_of)
     assert {row["split"] for row in read(tmp_path / "out", "suspects.parquet")} == splits
     assert run["neighbors"]["of"] == neighbors_of
+
+
+def test_progress_counts_images(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_REQUEST_BYTES", 8 * 784)  # so that there is a middle
+    shown = set()
+    options = {"lanes": 7, "batch_size": 63}  # some lanes hold fewer images than others
+    run = evaluate(drawn, tmp_path / "out", shown.add, neighbors_of="all", **options)
+    searched = [progress for progress in shown if progress.phase == "neighbors" and progress.total > 1]
+    assert run["num_listed"] in {progress.total for progress in searched}
+    assert all(progress.done <= progress.total <= run["num_listed"] for progress in searched)
 
 
 def test_without_neighbors_nothing_is_said_of_them(drawn, tmp_path):

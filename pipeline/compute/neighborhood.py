@@ -124,7 +124,7 @@ class Neighborhood:
         self._settled: list[npt.NDArray[np.void]] = [np.zeros(0, _DOUBTFUL)]
         self._pending = np.zeros(0, _DOUBTFUL)
         self.num_blocks_done = 0
-        self._signed: list[TrainBlock] = []
+        self._signed: list[TrainBlock] = []  # by block, once all are made
 
     def queries(self, request: Request) -> Queries:
         """Give the images of a request, all of this actor."""

@@ -179,7 +179,7 @@ class _Tile:
         self._pruning = projection, projection.apply(self._pixels_ND).as_searched()
 
     def pack(self) -> None:
-        """Get ready to leave most images out by rounded products."""
+        """Get ready to leave most images out by rounded products: as wide as strips that keep pixels are."""
         num_values = self._images_ND.shape[1]
         self._images_ND = torch.nn.functional.pad(self._images_ND, (0, rounded.padded(num_values) - num_values))
         self._packed = rounded.pack(self._images_ND)

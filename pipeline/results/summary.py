@@ -203,10 +203,8 @@ def _have_twins(number: int) -> str:
 
 
 def _labels(neighbors: Mapping[str, Any], num_conflicts: int) -> str:
-    number, noun = (
-        neighbors["num_suspects"] - num_conflicts,
-        "image" if neighbors["of"] == "all" else "validation image",
-    )
+    number = neighbors["num_suspects"] - num_conflicts  # which the line before counts
+    noun = "image" if neighbors["of"] == "all" else "validation image"
     look = "looks" if number == 1 else "look"
     if neighbors.get("by") == "features":
         look = f"{'is' if number == 1 else 'are'} by the model's features"
